@@ -1,0 +1,21 @@
+# The two commands: `make demo` and `make test`. Each sets up a fresh machine first.
+VENV ?= .venv
+BIN = $(VENV)/bin
+export MPLBACKEND = Agg
+
+.PHONY: demo test lab
+demo: $(VENV)/.ready   ## sample, invert and reconstruct digits with the shipped model: pictures in out/
+	$(BIN)/pdae demo --out out
+
+test: $(VENV)/.ready   ## everything a clean checkout must pass
+	$(BIN)/python .ci/sync_settings.py --check
+	PATH="$(abspath $(BIN)):$$PATH" sh .ci/check_export
+	$(BIN)/python -m pytest -q --durations=8 tests
+
+lab: $(VENV)/.ready    ## the lessons, in JupyterLab
+	MPLBACKEND= $(BIN)/jupyter-lab nbs/index.ipynb
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || python3 -m venv $(VENV)
+	$(BIN)/python -m pip install -q -e '.[dev]' -c constraints.txt
+	touch $@

@@ -1,0 +1,44 @@
+"""What the README says is run: its Python, its `pdae` lines, its links, its numbers."""
+import json, os, re, subprocess, sys
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT/'README.md').read_text()
+ENV = os.environ | dict(PDAE_NB_SIZE='smoke', MPLBACKEND='Agg', OMP_NUM_THREADS='2', HF_HUB_OFFLINE='1')
+
+def blocks(kind): return re.findall(rf'^```{kind}\n(.*?)^```', README, re.M | re.S)
+
+def test_python_stands_by_line_20():
+    assert README[:README.index('```python')].count('\n') < 20
+
+def test_python_blocks_run_in_order(tmp_path):
+    code = '\n'.join(blocks('python'))
+    r = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=ENV, capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr
+    assert list(tmp_path.glob('*.png')), 'the README promises a picture'
+
+PDAE = [l.split('#')[0].strip() for b in blocks('sh') for l in b.split('\n') if l.startswith('pdae ')]
+
+@pytest.mark.parametrize('line', PDAE)
+def test_shell_lines_run(line, tmp_path):
+    exe = str(Path(sys.executable).with_name('pdae'))
+    r = subprocess.run([exe, *line.split()[1:]], cwd=tmp_path, env=ENV | dict(PDAE_NB_DATA=str(ROOT/'data')), capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr
+
+def test_there_are_lines_to_run(): assert PDAE and blocks('python')
+
+def test_make_targets_exist():
+    make = (ROOT/'Makefile').read_text()
+    for t in set(re.findall(r'`?make (\w+)', README)): assert re.search(rf'^{t}:', make, re.M), f'no target {t}'
+
+def test_links_lead_somewhere():
+    for f in ('README.md', 'CONTRIBUTING.md'):
+        for link in re.findall(r'\]\((?!https?:|#)([^)#]+)', (ROOT/f).read_text()): assert (ROOT/link).exists(), f'{f}: {link}'
+
+def test_numbers_are_those_of_the_run():
+    about = json.loads((ROOT/'data/models/mnist_dpm/run.json').read_text())
+    assert f'{about["result"]["test_noise_mse"]:.4f}' in README
+    assert f'{about["images_seen"]:,} images' in README
+    ev = json.loads((ROOT/'data/results/mnist_dpm/lesson.json').read_text())
+    assert f'{ev["judge"]["sure_of_samples"]:.1%}'.replace('%', ' %') in README
