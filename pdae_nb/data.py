@@ -7,14 +7,13 @@ __all__ = ['HUB', 'IMAGE_TYPES', 'SIZE', 'CLASSES', 'D2C_CROP', 'setup_plots', '
            'live', 'slider', 'Images', 'digits', 'decode_image', 'data_dir', 'cache_dir', 'load_images', 'folder',
            'mnist', 'cifar10', 'celeba', 'mnist_or_digits', 'batches']
 
-# %% ../nbs/00_data.ipynb #db033385
+# %% ../nbs/00_data.ipynb #795a49d1
 import hashlib, io, os, re, shutil, socket, tempfile, urllib.parse, urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-import numpy as np
-import torch
+import numpy as np, torch
 from torch import Tensor
 
 # %% ../nbs/00_data.ipynb #e1c91f30
@@ -64,7 +63,7 @@ def show(
     for s, (r, c) in zip(titles or [], corners): ax.text(c + W/2, r - 1, str(s), ha='center', va='bottom', fontsize=8)
     return ax
 
-# %% ../nbs/00_data.ipynb #e4f23aa5
+# %% ../nbs/00_data.ipynb #9a8facfd
 def figure_png(
     fig, # matplotlib figure, closed afterwards
 ) -> bytes: # PNG
@@ -77,9 +76,8 @@ def live(
     box, # what `slider` made
 ):       # the box where somebody can move it, else its picture
     "The slider in Jupyter; a still where nobody can move it (GitHub, tests)"
-    from IPython import get_ipython
-    from IPython.display import Image
-    return box if type(get_ipython()).__name__ == 'ZMQInteractiveShell' and not os.getenv('IN_TEST') else Image(box.image.value)
+    from IPython import display, get_ipython
+    return box if type(get_ipython()).__name__ == 'ZMQInteractiveShell' and not os.getenv('IN_TEST') else display.Image(box.image.value)
 
 # %% ../nbs/00_data.ipynb #a0cea9dc
 def slider(
@@ -200,15 +198,14 @@ def _parquet(d, split):
     rows = (_row(f'{f} row {i}', r) for f in files for i, r in enumerate(raw(f)))
     return sum(table(f).metadata.num_rows for f in files), list(_attributes(next(raw(files[0])))), rows, files
 
-# %% ../nbs/00_data.ipynb #a538fd14
+# %% ../nbs/00_data.ipynb #dc2be678
 HUB = dict(mnist='ylecun/mnist', cifar10='uoft-cs/cifar10', celeba='flwrlabs/celeba', celeba64='flwrlabs/celeba')
 
 def _online():
     if urllib.request.getproxies(): return True
     at = urllib.parse.urlsplit(os.environ.get('HF_ENDPOINT') or 'https://huggingface.co')
-    try: socket.create_connection((at.hostname, at.port or 443), 3).close()
+    try: socket.create_connection((at.hostname, at.port or 443), 3).close(); return True
     except OSError: return False
-    return True
 
 def _hub(name, split):
     import datasets, huggingface_hub

@@ -49,12 +49,12 @@ def denoising_loss(
     if weight is not None: loss = weight(sched, t).to(loss)*loss
     return loss if reduce is None else reduce(loss)
 
-# %% ../nbs/02_denoise.ipynb #ccac19fe
+# %% ../nbs/02_denoise.ipynb #4f915a86
 class GaussianMixture:
     "Data whose every conditional can be written down: K equally likely Gaussian blobs, one class each (PDAE Eq. 1 in closed form)"
     def __init__(self,
         mu: Tensor,      # centres: (K,D)
-        std: float,      # standard deviation of each blob
+        std: float,      # standard deviation of each blob; 0 makes them points, for t in 1…T
         sched: Schedule, # noise table
     ):
         if mu.ndim != 2: raise ValueError(f'mu must be (K,D), got shape {tuple(mu.shape)}')
@@ -77,7 +77,7 @@ def sample(self: GaussianMixture,
     y = torch.randint(len(self.mu), (n,), generator=generator)
     return self.mu[y] + self.std*torch.randn(n, self.mu.shape[1], generator=generator, dtype=self.mu.dtype), y
 
-# %% ../nbs/02_denoise.ipynb #a9d1bae5
+# %% ../nbs/02_denoise.ipynb #36f021f4
 @patch
 def log_p(self: GaussianMixture,
     xt: Tensor, # noisy data: (B,D)
@@ -86,7 +86,7 @@ def log_p(self: GaussianMixture,
 ) -> Tensor:    # nats: (B,K), or (B,) if `y` is given
     "log p(y|x_t), what a perfect noisy classifier would say"
     log_p = self._modes(xt, t)[0].log_softmax(-1)
-    return log_p if y is None else log_p.gather(1, y[:, None])[:, 0]
+    return log_p if y is None else log_p.gather(1, y.expand(len(xt))[:, None])[:, 0]
 
 # %% ../nbs/02_denoise.ipynb #a68398bf
 @patch

@@ -50,13 +50,13 @@ def write_tensors(
     except OSError as e: raise OSError(e.errno, f'cannot write {path}: {e.strerror}') from e
     finally: tmp.unlink(missing_ok=True)
 
-# %% ../nbs/04b_files.ipynb #f96cf363
+# %% ../nbs/04b_files.ipynb #2792d60d
 def read_tensors(
     path, # safetensors file
 ) -> tuple: # name -> tensor, and the JSON that was written with them
     "Read it back, whole and unchanged; nothing is ever unpickled"
     try:
-        with safe_open(path, 'pt') as f: tensors, head = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
+        with safe_open(path, 'pt') as f: tensors, head = {k: f.get_tensor(k).clone() for k in f.keys()}, f.metadata() or {}
         note = head.get('json', '{}'); meta = json.loads(note)
     except (OSError, MemoryError): raise
     except Exception as e: raise ValueError(f'{path} is not a whole safetensors file ({type(e).__name__}: {e})') from e
@@ -157,7 +157,7 @@ def _cast(v, dtype, what):
     if (v.isfinite() & ~v.to(dtype).isfinite()).any(): raise ValueError(f'{what} reaches {v.abs().max():.3g}, too much for {dtype}')
     return v.to(dtype)
 
-# %% ../nbs/04b_files.ipynb #d198594f
+# %% ../nbs/04b_files.ipynb #fecc7e4c
 def save_run(
     path,                # folder to make, its last part is the run's name
     parts,               # name -> nn.Module with a `.config`, the keyword arguments that rebuild it
@@ -169,18 +169,18 @@ def save_run(
     path = Path(path); tmp, old = (path.with_name(f'.{path.name}.{o}') for o in (f'{os.getpid()}.tmp', 'old'))
     kinds = {_named(k, path): _spec(m, f'{path}: {k}') for k, m in parts.items()}
     ours = dict(name=path.name, parts=kinds, sched=repr(sched), weights=str(dtype))
-    note = json.dumps(ours | about | ours, indent=1) + '\n'
+    note = json.dumps(ours | about | ours, indent=1, ensure_ascii=False) + '\n'
     for o in path.parent.glob(f'.{path.name}.*.tmp'): shutil.rmtree(o)          # what a kill left half written
     try:
         for k, m in parts.items(): write_tensors(tmp/f'{k}.safetensors', {n: _cast(v, dtype, f'{path}: {k}.{n}') for n, v in m.state_dict().items()})
         if sched is not None: write_tensors(tmp/'sched.safetensors', dict(beta=sched.beta))
-        with open(tmp/'run.json', 'w') as f: f.write(note); f.flush(); os.fsync(f.fileno())
+        with open(tmp/'run.json', 'w', encoding='utf-8') as f: f.write(note); f.flush(); os.fsync(f.fileno())
         _fsync(tmp)
         if path.exists(): shutil.rmtree(old, ignore_errors=True); path.rename(old)
         tmp.rename(path); _fsync(path.parent); shutil.rmtree(old, ignore_errors=True)
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
-# %% ../nbs/04b_files.ipynb #51b2c40f
+# %% ../nbs/04b_files.ipynb #52b35ecd
 def _build(spec, what):
     "The network that `run.json` describes; only this package's own classes are ever called"
     match spec:
@@ -195,7 +195,7 @@ def _build(spec, what):
 
 def _about(path):
     "What `run.json` says, if it says it in the right form"
-    try: about = json.loads((path/'run.json').read_text())
+    try: about = json.loads((path/'run.json').read_text('utf-8'))
     except ValueError as e: raise ValueError(f'{path}/run.json is not JSON ({e})') from e
     if not isinstance(about, dict) or not isinstance(about.get('parts'), dict): raise ValueError(f'{path}/run.json lists no parts')
     return about

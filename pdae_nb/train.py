@@ -137,7 +137,7 @@ def _update(loss, params, opt, r):
     opt.zero_grad(set_to_none=True)
     return norm, ok
 
-# %% ../nbs/05_train.ipynb #2d91edf6
+# %% ../nbs/05_train.ipynb #fe9bd218
 def fit(
     loss_fn,      # (x0,y) -> scalar, or (losses (B,), t (B,)); its randomness is a function of the recipe's seed and the step alone
     params,       # what to train
@@ -158,8 +158,7 @@ def fit(
         for g in opt.param_groups: g['lr'] = lr_at(recipe, i)
         with torch.random.fork_rng([dev] if dev.type == 'cuda' else []), torch.autocast(dev.type, torch.bfloat16, enabled=amp):
             _seed(recipe.seed, i); out = loss_fn(x0, y)
-        losses, t = out if isinstance(out, tuple) else (out, None)
-        loss = losses.float().mean()
+        losses, t = out if isinstance(out, tuple) else (out, None); loss = losses.float().mean()
         norm, ok = _update(loss, params, opt, recipe)
         if ok and ema: ema.update(i)
         bad = 0 if ok else bad + 1
@@ -182,7 +181,7 @@ def noise_mse(
     one = lambda i: denoising_loss(denoiser, x0[i], sched, t=t[i].to(x0.device), eps=eps[i].to(x0), reduce=None).cpu()
     return torch.cat([one(slice(k, k + bs)) for k in range(0, len(x0), bs)]), t
 
-# %% ../nbs/05_train.ipynb #70fd0c5a
+# %% ../nbs/05_train.ipynb #a89577de
 @dataclass
 class Task:
     "What `train` needs to know beyond the recipe"
@@ -202,9 +201,7 @@ def dpm_task(
     images, test, sched = load_images(r.data, 'train', r.px), load_images(r.data, 'test', r.px), Schedule.linear()
     net = UNet(c=images.x.shape[1], size=r.px, **r.net)
     noise = torch.randn(64, *images.x.shape[1:], generator=torch.Generator().manual_seed(r.seed))
-    def loss_fn(x0, y):
-        t = sched.rand_t(len(x0), x0.device)
-        return denoising_loss(net, x0, sched, t=t, reduce=None), t
+    def loss_fn(x0, y): t = sched.rand_t(len(x0), x0.device); return denoising_loss(net, x0, sched, t=t, reduce=None), t
     def result(parts):
         mse, _ = noise_mse(parts['dpm'], to_signed(test.x[:10_000]).to(_device(parts['dpm'])), sched)
         return dict(test_noise_mse=mse.mean().item(), standard_error=(mse.std()/len(mse)**.5).item(), test_images=len(mse))
