@@ -64,7 +64,7 @@ def _picture(x, path, title=''):
 
 def _over(x, y): return torch.cat([o for ab in zip(x.split(8), y.split(8)) for o in ab])
 
-# %% ../nbs/16_cli.ipynb #6566a0f6
+# %% ../nbs/16_cli.ipynb #ee9bb96e
 def cmd_train(
     name:str,           # run to train, `<data>_<what>`, e.g. mnist_dpm
     size:str=None,      # smoke, lesson or paper; else $PDAE_NB_SIZE, else lesson
@@ -78,8 +78,7 @@ def cmd_train(
     "Train a run, or go on with it: the same command resumes"
     r = recipe(name, size)
     r = replace(r, seed=seed, images=r.images if steps is None else steps*r.batch)
-    out = out or Path('runs')/f'{name}-{size or os.environ.get("PDAE_NB_SIZE") or "lesson"}'
-    path = train_run(name, r, out, device=device, compile=compile, every=every)
+    path = train_run(name, r, out or Path('runs')/f'{name}-{size or os.environ.get("PDAE_NB_SIZE") or "lesson"}', device=device, compile=compile, every=every)
     return json.loads((path/'run.json').read_text())['result']
 
 # %% ../nbs/16_cli.ipynb #7ed553c6
@@ -171,7 +170,7 @@ def _rate(f, n, seconds):
 
 def _sync(dev): torch.cuda.synchronize() if dev.type == 'cuda' else None
 
-# %% ../nbs/16_cli.ipynb #b3eb3d79
+# %% ../nbs/16_cli.ipynb #5e1e793b
 def _peak(dev, dtype, seconds):
     "The machine's own best, GFLOP/s: a large matmul and a 3x3 convolution"
     a = torch.randn(2048, 2048, device=dev, dtype=dtype)
@@ -181,6 +180,7 @@ def _peak(dev, dtype, seconds):
     def conv(): torch.conv2d(x, w, padding=1); _sync(dev)
     return dict(matmul=_rate(matmul, 2*2048**3, seconds)/1e9, conv=_rate(conv, 2*32*32*32*128*128*9, seconds)/1e9)
 
+# %% ../nbs/16_cli.ipynb #34f97035
 def _gflops(net, x, t):
     "Arithmetic of one forward pass per image"
     from torch.utils.flop_counter import FlopCounterMode
@@ -254,7 +254,7 @@ def _write_json(path, d):
     path.write_text(json.dumps(d, indent=1) + '\n')
     return str(path)
 
-# %% ../nbs/16_cli.ipynb #d0724044
+# %% ../nbs/16_cli.ipynb #c1903803
 def cmd_evaluate(
     name:str,                # a run of data/models, or the path of a run folder
     n:int=1000,              # samples for the judge
@@ -268,6 +268,7 @@ def cmd_evaluate(
     d = evaluate_dpm(name, n, steps, judge, test_images, device)
     return d | dict(written=_write_json(out or _results()/d['run']/f'{d["size"]}.json', d))
 
+# %% ../nbs/16_cli.ipynb #18ad2f4d
 def cmd_bench(
     seconds:float=5.,   # about this long for each number
     device:str=None,    # cpu or cuda; else the GPU if there is one

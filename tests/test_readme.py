@@ -20,10 +20,23 @@ def test_python_blocks_run_in_order(tmp_path):
 
 PDAE = [l.split('#')[0].strip() for b in blocks('sh') for l in b.split('\n') if l.startswith('pdae ')]
 
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    "scikit-learn's digits in MNIST's clothes: the Hub's columns, as a parquet file"
+    import io
+    import pyarrow as pa, pyarrow.parquet as pq
+    from PIL import Image
+    from pdae_nb.data import digits
+    def png(x): b = io.BytesIO(); Image.fromarray(x[0].numpy()).save(b, 'png'); return dict(bytes=b.getvalue(), path=None)
+    im, root = digits('test', 28), tmp_path_factory.mktemp('data')
+    (root/'mnist').mkdir()
+    pq.write_table(pa.table(dict(image=[png(x) for x in im.x], label=im.y.tolist())), root/'mnist/test-00000-of-00001.parquet')
+    return dict(PDAE_NB_DATA=str(root), PDAE_NB_CACHE=str(root/'cache'))
+
 @pytest.mark.parametrize('line', PDAE)
-def test_shell_lines_run(line, tmp_path):
+def test_shell_lines_run(line, tmp_path, data):
     exe = str(Path(sys.executable).with_name('pdae'))
-    r = subprocess.run([exe, *line.split()[1:]], cwd=tmp_path, env=ENV | dict(PDAE_NB_DATA=str(ROOT/'data')), capture_output=True, text=True)
+    r = subprocess.run([exe, *line.split()[1:]], cwd=tmp_path, env=ENV | data, capture_output=True, text=True)
     assert r.returncode == 0, r.stderr
 
 def test_there_are_lines_to_run(): assert PDAE and blocks('python')

@@ -49,7 +49,7 @@ def small(**kw):
     "The smoke recipe, smaller: 8x8 digits, with everything that draws random numbers"
     from dataclasses import replace
     from pdae_nb.train import recipe
-    return replace(recipe(NAME, 'smoke'), **dict(px=8, batch=8, images=8*STEPS, flip=True, cool=.3, net=dict(ch=8, mult=(1, 2), n_res=1, drop=.1)) | kw)
+    return replace(recipe(NAME, 'smoke'), **dict(px=8, batch=8, images=8*STEPS, flip=True, cool=.3, net=dict(ch=8, mult=(1,), n_res=1, drop=.1)) | kw)
 
 def task(r, emit=lambda _: None, slow=0., poison=()):
     "The task of the run, told to be slow or to lose its mind at some steps"
