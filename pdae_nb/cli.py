@@ -36,7 +36,7 @@ def _noise(net, n, seed):
     shape = n, net.config['c'], net.config['size'], net.config['size']
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(_where(net))
 
-# %% ../nbs/16_cli.ipynb #7cbef2b2
+# %% ../nbs/16_cli.ipynb #d087fca4
 def round_trip(
     net: nn.Module,  # eps = net(xt,t)
     x0: Tensor,      # images in [-1,1]: (B,C,H,W)
@@ -44,7 +44,7 @@ def round_trip(
     steps=100,       # steps, up and down
     exact=False,     # O-BELM instead of DDIM
 ) -> tuple:          # x_T and the reconstruction, like `x0`
-    "To noise and back: DDIM, or O-BELM, which loses nothing but rounding (PDAE Eq. 8)"
+    "To noise and back: DDIM, or O-BELM, which loses nothing but rounding (PDAE Eqs 4 and 8)"
     if not exact:
         xT = invert(net, x0, sched, steps)
         return xT, sample(net, xT, sched, steps)
@@ -129,7 +129,7 @@ def _size_of(run):
     same = lambda r: json.loads(json.dumps(asdict(r))) == run.recipe
     return next((s for (n, s), r in RECIPES.items() if n == run.about['name'] and same(r)), 'custom')
 
-# %% ../nbs/16_cli.ipynb #8e37cdce
+# %% ../nbs/16_cli.ipynb #00ca2be7
 TIMES = [1, 2, 5, 10, 20, 50, 100, 150, 200, 300, 400, 500, 600, 700, 800, 900, 1000]
 
 @torch.no_grad()
@@ -143,6 +143,8 @@ def evaluate_dpm(
 ) -> dict:               # numbers, ready for JSON
     "All that this library says about a DPM in numbers (PDAE Eqs 3 and 8)"
     run, net = _dpm(name, device); t0 = time.time()
+    clf = load_run(judge) if judge else None
+    if clf and clf.judge.config['c'] != net.config['c']: raise ValueError(f'the judge {judge!r} looks at images of {clf.judge.config["c"]} channels, the run {name!r} makes {net.config["c"]}')
     x0 = to_signed(load_images(run.recipe['data'], 'test', net.config['size']).x[:test_images]).to(_where(net))
     mse, t = noise_mse(net, x0, run.sched)
     curve = loss_curve(net, x0[:500], run.sched, TIMES)
@@ -152,12 +154,12 @@ def evaluate_dpm(
     for key, s in ('ddim', 2*steps), ('belm', steps):
         off = round_trip(net, x0[:64], run.sched, s, key == 'belm')[1] - x0[:64]
         d[f'round_trip_{key}'] = dict(steps=s, images=len(off), mse01=off.square().mean().item()/4, largest01=off.abs().max().item()/2)
-    if judge:
-        clf = load_run(judge); x = torch.cat([sample(net, o, run.sched, steps, clip=1.) for o in _noise(net, n, 0).split(100)])
+    if clf:
+        x = torch.cat([sample(net, o, run.sched, steps, clip=1.) for o in _noise(net, n, 0).split(100)])
         p, q = _judged(clf.judge.to(x.device), x), _judged(clf.judge, x0)
-        d['judge'] = dict(name=judge, test_accuracy=clf.about['result']['test_accuracy'], samples=n, steps=steps, sure_of_samples=(p.amax(1) > .9).float().mean().item(),
+        d['judge'] = dict(name=str(judge), test_accuracy=clf.about['result']['test_accuracy'], samples=n, steps=steps, sure_of_samples=(p.amax(1) > .9).float().mean().item(),
                           sure_of_test=(q.amax(1) > .9).float().mean().item(), classes=p.argmax(1).bincount(minlength=p.shape[1]).tolist())
-    return d | dict(seconds=round(time.time() - t0), hardware=hardware(_where(net)), versions=versions())
+    return d | dict(seed=0, seconds=round(time.time() - t0), hardware=hardware(_where(net)), versions=versions())
 
 # %% ../nbs/16_cli.ipynb #b1c08705
 def _rate(f, n, seconds):
@@ -219,7 +221,7 @@ sample(run.dpm, torch.randn(1, 1, 28, 28), run.sched, 50, clip=1.)
 print(time.perf_counter() - t0)'''
 IMPORT = 'import torch; t0 = time.perf_counter()\nimport pdae_nb.sample\nprint(time.perf_counter() - t0)'
 
-# %% ../nbs/16_cli.ipynb #2c7307a1
+# %% ../nbs/16_cli.ipynb #8c67ec93
 GEOMETRIES = {
     'mnist lesson': dict(c=1, size=28, **RECIPES['mnist_dpm', 'lesson'].net),
     'celeba64 paper': dict(c=3, size=64, **RECIPES['celeba64_dpm', 'paper'].net),
@@ -235,7 +237,7 @@ def bench_speed(
     "Speed as ratios within one run: our defaults (bf16 autocast, channels_last) against plain fp32, and both against the machine's peak"
     dev = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     peak = {k: _peak(dev, dt, seconds) for k, dt in (('fp32', torch.float32), ('ours', torch.bfloat16))}
-    d = dict(hardware=hardware(dev), versions=versions(), peak_gflops=peak)
+    d, t0 = dict(hardware=hardware(dev), versions=versions(), peak_gflops=peak, seed=0), time.time()
     for name, config in (geometries or GEOMETRIES).items():
         bs = 128 if dev.type == 'cuda' else 64 if config['size'] < 64 else 4
         row = {k: _bench_net(config, bs, dev, seconds, ours=k == 'ours') for k in ('fp32', 'ours')}
@@ -243,15 +245,16 @@ def bench_speed(
         if compile: row['compiled'] = _bench_net(config, bs, dev, seconds, compile=True)
         d[name] = dict(batch=bs, train_ratio=row['ours']['train']/row['fp32']['train'], forward_ratio=row['ours']['forward']/row['fp32']['forward'], **row)
     if cold: d |= dict(seconds_to_first_sample=_python(COLD), import_seconds_beyond_torch=min(_python(IMPORT) for _ in range(3)))
-    return d
+    return d | dict(seconds=round(time.time() - t0))
 
-# %% ../nbs/16_cli.ipynb #a8ae11f4
+# %% ../nbs/16_cli.ipynb #63549602
 def _results(): return models_dir().parent/'results'
 
 def _write_json(path, d):
     "Write numbers where a figure will look for them"
     path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(d, indent=1) + '\n')
+    text = json.dumps(d, indent=1, allow_nan=False) + '\n'
+    tmp = path.with_name(f'.{path.name}.tmp'); tmp.write_text(text); tmp.replace(path)
     return str(path)
 
 # %% ../nbs/16_cli.ipynb #c1903803

@@ -280,13 +280,13 @@ def _cached(name, split, size, channels, crop, source):
     y = torch.from_numpy(np.load(labels)) if labels.exists() else None
     return Images(torch.from_numpy(np.load(path, mmap_mode='c')), y, classes)
 
-# %% ../nbs/00_data.ipynb #54356973
+# %% ../nbs/00_data.ipynb #78f809af
 SIZE = dict(mnist=28, cifar10=32, celeba=64, celeba64=64)
 CLASSES = dict(mnist='0 1 2 3 4 5 6 7 8 9', cifar10='airplane automobile bird cat deer dog frog horse ship truck')
 D2C_CROP = (25, 57, 128)   # left, top, width, of CelebA's aligned 178x218 images (both papers' CelebA-64)
 
 def _source(name, split):
-    if d := data_dir(name):
+    if (d := data_dir(name)) and any(d.iterdir()):
         if any((d/p/'list_eval_partition.txt').exists() for p in ('.', 'Eval')): return _celeba_official(d, split)
         return (_parquet if any(d.rglob('*.parquet')) else _folder)(d, split)
     how = f'no dataset {name!r}. Put its parquet files or images under $PDAE_NB_DATA/{name} or data/{name}, or '

@@ -67,7 +67,7 @@ class GaussianMixture:
         d = xt[:, None] - at(ab.sqrt(), xt)[..., None]*self.mu.to(xt)      # (B,K,D)
         return -d.square().sum(-1)/(2*var), d/var[..., None]
 
-# %% ../nbs/02_denoise.ipynb #362b6eb9
+# %% ../nbs/02_denoise.ipynb #4b1f2b4d
 @patch
 def sample(self: GaussianMixture,
     n,              # how many
@@ -75,7 +75,9 @@ def sample(self: GaussianMixture,
 ) -> tuple:         # x0 (n,D), y int64 (n,)
     "Clean data and the blob that each point came from"
     y = torch.randint(len(self.mu), (n,), generator=generator)
-    return self.mu[y] + self.std*torch.randn(n, self.mu.shape[1], generator=generator, dtype=self.mu.dtype), y
+    noise = torch.randn(n, self.mu.shape[1], generator=generator, dtype=self.mu.dtype)
+    y, noise = y.to(self.mu.device), noise.to(self.mu.device)
+    return self.mu[y] + self.std*noise, y
 
 # %% ../nbs/02_denoise.ipynb #36f021f4
 @patch

@@ -27,7 +27,7 @@ class Schedule:
         self._on = {self.alpha_bar.device: self.alpha_bar}                      # a copy for each device that asked
     def __repr__(self): return f'Schedule(T={self.T}, alpha_bar 1 → {self.alpha_bar[-1]:.3g})'
 
-# %% ../nbs/01_forward.ipynb #65213889
+# %% ../nbs/01_forward.ipynb #f53cea44
 @patch
 def __call__(self: Schedule,
     t: Tensor, # times in 0…T: int64 (B,)
@@ -38,7 +38,8 @@ def __call__(self: Schedule,
     if t.device.type == 'cpu' and t.numel() and not 0 <= t.min() <= t.max() <= self.T:
         raise ValueError(f't must be in 0…{self.T}, got {t.min()} … {t.max()}')
     if t.device not in self._on: self._on[t.device] = self.alpha_bar.to(t.device)
-    return self._on[t.device].gather(0, t.flatten()).reshape(t.shape)           # gather, unlike indexing, never wraps a negative t
+    ab = self._on[t.device][t.clamp(0, self.T)]
+    return ab.where((t >= 0) & (t <= self.T), torch.nan)                        # where looking would wait for the GPU, a t outside gives NaN
 
 # %% ../nbs/01_forward.ipynb #a6565dbe
 @patch(cls_method=True)
@@ -173,7 +174,7 @@ def shift_to_eps(
     ab, ab1 = _now_and_before(sched, t)
     return -at((ab/ab1).sqrt()*(1 - ab1)*(1 - ab).rsqrt(), score)*score
 
-# %% ../nbs/01_forward.ipynb #5a7408bb
+# %% ../nbs/01_forward.ipynb #d323711a
 @patch
 def times(self: Schedule,
     steps, # how many steps, 1…T; or the times themselves, a strictly monotone sequence in 0…T
@@ -183,7 +184,7 @@ def times(self: Schedule,
     elif not 1 <= index(steps) <= self.T: raise ValueError(f'steps must be in 1…{self.T}, got {steps}')
     else: ts = torch.linspace(self.T, 0, index(steps) + 1, dtype=torch.float64).round().long().tolist()
     d = [b - a for a, b in zip(ts, ts[1:])]
-    if not d or not (all(o < 0 for o in d) or all(o > 0 for o in d)): raise ValueError(f'times must rise or fall strictly, got {ts}')
+    if not d or not (all(o < 0 for o in d) or all(o > 0 for o in d)): raise ValueError(f'times must rise or fall strictly, got {str(ts)[:80]}')
     if min(ts) < 0 or max(ts) > self.T: raise ValueError(f'times must be in 0…{self.T}, got {min(ts)} … {max(ts)}')
     return ts
 

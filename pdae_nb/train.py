@@ -6,8 +6,8 @@
 __all__ = ['RECIPES', 'SIZES', 'TASKS', 'Recipe', 'recipe', 'lr_at', 'optimiser', 'EMA', 'Step', 'NonFinite', 'fit', 'noise_mse',
            'Task', 'dpm_task', 'Judge', 'judge_task', 'hardware', 'versions', 'train', 'cached_run']
 
-# %% ../nbs/05_train.ipynb #3931057c
-import copy, importlib, json, os, platform, signal, time
+# %% ../nbs/05_train.ipynb #9b2e8bcc
+import copy, importlib, json, math, os, platform, signal, time
 from dataclasses import dataclass, asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,9 +21,9 @@ from .forward import Schedule
 from .denoise import denoising_loss
 from .sample import sample
 from .unet import UNet
-from .files import save_checkpoint, load_checkpoint, models_dir, save_run, load_run, Stopped, stoppable, locked
+from .files import cast, save_checkpoint, load_checkpoint, models_dir, save_run, load_run, Stopped, stoppable, locked
 
-# %% ../nbs/05_train.ipynb #7f0dab24
+# %% ../nbs/05_train.ipynb #f731b40e
 @dataclass(frozen=True)
 class Recipe:
     "All that distinguishes one training run from another"
@@ -40,15 +40,20 @@ class Recipe:
     wd: float = 0.     # weight decay
     flip: bool = False # mirror images at random
     seed: int = 0      # of weights, order, times and noise
+    def __post_init__(self):
+        ok = dict(px=self.px >= 1, images=self.images >= 1, batch=self.batch >= 1, lr=0 < self.lr < math.inf, warmup=self.warmup >= 0,
+                  cool=0 <= self.cool <= 1, ema=0 <= self.ema < 1, clip=self.clip > 0, wd=self.wd >= 0)
+        for k, good in ok.items():
+            if not good: raise ValueError(f'recipe: {k} cannot be {getattr(self, k)}')
     @property
     def steps(self): return max(1, self.images//self.batch)
 
-# %% ../nbs/05_train.ipynb #c12fa143
+# %% ../nbs/05_train.ipynb #2e724b97
 _smoke = dict(data='digits', px=28, images=512, batch=16, lr=2e-3, warmup=5, ema=.99)
 _128 = dict(px=128, net=dict(ch=128, mult=(1, 1, 2, 3, 4), attn=(16,), drop=.1), flip=True)
 _64 = dict(px=64, batch=256, lr=3e-4, warmup=500, cool=.3, ema=.999, flip=True)
 RECIPES = {   # (run, size): row   # where its result is
-    ('mnist_dpm', 'lesson'): Recipe('mnist', 28, dict(ch=32, mult=(1, 2, 3), n_res=1, groups=8), 1_000_000, 64, 1e-3, 200, .4, .999),   # data/models/mnist_dpm/run.json
+    ('mnist_dpm', 'lesson'): Recipe('mnist', 28, dict(ch=32, mult=(1, 2, 3), n_res=1, groups=8), 720_000, 64, 1e-3, 200, .4, .999),   # data/models/mnist_dpm/run.json
     ('mnist_dpm', 'paper'): Recipe('mnist', 32, dict(ch=64, mult=(1, 2, 2, 4)), 12_800_000),   # the paper gives no number of images
     ('mnist_judge', 'lesson'): Recipe('mnist', 28, dict(ch=32), 300_000, 128, 1e-3, 100, .5, .99),   # data/models/mnist_judge/run.json
     ('mnist_judge', 'smoke'): Recipe(net=dict(ch=8), **_smoke),
@@ -74,14 +79,14 @@ def recipe(
     if (name, size) not in RECIPES: raise ValueError(f'no recipe for {name!r} at size {size!r}; there are {", ".join("/".join(k) for k in sorted(RECIPES))}')
     return RECIPES[name, size]
 
-# %% ../nbs/05_train.ipynb #0951d8dc
+# %% ../nbs/05_train.ipynb #50f81ea1
 def lr_at(
     r: Recipe, # the recipe
     i,         # step, 0…
 ) -> float:    # learning rate of that step
     "Up over `warmup` steps, level, and down to 0 over the last `cool` of the run"
     down = (r.steps - i)/max(1., r.cool*r.steps) if r.cool else 1.
-    return r.lr*min(1., (i + 1)/max(1, r.warmup), down)
+    return r.lr*max(0., min(1., (i + 1)/max(1, r.warmup), down))
 
 def optimiser(
     params,    # what to train
@@ -90,9 +95,9 @@ def optimiser(
     "Adam with decoupled weight decay, fused into one kernel; without decay it is Adam (Diff-AE Table 5)"
     return torch.optim.AdamW(params, lr=r.lr, weight_decay=r.wd, fused=True)
 
-# %% ../nbs/05_train.ipynb #c6cc80c5
+# %% ../nbs/05_train.ipynb #ce9f53c5
 class EMA:
-    "A moving average of the weights, which samples better than the weights themselves (decay .9999 in both papers' published programs)"
+    "A moving average of the weights, which samples better than the weights themselves (decay .9999 in the published programs)"
     def __init__(self,
         module: nn.Module, # what to follow
         decay=.9999,       # share of the past kept at each step, once the warm-up is over
@@ -262,21 +267,23 @@ def _check_same(old, r, out):
     if diff := [f'{k} {old.get(k)} → {new.get(k)}' for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]:
         raise ValueError(f'{out} holds a run of another recipe: {", ".join(diff)}. Choose another folder, or delete that one')
 
-# %% ../nbs/05_train.ipynb #5554f24e
-def _log_line(recent, r, seconds, skipped):
+# %% ../nbs/05_train.ipynb #33918436
+def _log_line(recent, r, T, seconds, skipped):
     "Mean loss since the last line, and its mean in each quarter of the times"
     s = recent[-1]
     line = dict(step=s.i, seen=s.seen, loss=float(torch.stack([o.loss for o in recent]).mean()), lr=s.lr, grad_norm=float(s.grad_norm),
                 images_per_s=round(len(recent)*r.batch/seconds, 1), skipped=skipped)
     if s.t is None: return line
-    t, l = torch.cat([o.t for o in recent]).double(), torch.cat([o.losses for o in recent]).float()
-    quarter = ((t - 1)/t.max()*4).long()
+    t, l = torch.cat([o.t for o in recent]), torch.cat([o.losses for o in recent]).float()
+    quarter = (t - 1)*4//T
     return line | dict(loss_by_t_quarter=[float(l[quarter == q].nanmean()) for q in range(4)])
 
 def _trim_log(path, i):   # forget the lines of steps that will be done again
-    if path.exists(): path.write_text(''.join(l for l in path.read_text().splitlines(True) if l.endswith('\n') and json.loads(l)['step'] <= i))
+    if not path.exists(): return
+    tmp = path.with_name(f'.{path.name}.tmp')
+    tmp.write_text(''.join(l for l in path.read_text().splitlines(True) if l.endswith('\n') and json.loads(l)['step'] <= i)); tmp.replace(path)
 
-# %% ../nbs/05_train.ipynb #c523d906
+# %% ../nbs/05_train.ipynb #19e960b5
 def _logged(steps, st, r, path, every, log):
     "Pass steps on, count them in the run's state, and write and tell a line every few"
     recent, t0, t1 = [], time.time() - st.seconds, time.time()
@@ -284,7 +291,7 @@ def _logged(steps, st, r, path, every, log):
         st.i, st.skipped, st.seconds = step.i, st.skipped + (not step.ok), time.time() - t0
         recent.append(step)
         if st.i % every == 0 or st.i == r.steps:
-            line = _log_line(recent, r, time.time() - t1, st.skipped); recent, t1 = [], time.time()
+            line = _log_line(recent, r, st.task.sched.T if st.task.sched else 1, time.time() - t1, st.skipped); recent, t1 = [], time.time()
             with open(path, 'a') as f: f.write(json.dumps(line) + '\n')
             log(f'{st.i}/{r.steps}  loss {line["loss"]:.4f}  {line["images_per_s"]:.0f} images/s')
         yield step
@@ -305,18 +312,19 @@ def _start(r, task, out, device, compile, log):
     if task.images.x.numel() < free/4: task.images = task.images.to(device)
     return st
 
-# %% ../nbs/05_train.ipynb #18a93bda
+# %% ../nbs/05_train.ipynb #8fb4fbde
 def _preview(st, path):
     import matplotlib.pyplot as plt
     path.parent.mkdir(exist_ok=True); fig = show(st.task.preview(st.averaged)).figure; fig.savefig(path, dpi=80); plt.close(fig)
 
 def _finish(name, r, out, st, device):
     "Round the averaged weights as they will be stored, judge them, write the run"
-    for m in st.averaged.values(): m.half().float()
+    for k, m in st.averaged.items():
+        for n, v in m.state_dict().items(): v.copy_(cast(v, torch.float16, f'{name}: {k}.{n}'))
     about = dict(recipe=_json(asdict(r)), images_seen=st.i*r.batch, steps_skipped=st.skipped, seconds=round(st.seconds), hardware=hardware(device), versions=versions())
     save_run(out/name, st.averaged, st.task.sched, about | dict(result=st.task.result(st.averaged)))
 
-# %% ../nbs/05_train.ipynb #1042837f
+# %% ../nbs/05_train.ipynb #15441964
 def train(
     name,          # run, `<data>_<what>`
     r: Recipe,     # its row
@@ -331,21 +339,25 @@ def train(
 ) -> Path:         # the run's folder
     "Train a run, or go on with it: the same call resumes, and ends with the same weights bit for bit"
     task, out, device = task or _task_of(name), Path(out), torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-    with locked(out), stoppable() as asked:
+    for k, v in dict(every=every, log_every=log_every).items():
+        if v < 1: raise ValueError(f'{k} must be at least 1 step, got {v}')
+    with locked(out):
         if (out/name/'run.json').exists():
             _check_same(json.loads((out/name/'run.json').read_text())['recipe'], r, out); log(f'{out/name} is done'); return out/name
         st = _start(r, task, out, device, compile, log)
         save = lambda: save_checkpoint(out/'checkpoints', st.i, st.model, st.ema, st.opt, dict(recipe=_json(asdict(r)), seconds=st.seconds, skipped=st.skipped))
         data = batches(st.task.images, r.batch, r.steps, r.flip, r.seed, st.i, device=device)
         steps = fit(st.task.loss_fn, st.model.parameters(), data, r, st.ema, opt=st.opt, start=st.i)
-        try:
-            for step in tqdm(_logged(steps, st, r, out/'log.jsonl', log_every, log), name, r.steps, initial=st.i, disable=None):
-                if asked: raise Stopped(signal.Signals(asked[0]), f'saved after step {st.i} of {r.steps}; the same command goes on from there')
-                if st.i % every == 0 and st.i < r.steps:
-                    save()
-                    if st.task.preview: _preview(st, out/f'samples/{st.i:09d}.png')
-        except (Stopped, NonFinite): save(); raise
-        save(); _finish(name, r, out, st, device)
+        with stoppable() as asked:      # until here, and when judging, an interruption loses nothing
+            try:
+                for step in tqdm(_logged(steps, st, r, out/'log.jsonl', log_every, log), name, r.steps, initial=st.i, disable=None):
+                    if asked: raise Stopped(signal.Signals(asked[0]), f'saved after step {st.i} of {r.steps}; the same command goes on from there')
+                    if st.i % every == 0 and st.i < r.steps:
+                        save()
+                        if st.task.preview: _preview(st, out/f'samples/{st.i:09d}.png')
+            except (Stopped, NonFinite): save(); raise
+            save()
+        _finish(name, r, out, st, device)
         log(f'{out/name} is done'); return out/name
 
 # %% ../nbs/05_train.ipynb #1a293df1

@@ -6,7 +6,12 @@ import torch
 
 GOLDEN = Path(__file__).with_name('golden_loss.json')
 
-def here(): return dict(torch=torch.__version__.split('+')[0], cpu=torch.backends.cpu.get_cpu_capability())
+def here():
+    "What the last digits depend on"
+    import PIL, platform, sklearn
+    info = Path('/proc/cpuinfo')
+    cpu = next((l.split(':')[1].strip() for l in info.read_text().splitlines() if l.startswith('model name')), '') if info.exists() else platform.processor()
+    return dict(torch=torch.__version__.split('+')[0], numpy=np.__version__, pillow=PIL.__version__, sklearn=sklearn.__version__, cpu=cpu, isa=torch.backends.cpu.get_cpu_capability())
 
 def losses(steps=30):
     from pdae_nb.data import batches
