@@ -283,8 +283,8 @@ def cmd_bench(
     kind = 'cpu' if 'CPU' in d['hardware'] else d['hardware'].replace(' ', '-')
     return d | dict(written=_write_json(out or _results()/'bench'/f'{kind}.json', d))
 
-# %% ../nbs/16_cli.ipynb #02209402
-def _strip(net, sched, out, n=8, steps=50, at=(1000, 800, 600, 400, 200, 0)):
+# %% ../nbs/16_cli.ipynb #c315f7d2
+def _strip(net, sched, out, n=8, steps=50, at=(1000, 500, 300, 200, 100, 0)):
     "Eight images on their way out of the noise, a row for each time"
     xT = _noise(net, n, 1)
     states = {sched.T: xT} | {s: x for s, x, _ in trajectory(net, xT, sched, steps, clip=1.)}

@@ -444,6 +444,15 @@ def test_fit_leaves_everything_alone(bad, where):
     for k in (1, 2): assert all(raw(a) == raw(b) for a, b in zip(seen[k][1], seen[0][1]))
     assert not torch.equal(seen[3][1][0], seen[0][1][0])
 
+def test_the_noise_of_a_step_depends_on_seed_and_step_alone():
+    from dataclasses import replace
+    def losses(seed=0, start=0, before=0):
+        torch.manual_seed(before); torch.rand(before)
+        m = Line(); loss_fn = lambda x0, y: (x0*m.w*torch.rand(2, 3) + nn.functional.dropout(m.w)).mean(1)*0 + torch.rand(2) + 0*m.w.sum()
+        return [s.loss.item() for s in fit(loss_fn, m.parameters(), rows(6 - start), replace(ROW, seed=seed), start=start, amp=False)]
+    whole = losses()
+    assert len(set(whole)) == 6 and losses(before=5) == whole and losses(start=4) == whole[4:] and not set(losses(seed=1)) & set(whole)
+
 def test_patience_counts_steps_in_a_row():
     m, n = Line(), itertools.count()
     def loss_fn(x0, y): return (m.w.square().sum()*(float('nan') if next(n) % 10 else 1.)).expand(2), torch.tensor([3, 5])
