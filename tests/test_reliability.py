@@ -121,11 +121,11 @@ if __name__ == '__main__': serve(); sys.exit()
 
 # ---------------------------------------------------------------- this side
 
-import numpy as np, pytest, torch
+import pytest, torch
 from torch import nn
 from pdae_nb.data import Images, batches, load_images, to_signed, to_uint8
 from pdae_nb.denoise import GaussianMixture, denoising_loss
-from pdae_nb.files import fill, load_checkpoint, load_run, locked, read_tensors, save_checkpoint, save_run, stoppable, write_tensors
+from pdae_nb.files import fill, load_checkpoint, load_run, read_tensors, save_checkpoint, save_run, stoppable, write_tensors
 from pdae_nb.forward import Schedule, add_noise, posterior
 from pdae_nb.sample import invert_exactly, sample, trajectory
 from pdae_nb.train import EMA, NonFinite, Recipe, fit, recipe, train
