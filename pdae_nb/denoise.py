@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Denoiser', 'square', 'denoising_loss', 'GaussianMixture', 'predict_x0', 'loss_curve']
 
-# %% ../nbs/02_denoise.ipynb #46aa66dc
+# %% ../nbs/02_denoise.ipynb #c252f8eb
 from typing import Protocol
 import torch, torch.nn.functional as F
 from torch import Tensor
 from fastcore.basics import patch
 from .forward import Schedule, at, add_noise, eps_to_x0, score_to_eps
 
-# %% ../nbs/02_denoise.ipynb #7cc654aa
+# %% ../nbs/02_denoise.ipynb #e73a50f2
 class Denoiser(Protocol):
     "Any callable that looks at noisy data and names the noise in it"
     def __call__(self,
@@ -21,14 +21,14 @@ class Denoiser(Protocol):
     ) -> Tensor:    # predicted noise, like `xt`
         ...
 
-# %% ../nbs/02_denoise.ipynb #63bc1362
+# %% ../nbs/02_denoise.ipynb #747b9a77
 def square(
     d: Tensor, # differences
 ) -> Tensor:   # their squares
     "Squared error, `denoising_loss`'s usual distance; `torch.abs` is that of Diff-AE's latent DPM"
     return d*d
 
-# %% ../nbs/02_denoise.ipynb #6d92e084
+# %% ../nbs/02_denoise.ipynb #2a43e9d4
 def denoising_loss(
     denoiser: Denoiser, # (xt,t) -> eps
     x0: Tensor,         # clean data: (B,...)
@@ -49,7 +49,7 @@ def denoising_loss(
     if weight is not None: loss = weight(sched, t).to(loss)*loss
     return loss if reduce is None else reduce(loss)
 
-# %% ../nbs/02_denoise.ipynb #4f915a86
+# %% ../nbs/02_denoise.ipynb #0d925520
 class GaussianMixture:
     "Data whose every conditional can be written down: K equally likely Gaussian blobs, one class each (PDAE Eq. 1 in closed form)"
     def __init__(self,
@@ -67,7 +67,7 @@ class GaussianMixture:
         d = xt[:, None] - at(ab.sqrt(), xt)[..., None]*self.mu.to(xt)      # (B,K,D)
         return -d.square().sum(-1)/(2*var), d/var[..., None]
 
-# %% ../nbs/02_denoise.ipynb #4b1f2b4d
+# %% ../nbs/02_denoise.ipynb #eb1f01ae
 @patch
 def sample(self: GaussianMixture,
     n,              # how many
@@ -79,7 +79,7 @@ def sample(self: GaussianMixture,
     y, noise = y.to(self.mu.device), noise.to(self.mu.device)
     return self.mu[y] + self.std*noise, y
 
-# %% ../nbs/02_denoise.ipynb #36f021f4
+# %% ../nbs/02_denoise.ipynb #adf8d80e
 @patch
 def log_p(self: GaussianMixture,
     xt: Tensor, # noisy data: (B,D)
@@ -90,7 +90,7 @@ def log_p(self: GaussianMixture,
     log_p = self._modes(xt, t)[0].log_softmax(-1)
     return log_p if y is None else log_p.gather(1, y.expand(len(xt))[:, None])[:, 0]
 
-# %% ../nbs/02_denoise.ipynb #a68398bf
+# %% ../nbs/02_denoise.ipynb #60240d5d
 @patch
 def __call__(self: GaussianMixture,
     xt: Tensor, # noisy data: (B,D)
@@ -102,7 +102,7 @@ def __call__(self: GaussianMixture,
     w = log_w.softmax(-1) if y is None else F.one_hot(y, len(self.mu)).to(xt)
     return score_to_eps(self.sched, t, -(w[..., None]*pull).sum(1))
 
-# %% ../nbs/02_denoise.ipynb #2ceebebd
+# %% ../nbs/02_denoise.ipynb #0b365f7d
 def predict_x0(
     denoiser: Denoiser, # (xt,t) -> eps
     xt: Tensor,         # noisy data: (B,...)
@@ -112,17 +112,24 @@ def predict_x0(
     "The clean data that the predicted noise implies (Diff-AE Eq. 5)"
     return eps_to_x0(sched, xt, t, denoiser(xt, t))
 
-# %% ../nbs/02_denoise.ipynb #18aed449
+# %% ../nbs/02_denoise.ipynb #7ea039d8
 @torch.no_grad()
 def loss_curve(
-    denoiser: Denoiser, # (xt,t) -> eps
+    denoiser: Denoiser, # (xt,t) -> eps, or (xt,t,y) -> eps if there is `y`
     x0: Tensor,         # clean data: (B,...)
     sched: Schedule,    # noise table
     ts,                 # times in 1…T to look at
     seed=0,             # of the noise, the same for every t and every denoiser
+    *,
+    y: Tensor = None,   # what the denoiser is conditioned on, a row for each sample: (B,...)
+    bs=500,             # samples at a pass, from several times if one has fewer
+    progress=iter,      # wraps the list of passes, e.g. `tqdm`
 ) -> Tensor:            # (len(ts), B): one loss per time and sample
     "The denoising loss at each time: where in the process the denoiser errs (PDAE Eq. 3, one t at a time)"
-    g = torch.Generator().manual_seed(seed)
-    eps = torch.randn(x0.shape, generator=g, dtype=x0.dtype).to(x0.device)
-    at_t = lambda t: torch.full((len(x0),), int(t), device=x0.device)
-    return torch.stack([denoising_loss(denoiser, x0, sched, t=at_t(t), eps=eps, reduce=None) for t in ts])
+    eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed), dtype=x0.dtype).to(x0.device)
+    def one(part):
+        again = lambda o: o.repeat(len(part), *[1]*(o.ndim - 1))
+        f = denoiser if y is None else lambda xt, t: denoiser(xt, t, again(y))
+        return denoising_loss(f, again(x0), sched, t=part.repeat_interleave(len(x0)), eps=again(eps), reduce=None)
+    ts = torch.as_tensor(list(ts), device=x0.device)
+    return torch.cat([one(part) for part in progress(ts.split(max(1, bs//len(x0))))]).reshape(len(ts), len(x0))

@@ -6,7 +6,7 @@
 __all__ = ['RECIPES', 'TASKS', 'Recipe', 'recipe', 'lr_at', 'optimiser', 'EMA', 'Step', 'NonFinite', 'fit', 'noise_mse', 'Task',
            'dpm_task', 'Judge', 'judge_task', 'hardware', 'versions', 'train', 'cached_run']
 
-# %% ../nbs/05_train.ipynb #9b2e8bcc
+# %% ../nbs/05_train.ipynb #9b2a2856
 import copy, importlib, json, math, os, platform, signal, time
 from dataclasses import dataclass, asdict
 from pathlib import Path
@@ -23,7 +23,7 @@ from .sample import sample
 from .unet import UNet
 from .files import cast, save_checkpoint, load_checkpoint, models_dir, save_run, load_run, Stopped, stoppable, locked
 
-# %% ../nbs/05_train.ipynb #284ef203
+# %% ../nbs/05_train.ipynb #b81b9cbd
 @dataclass(frozen=True)
 class Recipe:
     "All that distinguishes one training run from another"
@@ -47,7 +47,7 @@ class Recipe:
     @property
     def steps(self): return max(1, self.images//self.batch)
 
-# %% ../nbs/05_train.ipynb #cab747ea
+# %% ../nbs/05_train.ipynb #09b8b6b4
 _smoke = dict(data='digits', px=28, images=512, batch=16, lr=2e-3, warmup=5, ema=.99)
 _128 = dict(px=128, net=dict(ch=128, mult=(1, 1, 2, 3, 4), attn=(16,), drop=.1), flip=True)
 RECIPES = {   # (run, size): row   # where its result is
@@ -75,7 +75,7 @@ def recipe(
     if (name, size) not in RECIPES: raise ValueError(f'no recipe for {name!r} at size {size!r}; there are {", ".join("/".join(k) for k in sorted(RECIPES))}')
     return RECIPES[name, size]
 
-# %% ../nbs/05_train.ipynb #152f5a6a
+# %% ../nbs/05_train.ipynb #e88c6184
 def lr_at(
     r: Recipe, # the recipe
     i,         # step, 0…
@@ -90,7 +90,7 @@ def optimiser(
     "Adam with decoupled weight decay, fused into one kernel; without decay it is Adam (Diff-AE Table 5)"
     return torch.optim.AdamW(params, lr=r.lr, weight_decay=r.wd, fused=True)
 
-# %% ../nbs/05_train.ipynb #55bf5540
+# %% ../nbs/05_train.ipynb #ce334a02
 class EMA:
     "A moving average of the weights, which samples better than the weights themselves (decay .9999 in the published programs)"
     def __init__(self,
@@ -105,7 +105,7 @@ class EMA:
         "Move towards the weights"
         torch._foreach_lerp_(self.mine, self.theirs, 1 - min(self.decay, (1 + i)/(10 + i)))
 
-# %% ../nbs/05_train.ipynb #eb198d57
+# %% ../nbs/05_train.ipynb #14bf4eb5
 class Step(NamedTuple):
     "What one training step leaves behind"
     i: int                # steps done, 1…
@@ -119,7 +119,7 @@ class Step(NamedTuple):
 
 class NonFinite(RuntimeError): "Too many steps in a row whose loss or gradient was not finite"
 
-# %% ../nbs/05_train.ipynb #cc17d02b
+# %% ../nbs/05_train.ipynb #ceedc5f7
 def _seed(seed, i): torch.manual_seed(int(np.random.SeedSequence([seed, i, 2]).generate_state(1, np.uint64)[0] >> 1))
 
 def _where(losses, t):
@@ -135,7 +135,7 @@ def _update(loss, params, opt, r):
     opt.zero_grad(set_to_none=True)
     return norm, ok
 
-# %% ../nbs/05_train.ipynb #fe9bd218
+# %% ../nbs/05_train.ipynb #ddd6bf85
 def fit(
     loss_fn,      # (x0,y) -> scalar, or (losses (B,), t (B,)); its randomness is a function of the recipe's seed and the step alone
     params,       # what to train
@@ -163,23 +163,25 @@ def fit(
         yield Step(i + 1, loss.detach(), (i + 1)*recipe.batch, lr_at(recipe, i), norm.detach(), ok, None if t is None else losses.detach(), t)
         if bad == patience: raise NonFinite(f'{bad} steps in a row were not finite, the last one step {i + 1}{_where(losses.detach(), t)}')
 
-# %% ../nbs/05_train.ipynb #cb1f2410
+# %% ../nbs/05_train.ipynb #1143b786
 @torch.no_grad()
 def noise_mse(
-    denoiser,        # (xt,t) -> eps
+    denoiser,        # (xt,t) -> eps, or (xt,t,y) -> eps if there is `y`
     x0: Tensor,      # clean held-out data: (N,...)
     sched: Schedule, # noise table
     seed=0,          # of times and noise
     bs=500,          # batch size
+    y: Tensor=None,  # what the denoiser is conditioned on, a row for each image: (N,...)
 ) -> tuple:          # losses (N,) and times (N,), on the CPU
     "How a DPM is judged on data it never saw: each image once, times spread evenly over 1…T, noise fixed by the seed (PDAE Eq. 3)"
     g = torch.Generator().manual_seed(seed)
     t = torch.randperm(len(x0), generator=g)*sched.T//len(x0) + 1
     eps = torch.randn(x0.shape, generator=g)
-    one = lambda i: denoising_loss(denoiser, x0[i], sched, t=t[i].to(x0.device), eps=eps[i].to(x0), reduce=None).cpu()
+    given = lambda i: denoiser if y is None else lambda xt, t: denoiser(xt, t, y[i])
+    one = lambda i: denoising_loss(given(i), x0[i], sched, t=t[i].to(x0.device), eps=eps[i].to(x0), reduce=None).cpu()
     return torch.cat([one(slice(k, k + bs)) for k in range(0, len(x0), bs)]), t
 
-# %% ../nbs/05_train.ipynb #a89577de
+# %% ../nbs/05_train.ipynb #a3224712
 @dataclass
 class Task:
     "What `train` needs to know beyond the recipe"
@@ -205,7 +207,7 @@ def dpm_task(
         return dict(test_noise_mse=mse.mean().item(), standard_error=(mse.std()/len(mse)**.5).item(), test_images=len(mse))
     return Task(dict(dpm=net), images, loss_fn, result, sched, lambda parts: sample(parts['dpm'], noise.to(_device(parts['dpm'])), sched, 20, clip=1.))
 
-# %% ../nbs/05_train.ipynb #9140a562
+# %% ../nbs/05_train.ipynb #7b7efcf0
 class Judge(nn.Module):
     "A small classifier of clean images, trained apart from every diffusion model, to say what a sample shows"
     def __init__(self,
@@ -222,7 +224,7 @@ class Judge(nn.Module):
     ) -> Tensor:   # logits: (B,classes)
         return self.head(self.body(x).amax((2, 3))).to(x.dtype)
 
-# %% ../nbs/05_train.ipynb #c2b7db02
+# %% ../nbs/05_train.ipynb #240ac4c2
 def judge_task(
     r: Recipe, # its row
 ) -> Task:
@@ -237,7 +239,7 @@ def judge_task(
         return dict(test_accuracy=(p.argmax(1) == test.y).float().mean().item(), test_sure=(p.amax(1) > .9).float().mean().item(), test_images=len(p))
     return Task(dict(judge=net), images, loss_fn, result)
 
-# %% ../nbs/05_train.ipynb #aa20593b
+# %% ../nbs/05_train.ipynb #b6e78547
 TASKS = dict(dpm=dpm_task, judge=judge_task)   # what `train` makes of a run `<data>_<what>`; later lessons add theirs
 
 def _task_of(name):
@@ -260,7 +262,7 @@ def _check_same(old, r, out):
     if diff := [f'{k} {old.get(k)} → {new.get(k)}' for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]:
         raise ValueError(f'{out} holds a run of another recipe: {", ".join(diff)}. Choose another folder, or delete that one')
 
-# %% ../nbs/05_train.ipynb #7d59fbbe
+# %% ../nbs/05_train.ipynb #ababa035
 def _log_line(recent, r, T, seconds, skipped):
     "Mean loss since the last line, and its mean in each quarter of the times"
     s = recent[-1]
@@ -275,7 +277,7 @@ def _trim_log(path, i):   # forget the lines of steps that will be done again
     tmp = path.with_name(f'.{path.name}.tmp')
     tmp.write_text(''.join(l for l in path.read_text().splitlines(True) if l.endswith('\n') and json.loads(l)['step'] <= i)); tmp.replace(path)
 
-# %% ../nbs/05_train.ipynb #19e960b5
+# %% ../nbs/05_train.ipynb #5ec73315
 def _logged(steps, st, r, path, every, log):
     "Pass steps on, count them in the run's state, and write and tell a line every few"
     recent, t0, t1 = [], time.time() - st.seconds, time.time()
@@ -288,7 +290,7 @@ def _logged(steps, st, r, path, every, log):
             log(f'{st.i}/{r.steps}  loss {line["loss"]:.4f}  {line["images_per_s"]:.0f} images/s')
         yield step
 
-# %% ../nbs/05_train.ipynb #36422936
+# %% ../nbs/05_train.ipynb #34fa8b1a
 def _start(r, task, out, device, compile, log):
     "Networks, average and optimiser, new or as the last checkpoint left them"
     torch.manual_seed(r.seed)
@@ -303,7 +305,7 @@ def _start(r, task, out, device, compile, log):
     if device.type == 'cuda' and task.images.x.numel() < torch.cuda.mem_get_info(device)[0]/4: task.images = task.images.to(device)
     return st
 
-# %% ../nbs/05_train.ipynb #8fb4fbde
+# %% ../nbs/05_train.ipynb #ab2b22a7
 def _preview(st, path):
     import matplotlib.pyplot as plt
     path.parent.mkdir(exist_ok=True); fig = show(st.task.preview(st.averaged)).figure; fig.savefig(path, dpi=80); plt.close(fig)
@@ -315,7 +317,7 @@ def _finish(name, r, out, st, device):
     about = dict(recipe=_json(asdict(r)), images_seen=st.i*r.batch, steps_skipped=st.skipped, seconds=round(st.seconds), hardware=hardware(device), versions=versions())
     save_run(out/name, st.averaged, st.task.sched, about | dict(result=st.task.result(st.averaged)))
 
-# %% ../nbs/05_train.ipynb #f9e71ff6
+# %% ../nbs/05_train.ipynb #76ec1e40
 def train(
     name,          # run, `<data>_<what>`
     r: Recipe,     # its row
@@ -349,7 +351,7 @@ def train(
         _finish(name, r, out, st, device)
         log(f'{out/name} is done'); return out/name
 
-# %% ../nbs/05_train.ipynb #1a293df1
+# %% ../nbs/05_train.ipynb #0f14d5df
 def cached_run(
     name,      # run, `<data>_<what>`
     make=None, # recipe -> Task; None looks `<what>` up in TASKS

@@ -1,6 +1,8 @@
 """The laws of the interface, in float64, on a mixture whose every answer can be written down."""
 import pytest, torch
 from pdae_nb.denoise import GaussianMixture, denoising_loss, loss_curve, predict_x0
+from pdae_nb.gap import gap_curve, gap_factor, posterior_gap
+from pdae_nb.guidance import classifier_guided, grad_log, guided, stage_accuracy, stage_grid
 from pdae_nb.forward import Schedule, add_noise, at, eps_to_x0, posterior, score_to_eps, shift_to_eps, x0_to_eps
 from pdae_nb.sample import belm_step, ddim_step, dpmpp_step, invert, invert_exactly, sample, trajectory
 
@@ -22,9 +24,46 @@ def noisy(gm, t, n=200):
 def test_bayes_rule_for_scores(gm, t):
     "eps + score_to_eps(grad log p(y|x_t)) is the exact conditional eps"
     _, y, t, _, xt = noisy(gm, t)
-    xt.requires_grad_()
-    score = torch.autograd.grad(gm.log_p(xt, t, y).sum(), xt)[0]
-    torch.testing.assert_close(gm(xt, t) + score_to_eps(SCHED, t, score), gm(xt, t, y), rtol=1e-9, atol=1e-9)
+    one = guided(lambda xt, t: (gm(xt, t), grad_log(lambda x: gm.log_p(x, t, y), xt)), SCHED)
+    for f in (one, classifier_guided(gm, gm, y, SCHED)): torch.testing.assert_close(f(xt, t), gm(xt, t, y), rtol=1e-9, atol=1e-9)
+
+@pytest.mark.parametrize('window', [(0, 1), (0, 1000), (300, 700), (999, 1000)])
+def test_guidance_acts_in_its_window_and_nowhere_else(gm, window):
+    x0, y, _, eps, _ = noisy(gm, 1, 50)
+    asked = []
+    both = lambda xt, t: asked.append(t) or (gm(xt, t), grad_log(lambda x: gm.log_p(x, t, y), xt))
+    f = guided(both, SCHED, window=window, unguided=gm)
+    for t in (1, 2, 300, 301, 700, 701, 999, 1000):
+        tt = torch.full((50,), t); xt = add_noise(SCHED, x0, tt, eps)
+        inside = window[0] < t <= window[1]; before = len(asked)
+        torch.testing.assert_close(f(xt, tt), gm(xt, tt, y) if inside else gm(xt, tt), rtol=1e-9, atol=1e-9)
+        assert (len(asked) > before) == inside, 'the score is computed inside the window, and only there'
+    t = torch.arange(1, 51)*20; xt = add_noise(SCHED, x0, t, eps)           # and sample by sample in one batch
+    want = torch.where(((window[0] < t) & (t <= window[1]))[:, None], gm(xt, t, y), gm(xt, t))
+    torch.testing.assert_close(f(xt, t), want, rtol=1e-9, atol=1e-9)
+
+def test_a_score_leaves_the_caller_alone(gm):
+    _, y, t, _, xt = noisy(gm, 500)
+    for mode in (torch.no_grad, torch.enable_grad, torch.inference_mode):
+        with mode():
+            before = torch.is_grad_enabled(), xt.requires_grad
+            score = grad_log(lambda x: gm.log_p(x, t, y), xt)
+            assert (torch.is_grad_enabled(), xt.requires_grad) == before
+            assert score.requires_grad == (mode is torch.enable_grad)        # differentiable in a loss, without a graph in a sampler
+    temper = torch.ones((), **f64, requires_grad=True)
+    grad_log(lambda x: temper*gm.log_p(x, t, y), xt).square().sum().backward()
+    torch.testing.assert_close(temper.grad, 2*score.square().sum())          # d/da (a·score)² at a = 1: a second derivative
+
+@pytest.mark.parametrize('eta', [0., 1.])
+def test_shared_beginnings_change_nothing(gm, eta):
+    "every window of the grid equals mixed sampling from the start, draw for draw"
+    y, xT = torch.arange(60) % 3, torch.randn(60, 2, **f64)
+    kw = dict(step=250, substeps=5, eta=eta, clip=None, scale=2.)
+    judge = lambda x: -torch.cdist(x, gm.mu)
+    cells = stage_grid(gm, gm, judge, xT, y, SCHED, **kw)
+    assert len(cells) == 11
+    for w in cells:
+        if w != (0, 0): assert torch.equal(cells[w], stage_accuracy(gm, gm, judge, xT, y, SCHED, window=w, **kw))
 
 @pytest.mark.parametrize('t', TIMES)
 def test_posterior_mean_from_eps_is_the_textbook_one(gm, t):
@@ -60,17 +99,18 @@ def test_t0_is_clean(gm):
 def test_a_denoiser_that_knows_x0_has_no_gap(gm, t):
     x0, _, t, eps, xt = noisy(gm, t)
     oracle = lambda xt, t: x0_to_eps(SCHED, xt, t, x0)
-    gap = posterior(SCHED, x0, xt, t)[0] - posterior(SCHED, predict_x0(oracle, xt, t, SCHED), xt, t)[0]
-    assert gap.abs().max() < 1e-9
+    assert posterior_gap(oracle, x0, SCHED, t, eps).max() < 1e-18
     assert denoising_loss(oracle, x0, SCHED, t=t, eps=eps) < 1e-18
 
+@pytest.mark.parametrize('t', TIMES)
+def test_gap_and_loss_are_one_measurement(gm, t):
+    x0, _, t, eps, _ = noisy(gm, t)
+    loss = denoising_loss(gm, x0, SCHED, t=t, eps=eps, reduce=None)
+    torch.testing.assert_close(posterior_gap(gm, x0, SCHED, t, eps), 2*gap_factor(SCHED, t)*loss, rtol=1e-8, atol=1e-14)
+
 def test_the_label_narrows_the_gap_at_every_t(gm):
-    gaps = []
-    for t in TIMES[1:]:
-        x0, y, t, _, xt = noisy(gm, t, 20_000)
-        mean = lambda e: posterior(SCHED, eps_to_x0(SCHED, xt, t, e), xt, t)[0]
-        true = posterior(SCHED, x0, xt, t)[0]
-        gaps.append([(true - mean(e)).square().sum(1).mean().item() for e in (gm(xt, t), gm(xt, t, y))])
+    x0, y = gm.sample(20_000)
+    gaps = [(u.mean(), c.mean()) for u, c in zip(gap_curve(gm, x0, SCHED, TIMES[1:]), gap_curve(gm, x0, SCHED, TIMES[1:], y=y))]
     assert all(cond <= uncond*(1 + 1e-9) for uncond, cond in gaps)
     assert any(cond < .5*uncond for uncond, cond in gaps)
 

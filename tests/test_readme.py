@@ -55,3 +55,11 @@ def test_numbers_are_those_of_the_run():
     assert f'{about["images_seen"]:,} images' in README
     ev = json.loads((ROOT/'data/results/mnist_dpm/lesson.json').read_text())
     assert f'{ev["judge"]["sure_of_samples"]:.1%}'.replace('%', ' %') in README
+
+def test_the_critical_stage_is_the_one_measured():
+    d = json.loads((ROOT/'data/results/critical_stage_ddim/lesson.json').read_text()); f, about = d['shortest'], d['about']
+    a, b = f['window']
+    percent = lambda v: f'{v:.1%}'.replace('%', ' %')
+    assert f'{a} < t ≤ {b}, {percent(f["accuracy"])} of {f["samples"]} samples' in README
+    assert f'{percent(f["full"])} when guided throughout and {percent(f["none"])} when never' in README
+    assert f'keeps {f["share"]:.0%}'.replace('%', ' %') in README and f'scale {about["scale"]:g};' in README and f'{about["T"]//about["step"]*about["substeps"]} steps' in README

@@ -1,0 +1,116 @@
+"""The label's rooms: conditional network, noisy classifier, and a map of stages that survives its killer."""
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+import pytest, torch
+from pdae_nb.forward import Schedule
+from pdae_nb.gap import FIG1_TIMES, LabelUNet, cdpm_task, load_results
+from pdae_nb.guidance import NoisyClassifier, classifier_guided, classifier_loss, shortest_window, unpack_cells
+from pdae_nb.train import dpm_task, load_run, recipe
+from pdae_nb.unet import UNet
+from pdae_nb.weighting import stage_share, w_pdae
+
+ROOT = Path(__file__).parent.parent
+SCHED = Schedule.linear()
+TINY = dict(c=1, size=8, ch=8, mult=(1, 2), n_res=1)
+
+def wake(net):
+    torch.manual_seed(1)
+    for p in net.parameters(): torch.nn.init.normal_(p, std=.2) if p.ndim > 1 else None
+    return net
+
+def test_the_pair_differs_by_the_label_alone():
+    "same initial weights, and at the first step the same loss, because the label is silent at birth"
+    r = recipe('mnist_cdpm', 'smoke')
+    assert r == recipe('mnist_dpm', 'smoke') and recipe('mnist_cdpm', 'lesson') == recipe('mnist_dpm', 'lesson')
+    tasks = []
+    for f in (dpm_task, cdpm_task): torch.manual_seed(0); tasks.append(f(r))
+    a, b = (t.parts['dpm'].state_dict() for t in tasks)
+    assert set(b) - set(a) == {'label.weight'} and all(torch.equal(a[k], b[k]) for k in a)
+    x0, y = torch.rand(8, 1, 28, 28)*2 - 1, torch.arange(8)
+    losses = []
+    for t in tasks: torch.manual_seed(5); losses.append(t.loss_fn(x0, y)[0])
+    assert torch.equal(*losses)
+
+def test_a_label_reaches_every_pixel():
+    net = wake(LabelUNet(10, **TINY)); x, t = torch.randn(2, 1, 8, 8), torch.tensor([5, 900])
+    a, b = (net(x, t, torch.tensor([k, k])) for k in (1, 2))
+    assert (a != b).all() and torch.equal(net(x, t, torch.tensor([1])), a), 'one label serves for all'
+
+@pytest.mark.parametrize('y, error, words', [(10, ValueError, 'labels must be in 0…9, got 10'), (-1, ValueError, 'got -1'), ([1, 2, 3], ValueError, 'expected 2 labels'), ([1., 2.], TypeError, 'integers'), ([[1, 2]], ValueError, 'shape')])
+def test_wrong_labels_are_named(y, error, words):
+    net, clf = LabelUNet(10, **TINY), NoisyClassifier(**TINY); x, t = torch.randn(2, 1, 8, 8), torch.tensor([5, 900])
+    with pytest.raises(error, match=words): net(x, t, torch.as_tensor(y))
+    with pytest.raises(error, match=words): clf.log_p(x, t, torch.as_tensor(y))
+
+@pytest.mark.parametrize('window', [(700, 400), (400, 400), (-1, 400), (400, 1001)])
+def test_wrong_windows_are_named(window):
+    net, clf = UNet(**TINY), NoisyClassifier(**TINY)
+    with pytest.raises(ValueError, match=r'0 <= t1 < t2 <= 1000'): classifier_guided(net, clf, 3, SCHED, window=window)
+    with pytest.raises(ValueError, match=r'0 <= t1 < t2 <= 1000'): stage_share(w_pdae, SCHED, window)
+
+def test_a_classifier_of_another_size_is_refused():
+    with pytest.raises(ValueError, match='16'): classifier_guided(UNet(**TINY), NoisyClassifier(**TINY | dict(size=16)), 3, SCHED)
+    with pytest.raises(ValueError, match='built for images'): NoisyClassifier(**TINY)(torch.randn(2, 1, 16, 16), torch.tensor([1, 2]))
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+def test_guidance_under_autocast_follows_float64(dtype):
+    net, clf = wake(UNet(**TINY)), wake(NoisyClassifier(**TINY)); x, t, y = torch.randn(4, 1, 8, 8), torch.tensor([1, 100, 500, 1000]), torch.tensor([1, 2, 3, 4])
+    with torch.no_grad():
+        want = classifier_guided(net.double(), clf.double(), y, SCHED)(x.double(), t)
+        with torch.autocast('cpu', torch.bfloat16, enabled=dtype == torch.bfloat16): got = classifier_guided(net.float(), clf.float(), y, SCHED)(x, t)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-4 if dtype == torch.float32 else .05*want.std().item() + .1*want.abs().max().item())
+
+def test_a_classifier_learns_under_compile():
+    "the compiled forward, its gradient and the gradient for guidance agree with the plain ones"
+    clf = wake(NoisyClassifier(**TINY)); x0, y, t, eps = torch.randn(4, 1, 8, 8), torch.tensor([1, 2, 3, 4]), torch.tensor([1, 100, 500, 1000]), torch.randn(4, 1, 8, 8)
+    def measure():
+        clf.zero_grad(); loss = classifier_loss(clf, x0, y, SCHED, t=t, eps=eps); loss.backward()
+        with torch.no_grad(): push = classifier_guided(lambda x, t: torch.zeros_like(x), clf, y, SCHED)(x0, t)
+        return [loss.detach(), push, *(p.grad.clone() for p in clf.parameters() if p.grad is not None)]
+    plain = measure(); clf.compile(backend='aot_eager')
+    for a, b in zip(plain, measure(), strict=True): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+CODE = '''
+import sys, time, torch
+from pdae_nb.denoise import GaussianMixture
+from pdae_nb.forward import Schedule
+from pdae_nb.guidance import stage_grid
+torch.set_num_threads(1); torch.manual_seed(0)
+gm = GaussianMixture(torch.tensor([[.8, .6], [-.9, .3], [.1, -1.]], dtype=torch.float64), .15, Schedule.linear())
+def judge(x): time.sleep(float(sys.argv[2])); return -torch.cdist(x, gm.mu)
+stage_grid(gm, gm, judge, torch.randn(30, 2, dtype=torch.float64), torch.arange(30) % 3, gm.sched, step=100, eta=1., clip=None, path=sys.argv[1])
+'''
+
+def test_a_map_that_was_killed_is_gone_on_with(tmp_path):
+    "SIGKILL in the middle; the second call keeps the finished windows and ends with the same bits"
+    def start(name, pause): return subprocess.Popen([sys.executable, '-c', CODE, str(tmp_path/name), str(pause)], env=os.environ | dict(OMP_NUM_THREADS='1'))
+    count = lambda name: len(json.loads((tmp_path/name).read_text())['cells']) if (tmp_path/name).exists() else 0
+    p = start('killed.json', .05); end = time.time() + 120
+    while count('killed.json') < 5 and time.time() < end: time.sleep(.02)
+    p.send_signal(signal.SIGKILL); p.wait(); kept = count('killed.json')
+    assert 5 <= kept < 56
+    for name in ('killed.json', 'whole.json'): assert start(name, 0).wait() == 0
+    killed, whole = (json.loads((tmp_path/n).read_text()) for n in ('killed.json', 'whole.json'))
+    assert killed['cells'] == whole['cells'] and len(whole['cells']) == 56
+
+# what is shipped must be what was measured
+
+MAPS = sorted(p.parent.name for p in (ROOT/'data/results').glob('critical_stage_*/lesson.json'))
+
+def test_there_is_a_map(): assert 'critical_stage_ddim' in MAPS
+
+@pytest.mark.parametrize('name', MAPS)
+def test_the_shipped_maps_say_what_their_samples_say(name):
+    d = load_results(name); cells, n = unpack_cells(d), d['about']['samples']
+    assert n >= 500 and len(cells) == 211 and {len(v) for v in cells.values()} == {n}
+    again = shortest_window(cells)
+    assert again['window'] == d['shortest']['window'] and abs(again['accuracy'] - d['shortest']['accuracy']) < 1e-12
+    lo, hi = again['length_interval']; assert lo <= again['length'] <= hi
+
+def test_the_shipped_pair_is_a_pair():
+    a, b = load_run('mnist_dpm'), load_run('mnist_cdpm')
+    assert a.recipe == b.recipe and a.about['images_seen'] == b.about['images_seen'] and a.about['steps_skipped'] == b.about['steps_skipped'] == 0
+    d = load_results('mnist_cdpm')
+    assert d['t'] == FIG1_TIMES and d['against'] == 'mnist_dpm' and len(d['conditional']) == d['repeats'] >= 3
+    assert load_run('mnist_judge').about['result']['test_accuracy'] >= .99
