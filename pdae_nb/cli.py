@@ -215,7 +215,7 @@ def evaluate_classifier(
     return dict(run=own.about['name'], size=_size_of(own), accuracy_by_t=dict(t=ts, accuracy=right.tolist(), images=len(x0)), sweep=sweep, seed=0,
                 seconds=round(time.time() - t0), hardware=hardware(dev), versions=versions())
 
-# %% ../nbs/16_cli.ipynb #58f3ea86
+# %% ../nbs/16_cli.ipynb #1643f6c9
 def cmd_evaluate(
     name:str,                # a run of data/models, or the path of a run folder
     n:int=None,              # samples to judge; else 1000 for a DPM, 300 for each strength of a classifier
@@ -226,8 +226,7 @@ def cmd_evaluate(
     device:str=None,         # cpu or cuda; else the GPU if there is one
 ):
     "Judge a DPM, a class-conditional one, or a classifier of noisy images"
-    run = load_run(name)
-    given = {k: v for k, v in dict(n=n, steps=steps, test_images=test_images, device=device).items() if v is not None}
+    run, given = load_run(name), {k: v for k, v in dict(n=n, steps=steps, test_images=test_images, device=device).items() if v is not None}
     if hasattr(run, 'clf'): d = evaluate_classifier(name, judge=judge, **given)
     elif hasattr(run, 'dpm') and 'classes' in run.dpm.config: d = evaluate_cdpm(name, **{k: given[k] for k in given if k in ('test_images', 'device')})
     else: d = evaluate_dpm(name, judge=judge, **given)
