@@ -244,7 +244,7 @@ def cmd_bench(
     kind = 'cpu' if 'CPU' in d['hardware'] else d['hardware'].replace(' ', '-')
     return d | dict(written=write_json(out or results_path('bench', kind), d))
 
-# %% ../nbs/16_cli.ipynb #3e67079a
+# %% ../nbs/16_cli.ipynb #6f87fb43
 STAGES = dict(smoke=dict(samples=20, step=250), lesson=dict(samples=500), paper=dict(samples=1000, substeps=50))   # of `cmd_stages`
 
 def cmd_stages(
@@ -261,6 +261,7 @@ def cmd_stages(
     "Find the critical stage: accuracy of guidance in every window of the grid; the same command goes on (PDAE Fig. 3)"
     if sampler not in ('ddim', 'ddpm'): raise ValueError(f'sampler must be ddim or ddpm, got {sampler!r}')
     size = size or os.environ.get('PDAE_NB_SIZE') or 'lesson'
+    if size not in STAGES: raise ValueError(f'size must be one of {", ".join(STAGES)}, got {size!r}')
     row = dict(STAGES[size]); n = row.pop('samples')
     run, net = _dpm(dpm, device); dev = _where(net)
     nets = dict(clf=load_run(clf).clf.to(dev), judge=load_run(judge).judge.to(dev))

@@ -84,7 +84,7 @@ def plot_gap(
     ax.set(**dict(xlabel='time t', ylabel=ylabel, yscale='log') | kw); ax.legend(fontsize=8)
     return ax
 
-# %% ../nbs/06_gap.ipynb #19546ba9
+# %% ../nbs/06_gap.ipynb #11c29d73
 def as_labels(
     y,           # a class, a list of them, or an integer tensor
     n,           # how many are wanted; a single one serves for all
@@ -92,12 +92,12 @@ def as_labels(
     device=None, # where they are wanted
 ) -> Tensor:     # int64 (n,)
     "Labels as a network takes them; a clear sentence for any others"
-    y = torch.as_tensor(y, device=device)
+    y = torch.as_tensor(y)                     # looked at where it is, before a GPU gets it
     if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool: raise TypeError(f'labels must be integers in 0…{classes - 1}, got {y.dtype}')
     if y.ndim > 1 or y.numel() not in (1, n): raise ValueError(f'expected {n} labels or one for all, got shape {tuple(y.shape)}')
-    look = y.device.type == 'cpu' and not torch.compiler.is_compiling() and y.numel()     # on a GPU, looking would wait for it
+    look = y.device.type == 'cpu' and not torch.compiler.is_compiling() and y.numel()     # there already: looking would wait for it
     if look and not 0 <= y.min() <= y.max() < classes: raise ValueError(f'labels must be in 0…{classes - 1}, got {y.min()} … {y.max()}')
-    return y.long().reshape(-1).expand(n)
+    return y.to(device or y.device).long().reshape(-1).expand(n)
 
 # %% ../nbs/06_gap.ipynb #af7cd31c
 class LabelUNet(UNet):

@@ -45,7 +45,7 @@ def check_window(
     if not 0 <= t1 < t2 <= sched.T: raise ValueError(f'a window is (t1, t2) with 0 <= t1 < t2 <= {sched.T}, got ({t1}, {t2})')
     return t1, t2
 
-# %% ../nbs/07_guidance.ipynb #d174374b
+# %% ../nbs/07_guidance.ipynb #66c01650
 def guided(
     eps_and_score,             # (xt,t) -> eps, score
     sched: Schedule,           # noise table
@@ -61,7 +61,8 @@ def guided(
         if unguided is not None and not inside.any(): return unguided(xt, t)
         eps, score = eps_and_score(xt, t)
         if score.shape != eps.shape: raise ValueError(f'the score has shape {tuple(score.shape)}, the noise {tuple(eps.shape)}')
-        return eps + at(scale*inside.double(), eps)*to_eps(sched, t, score)
+        push = at(scale*torch.ones_like(inside, dtype=torch.float64), eps)*to_eps(sched, t, score)
+        return torch.where(inside.reshape(-1, *[1]*(eps.ndim - 1)), eps + push, eps)
     return denoiser
 
 # %% ../nbs/07_guidance.ipynb #3b0d0943

@@ -63,3 +63,9 @@ def test_the_critical_stage_is_the_one_measured():
     assert f'{a} < t ≤ {b}, {percent(f["accuracy"])} of {f["samples"]} samples' in README
     assert f'{percent(f["full"])} when guided throughout and {percent(f["none"])} when never' in README
     assert f'keeps {f["share"]:.0%}'.replace('%', ' %') in README and f'scale {about["scale"]:g};' in README and f'{about["T"]//about["step"]*about["substeps"]} steps' in README
+
+def test_the_twin_gains_what_the_readme_says():
+    "lower by up to a fifth; at t <= 150 by nothing"
+    d = json.loads((ROOT/'data/results/mnist_cdpm/lesson.json').read_text())
+    ratio = {t: sum(c[i]/u[i] for c, u in zip(d['conditional'], d['unconditional']))/d['repeats'] for i, t in enumerate(d['t'])}
+    assert .77 < min(ratio.values()) < .83 and all(abs(r - 1) < .005 for t, r in ratio.items() if t <= 150)
