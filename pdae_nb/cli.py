@@ -14,12 +14,12 @@ import torch
 from fastcore.script import anno_parser
 from torch import Tensor, nn
 
-# %% ../nbs/16_cli.ipynb #2bf699d3
+# %% ../nbs/16_cli.ipynb #d8a8ea13
 from .data import folder, load_images, mnist_or_digits, show, to_signed
 from .forward import Schedule
 from .denoise import loss_curve
 from .sample import belm_step, ddim_step, dpmpp_step, invert, invert_exactly, sample, trajectory
-from .files import Stopped, load_run
+from .files import Stopped, _crc, load_run
 from .train import RECIPES, hardware, noise_mse, recipe, train as train_run, versions
 from .bench import bench_speed
 from .gap import FIG1_TIMES, as_labels, compare_losses, load_results, results_path, write_json
@@ -32,6 +32,18 @@ def _dpm(name, device=None, labels=False):
     if not hasattr(run, 'dpm'): raise ValueError(f'the run {name!r} holds {sorted(run.about["parts"])}, not a `dpm`')
     if 'classes' in run.dpm.config and not labels: raise ValueError(f'the run {name!r} is class-conditional; this wants an unconditional one')
     return run, run.dpm.to(device or ('cuda' if torch.cuda.is_available() else 'cpu'), memory_format=torch.channels_last)
+
+# %% ../nbs/16_cli.ipynb #14eb60bf
+def _part(name, k):
+    "One network of a run"
+    run = load_run(name)
+    if not hasattr(run, k): raise ValueError(f'the run {name!r} holds {sorted(run.about["parts"])}, not a `{k}`')
+    return getattr(run, k)
+
+def _print(net):
+    "A fingerprint of the weights"
+    tensors = {k: v.cpu().contiguous() for k, v in net.state_dict().items()}
+    return f'{_crc(tensors, ""):08x}'
 
 # %% ../nbs/16_cli.ipynb #fb5b2a1b
 def _where(net): return next(net.parameters()).device
@@ -85,7 +97,7 @@ def cmd_train(
     path = train_run(name, r, out or Path('runs')/f'{name}-{size or os.environ.get("PDAE_NB_SIZE") or "lesson"}', device=device, compile=compile, every=every)
     return json.loads((path/'run.json').read_text())['result']
 
-# %% ../nbs/16_cli.ipynb #780fe113
+# %% ../nbs/16_cli.ipynb #119f94e1
 def cmd_sample(
     name:str,                  # a run of data/models, or the path of a run folder
     n:int=64,                  # images
@@ -101,7 +113,7 @@ def cmd_sample(
 ):
     "Draw images, of a class if you like"
     if solver not in SOLVERS: raise ValueError(f'solver must be one of {", ".join(SOLVERS)}, got {solver!r}')
-    clf = load_run(classifier).clf if classifier else None
+    clf = _part(classifier, 'clf') if classifier else None
     run, net = _dpm(name, device, labels=not clf); torch.manual_seed(seed)
     classes = (clf or net).config.get('classes')
     if label is not None and not classes: raise ValueError(f'the run {name!r} knows no labels: give it a --classifier, e.g. mnist_classifier, or take a class-conditional run')
@@ -193,7 +205,7 @@ def evaluate_cdpm(
     return dict(run=run.about['name'], size=_size_of(run), against=str(against), t=FIG1_TIMES, **losses, images=len(x0), repeats=repeats, test_noise_mse=run.about['result']['test_noise_mse'],
                 seconds=round(time.time() - t0), hardware=hardware(_where(net)), versions=versions())
 
-# %% ../nbs/16_cli.ipynb #0a1c73ac
+# %% ../nbs/16_cli.ipynb #3fa9b670
 @torch.no_grad()
 def evaluate_classifier(
     name,                # a run with a `clf`
@@ -207,7 +219,7 @@ def evaluate_classifier(
     "Accuracy at each time, and what guidance by it does at each strength (PDAE Sec. 2.3)"
     (own, (run, net)), t0 = (load_run(name), _dpm(dpm, device)), time.time()
     dev, test = _where(net), load_images(own.recipe['data'], 'test', own.clf.config['size'])
-    clf, jury = own.clf.to(dev), load_run(judge).judge.to(dev)
+    clf, jury = own.clf.to(dev), _part(judge, 'judge').to(dev)
     x0, y = to_signed(test.x[:test_images]).to(dev), test.y[:test_images].to(dev)
     ts = list(range(0, run.sched.T + 1, 50)); right = classifier_accuracy(clf, x0, y, run.sched, ts)
     asked = torch.arange(n, device=dev) % clf.config['classes']
@@ -215,12 +227,12 @@ def evaluate_classifier(
     return dict(run=own.about['name'], size=_size_of(own), accuracy_by_t=dict(t=ts, accuracy=right.tolist(), images=len(x0)), sweep=sweep, seed=0,
                 seconds=round(time.time() - t0), hardware=hardware(dev), versions=versions())
 
-# %% ../nbs/16_cli.ipynb #1643f6c9
+# %% ../nbs/16_cli.ipynb #42e3d2e9
 def cmd_evaluate(
     name:str,                # a run of data/models, or the path of a run folder
     n:int=None,              # samples to judge; else 1000 for a DPM, 300 for each strength of a classifier
     steps:int=None,          # DDIM steps; else 50 and 20
-    judge:str='mnist_judge', # run with a classifier of clean images; '' for none
+    judge:str='mnist_judge', # run with a classifier of clean images; for a DPM '' is none
     test_images:int=None,    # test images to measure on; else 10,000 for a DPM, 2000 if conditional, 5000 for a classifier
     out:str=None,            # JSON to write; else data/results/NAME/SIZE.json
     device:str=None,         # cpu or cuda; else the GPU if there is one
@@ -228,7 +240,7 @@ def cmd_evaluate(
     "Judge a DPM, a class-conditional one, or a classifier of noisy images"
     run, given = load_run(name), {k: v for k, v in dict(n=n, steps=steps, test_images=test_images, device=device).items() if v is not None}
     if hasattr(run, 'clf'): d = evaluate_classifier(name, judge=judge, **given)
-    elif hasattr(run, 'dpm') and 'classes' in run.dpm.config: d = evaluate_cdpm(name, **{k: given[k] for k in given if k in ('test_images', 'device')})
+    elif hasattr(run, 'dpm') and 'classes' in run.dpm.config: d = evaluate_cdpm(name, **given)
     else: d = evaluate_dpm(name, judge=judge, **given)
     return d | dict(written=write_json(out or results_path(d['run'], d['size']), d))
 
@@ -244,7 +256,7 @@ def cmd_bench(
     kind = 'cpu' if 'CPU' in d['hardware'] else d['hardware'].replace(' ', '-')
     return d | dict(written=write_json(out or results_path('bench', kind), d))
 
-# %% ../nbs/16_cli.ipynb #6f87fb43
+# %% ../nbs/16_cli.ipynb #7a7f8cf3
 STAGES = dict(smoke=dict(samples=20, step=250), lesson=dict(samples=500), paper=dict(samples=1000, substeps=50))   # of `cmd_stages`
 
 def cmd_stages(
@@ -264,17 +276,20 @@ def cmd_stages(
     if size not in STAGES: raise ValueError(f'size must be one of {", ".join(STAGES)}, got {size!r}')
     row = dict(STAGES[size]); n = row.pop('samples')
     run, net = _dpm(dpm, device); dev = _where(net)
-    nets = dict(clf=load_run(clf).clf.to(dev), judge=load_run(judge).judge.to(dev))
+    nets = {k: _part(v, k).to(dev) for k, v in dict(clf=clf, judge=judge).items()}
     if compile: net.compile(); nets['clf'].compile()
     parts = lambda xt, t: torch.cat([net(*o) for o in zip(xt.split(100), t.split(100))])   # what fits a CPU's cache is faster
     parts.config = net.config
-    y, path = torch.arange(n, device=dev) % nets['clf'].config['classes'], out or results_path(f'critical_stage_{sampler}', size)
-    about = dict(dpm=str(dpm), classifier=str(clf), judge=str(judge), bf16=True)
+    y, path = torch.arange(n, device=dev) % nets['clf'].config['classes'], Path(out or results_path(f'critical_stage_{sampler}', size))
+    store = path if path.exists() else path.with_name(f'{path.stem}.part.json')            # a map comes to its place when it is whole
+    about = dict(dpm=str(dpm), classifier=str(clf), judge=str(judge), weights={k: _print(v) for k, v in dict(dpm=net, **nets).items()}, bf16=True)
     with torch.autocast(dev.type, torch.bfloat16):
-        cells = stage_grid(parts, nets['clf'], nets['judge'], _noise(net, n, 0), y, run.sched, path=path, about=about, scale=scale, eta=float(sampler == 'ddpm'), **row)
-    d = json.loads(Path(path).read_text())
+        cells = stage_grid(parts, nets['clf'], nets['judge'], _noise(net, n, 0), y, run.sched, path=store, about=about, scale=scale, eta=float(sampler == 'ddpm'), **row)
+    d = json.loads(store.read_text())
     found = dict(shortest=shortest_window(cells), calls=grid_calls(run.sched, d['about']['step'], d['about']['substeps']), hardware=hardware(dev), versions=versions())
-    return found | dict(written=write_json(path, d | found))
+    write_json(path, found | d)                                                            # what is there stays: who made it, and when
+    if store != path: store.unlink()
+    return {k: (found | d)[k] for k in found} | dict(written=str(path))
 
 # %% ../nbs/16_cli.ipynb #b7bd6f9d
 def _strip(net, sched, out, n=8, steps=50, at=(1000, 500, 300, 200, 100, 0)):
@@ -293,7 +308,7 @@ def _table(rows):
     wide = [max(len(r[i]) for r in rows) for i in range(3)]
     for r in rows: print('  '.join(o.ljust(w) for o, w in zip(r, wide)), f'{r[3]:6.1f} s', sep='  ')
 
-# %% ../nbs/16_cli.ipynb #ab6f52f3
+# %% ../nbs/16_cli.ipynb #96422b2d
 def cmd_demo(
     out:str='out', # folder for the pictures
     n:int=16,      # digits to take there and back
@@ -311,7 +326,7 @@ def cmd_demo(
     row('8 digits followed out of the noise', 'seed 1', _strip(net, r.sched, out/'trajectory.png'))
     a, b = load_results('critical_stage_ddim')['shortest']['window']
     windows = [(lo, hi) for lo, hi in ((b, r.sched.T), (a, b), (0, a)) if lo < hi]
-    row(f'0…9 asked for in one stage only: the critical one is {a} < t <= {b}', 'DDIM, 20 steps, seed 5', _stages(net, load_run(classifier).clf.to(x.device), r.sched, out/'stages.png', windows))
+    row(f'0…9 asked for in one stage only: the critical one is {a} < t <= {b}', 'DDIM, 20 steps, seed 5', _stages(net, _part(classifier, 'clf').to(x.device), r.sched, out/'stages.png', windows))
     x0 = to_signed(images.x[:n]).to(x)
     for exact, steps, name in (False, 100, 'DDIM'), (True, 50, 'O-BELM'):
         xT, back = round_trip(net, x0, r.sched, steps, exact)

@@ -6,8 +6,8 @@
 __all__ = ['FIG1_TIMES', 'posterior_gap', 'gap_factor', 'bar', 'gap_curve', 'plot_gap', 'as_labels', 'LabelUNet', 'cdpm_task',
            'results_path', 'write_json', 'load_results', 'compare_losses']
 
-# %% ../nbs/06_gap.ipynb #5d025a93
-import json
+# %% ../nbs/06_gap.ipynb #df9c3347
+import json, os
 from pathlib import Path
 import torch
 from torch import Tensor, nn
@@ -140,7 +140,7 @@ def cdpm_task(
 TASKS['cdpm'] = cdpm_task
 for _size in ('smoke', 'lesson', 'paper'): RECIPES['mnist_cdpm', _size] = RECIPES['mnist_dpm', _size]   # data/models/mnist_cdpm/run.json
 
-# %% ../nbs/06_gap.ipynb #a692469d
+# %% ../nbs/06_gap.ipynb #ebf4f5e0
 def results_path(
     experiment,    # name of the experiment or the run
     size='lesson', # smoke, lesson or paper
@@ -155,7 +155,11 @@ def write_json(
     "Write numbers where a figure will look for them: whole or not at all"
     path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(d, indent=1, allow_nan=False) + '\n'
-    tmp = path.with_name(f'.{path.name}.tmp'); tmp.write_text(text); tmp.replace(path)
+    tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    try:
+        with open(tmp, 'w') as f: f.write(text); f.flush(); os.fsync(f.fileno())
+        tmp.replace(path)
+    finally: tmp.unlink(missing_ok=True)
     return str(path)
 
 # %% ../nbs/06_gap.ipynb #3faf00d3

@@ -248,7 +248,7 @@ def grid_calls(
     guided, tails = n*(n + 1)//2, sum(j*(n - j) for j in range(n))
     return dict(cells=guided, shared=substeps*(n + guided + tails), apart=substeps*n*(guided + 1), classifier=substeps*guided)
 
-# %% ../nbs/07_guidance.ipynb #62d26e4f
+# %% ../nbs/07_guidance.ipynb #b8182e09
 def _pack(hit): return np.packbits(hit.cpu().numpy()).tobytes().hex()
 
 def unpack_cells(
@@ -261,9 +261,10 @@ def unpack_cells(
 def _stored(path, about):
     "Cells that an earlier call has finished, and the seconds that they took"
     if not path or not Path(path).exists(): return {}, 0.
-    d = json.loads(Path(path).read_text()); old = d['about']
+    try: d = json.loads(Path(path).read_text()); old, cells, seconds = d['about'], unpack_cells(d), d['seconds']
+    except (ValueError, KeyError, TypeError, AttributeError) as e: raise ValueError(f'{path} is not a whole stage grid ({type(e).__name__}: {e}); choose another path, or delete it') from e
     if diff := [k for k in old | about if old.get(k) != about.get(k)]: raise ValueError(f'{path} holds a grid of another {diff[0]}: {old.get(diff[0])}, not {about.get(diff[0])}. Choose another path, or delete that one')
-    return unpack_cells(d), d['seconds']
+    return cells, seconds
 
 # %% ../nbs/07_guidance.ipynb #754a296f
 @torch.no_grad()

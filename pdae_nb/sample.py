@@ -6,7 +6,7 @@
 __all__ = ['ddim_step', 'trajectory', 'sample', 'dpmpp_step', 'snr_times', 'invert', 'belm_step', 'Pair', 'invert_exactly',
            'pdae_times', 'diffae_times']
 
-# %% ../nbs/03_sample.ipynb #16772e85
+# %% ../nbs/03_sample.ipynb #13799c44
 from itertools import pairwise
 from typing import NamedTuple
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from .forward import Schedule, at, eps_to_x0, x0_to_eps
 from .denoise import Denoiser
 
-# %% ../nbs/03_sample.ipynb #cbe08d7c
+# %% ../nbs/03_sample.ipynb #7855db5d
 def ddim_step(
     sched: Schedule, # noise table
     xt: Tensor,      # where we are: (B,...)
@@ -35,7 +35,7 @@ def ddim_step(
     xs = at(ab_s.sqrt(), xt)*x0 + at((1 - ab_s - var).clamp(min=0).sqrt(), xt)*eps
     return (xs + at(var.sqrt(), xt)*torch.randn_like(xt) if eta else xs), x0
 
-# %% ../nbs/03_sample.ipynb #4e755919
+# %% ../nbs/03_sample.ipynb #0438d8fa
 def _same(t, x): return torch.full((len(x),), t, device=x.device)
 
 def _check(x):
@@ -43,7 +43,7 @@ def _check(x):
     if not x.isfinite().all(): raise ValueError(f'{(~x.isfinite()).sum()} of {x.numel()} values are NaN or infinite')
     return x
 
-# %% ../nbs/03_sample.ipynb #613c5065
+# %% ../nbs/03_sample.ipynb #68f2ea76
 @torch.no_grad()
 def trajectory(
     denoiser: Denoiser, # (xt,t) -> eps, its conditions bound
@@ -70,7 +70,7 @@ def trajectory(
         past, xt = (t, xt, x0), xs
         yield s, xs, x0
 
-# %% ../nbs/03_sample.ipynb #92bb7b25
+# %% ../nbs/03_sample.ipynb #af879bbc
 def sample(
     denoiser: Denoiser, # (xt,t) -> eps, its conditions bound
     xT: Tensor,         # unit Gaussian noise: (B,...), or a `Pair`
@@ -82,9 +82,9 @@ def sample(
 ) -> Tensor:            # x_0, like `xT`
     "Noise in, data out: the end of a `trajectory`"
     for _, x, _ in trajectory(denoiser, xT, sched, steps, eta, clip, solver): pass
-    return x
+    return _check(x)
 
-# %% ../nbs/03_sample.ipynb #5fb1a063
+# %% ../nbs/03_sample.ipynb #8567d516
 def _half_log_snr(ab): return (ab.log() - torch.log1p(-ab))/2
 
 def dpmpp_step(sched, xt, t, s, eps, eta=0., clip=None, past=None):
@@ -99,7 +99,7 @@ def dpmpp_step(sched, xt, t, s, eps, eta=0., clip=None, past=None):
     bend = half*(ab_s.sqrt() - ((1 - ab_s)/(1 - ab)*ab).sqrt())
     return xs + at(bend, xt)*(x0 - past[2]), x0
 
-# %% ../nbs/03_sample.ipynb #cc089701
+# %% ../nbs/03_sample.ipynb #d999bb63
 def snr_times(
     sched: Schedule, # noise table
     steps,           # number of steps; times that round to the same integer are merged
@@ -110,7 +110,7 @@ def snr_times(
     want = torch.linspace(lam[-1].item(), lam[0].item(), steps, dtype=torch.float64)
     return sorted({int((lam - w).abs().argmin()) + 1 for w in want} | {sched.T}, reverse=True) + [0]
 
-# %% ../nbs/03_sample.ipynb #19b29262
+# %% ../nbs/03_sample.ipynb #37a9a95b
 def _rising(sched, steps): return sorted(sched.times(steps))
 
 def invert(
@@ -123,7 +123,7 @@ def invert(
     "Data in, noise out: the same loop with the times reversed, never clipped (PDAE Eq. 8, Diff-AE Eq. 8)"
     return sample(denoiser, x0, sched, _rising(sched, steps), solver=solver)
 
-# %% ../nbs/03_sample.ipynb #4ca629fe
+# %% ../nbs/03_sample.ipynb #875f20e3
 def belm_step(sched, xt, t, s, eps, eta=0., clip=None, past=None):
     "O-BELM: leapfrog over the last two states, the same equation forwards and backwards (Wang et al. 2024); arguments as `ddim_step`"
     if eta or clip is not None: raise ValueError('an exactly invertible step can neither draw noise nor clip: eta must be 0 and clip None')
@@ -136,13 +136,13 @@ def belm_step(sched, xt, t, s, eps, eta=0., clip=None, past=None):
     xs = at(q*a_s/a_r, xt)*xr + at((1 - q)*a_s/a, xt)*xt - at(h*(h + hr)/hr*a_s, xt)*eps
     return xs, eps_to_x0(sched, xt, t, eps)
 
-# %% ../nbs/03_sample.ipynb #22281c87
+# %% ../nbs/03_sample.ipynb #80fbdb48
 class Pair(NamedTuple):
     "The states at the first two times of a sampling grid: all that O-BELM needs to retrace its steps"
     xT: Tensor # at the first time: (B,...)
     xs: Tensor # at the second, like `xT`
 
-# %% ../nbs/03_sample.ipynb #f4898cbe
+# %% ../nbs/03_sample.ipynb #3f12439b
 def invert_exactly(
     denoiser: Denoiser, # (xt,t) -> eps, its conditions bound
     x0: Tensor,         # clean data: (B,...)
@@ -155,7 +155,7 @@ def invert_exactly(
     *_, (_, xs, _), (_, xT, _) = trajectory(denoiser, x0, sched, ts, solver=belm_step)
     return Pair(xT, xs)
 
-# %% ../nbs/03_sample.ipynb #b8949fd1
+# %% ../nbs/03_sample.ipynb #1a080a5b
 def pdae_times(
     steps,  # "ddimS" of the official code
     T=1000, # length of the table
@@ -163,7 +163,7 @@ def pdae_times(
     "The times of PDAE's published sampler, in our count (theirs + 1)"
     return sorted({int(i*((T - 1)/steps)) + 1 for i in range(steps)} | {T}, reverse=True)
 
-# %% ../nbs/03_sample.ipynb #0eae6b12
+# %% ../nbs/03_sample.ipynb #561ba5c7
 def diffae_times(
     steps,  # "ddimN" of the official code: one of the counts that an integer stride gives
     T=1000, # length of the table

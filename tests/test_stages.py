@@ -2,9 +2,10 @@
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
 import pytest, torch
+from pdae_nb.cli import _part, _print
 from pdae_nb.forward import Schedule
 from pdae_nb.gap import FIG1_TIMES, LabelUNet, cdpm_task, load_results
-from pdae_nb.guidance import NoisyClassifier, classifier_guided, classifier_loss, shortest_window, unpack_cells
+from pdae_nb.guidance import NoisyClassifier, classifier_guided, classifier_loss, shortest_window, stage_grid, unpack_cells
 from pdae_nb.train import dpm_task, load_run, recipe
 from pdae_nb.unet import UNet
 from pdae_nb.weighting import stage_share, w_pdae
@@ -77,6 +78,7 @@ def test_a_classifier_learns_under_compile():
 CODE = '''
 import sys, time, torch
 from pdae_nb.denoise import GaussianMixture
+from pdae_nb.cli import _part, _print
 from pdae_nb.forward import Schedule
 from pdae_nb.guidance import stage_grid
 torch.set_num_threads(1); torch.manual_seed(0)
@@ -97,6 +99,20 @@ def test_a_map_that_was_killed_is_gone_on_with(tmp_path):
     killed, whole = (json.loads((tmp_path/n).read_text()) for n in ('killed.json', 'whole.json'))
     assert killed['cells'] == whole['cells'] and len(whole['cells']) == 56
 
+def test_nan_is_no_class(tmp_path):
+    "a denoiser that fails at the last step must not leave cells behind"
+    broken = lambda xt, t: torch.full_like(xt, torch.nan) if t[0] <= 250 else torch.zeros_like(xt)
+    judge = lambda x: torch.nn.functional.one_hot(torch.zeros(len(x), dtype=torch.int64), 3).float()
+    clf = type('', (), dict(log_p=lambda self, xt, t, y: -xt.square().sum(1)))()
+    with pytest.raises(ValueError, match='NaN'): stage_grid(broken, clf, judge, torch.randn(6, 2), torch.arange(6) % 3, SCHED, step=250, path=tmp_path/'g.json')
+    assert not (tmp_path/'g.json').exists()
+
+@pytest.mark.parametrize('text', ['', '{', '[]', '{"about": {}}', '{"about": {"samples": 6}, "seconds": 1, "cells": {"0-250": "zz"}}'])
+def test_a_damaged_map_is_named(tmp_path, text):
+    (path := tmp_path/'g.json').write_text(text)
+    with pytest.raises(ValueError, match='g.json is not a whole stage grid'): stage_grid(None, None, None, torch.randn(6, 2), torch.arange(6) % 3, SCHED, step=250, path=path)
+    assert path.read_text() == text, 'nothing is lost'
+
 # what is shipped must be what was measured
 
 MAPS = sorted(p.parent.name for p in (ROOT/'data/results').glob('critical_stage_*/lesson.json'))
@@ -107,6 +123,8 @@ def test_there_is_a_map(): assert 'critical_stage_ddim' in MAPS
 def test_the_shipped_maps_say_what_their_samples_say(name):
     d = load_results(name); cells, n = unpack_cells(d), d['about']['samples']
     assert n >= 500 and len(cells) == 211 and {len(v) for v in cells.values()} == {n}
+    for k, what in dict(dpm='dpm', clf='classifier', judge='judge').items():
+        assert d['about']['weights'][k] == _print(_part(d['about'][what], k)), f'the map was made with another {what} than the one shipped'
     again = shortest_window(cells)
     assert again['window'] == d['shortest']['window'] and abs(again['accuracy'] - d['shortest']['accuracy']) < 1e-12
     lo, hi = again['length_interval']; assert lo <= again['length'] <= hi
