@@ -21,7 +21,7 @@ from .forward import Schedule
 from .denoise import denoising_loss
 from .sample import sample
 from .unet import UNet
-from .files import cast, save_checkpoint, load_checkpoint, models_dir, save_run, load_run, Stopped, stoppable, locked
+from .files import cast, save_checkpoint, load_checkpoint, models_dir, save_run, load_run, within, Stopped, stoppable, locked
 
 # %% ../nbs/05_train.ipynb #b81b9cbd
 @dataclass(frozen=True)
@@ -295,9 +295,10 @@ def _start(r, task, out, device, compile, log):
     "Networks, average and optimiser, new or as the last checkpoint left them"
     torch.manual_seed(r.seed)
     task = task(r)
-    model = nn.ModuleDict(task.parts).to(device, memory_format=torch.channels_last).train()
-    st = SimpleNamespace(task=task, model=model, ema=EMA(model, r.ema), opt=optimiser(list(model.parameters()), r), i=0, seconds=0., skipped=0)
-    st.averaged = {k: st.ema.module[k] for k in task.parts}
+    held = within(task.parts)
+    model = nn.ModuleDict({k: m for k, m in task.parts.items() if k not in held}).to(device, memory_format=torch.channels_last).train()
+    st = SimpleNamespace(task=task, model=model, ema=EMA(model, r.ema), opt=optimiser([p for p in model.parameters() if p.requires_grad], r), i=0, seconds=0., skipped=0)
+    st.averaged = {k: st.ema.module.get_submodule(held.get(k, k)) for k in task.parts}
     meta = load_checkpoint(out/'checkpoints', st.model, st.ema, st.opt, lambda meta: _check_same(meta['recipe'], r, out), log)
     if meta: st.i, st.seconds, st.skipped = meta['i'], meta['seconds'], meta['skipped']; log(f'going on at step {st.i} of {r.steps}')
     _trim_log(out/'log.jsonl', st.i)
