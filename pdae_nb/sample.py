@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ddim_step', 'trajectory', 'sample', 'dpmpp_step', 'snr_times', 'invert', 'belm_step', 'Pair', 'invert_exactly',
-           'pdae_times', 'diffae_times']
+           'round_trip', 'pdae_times', 'diffae_times']
 
 # %% ../nbs/03_sample.ipynb #13799c44
 from itertools import pairwise
@@ -154,6 +154,19 @@ def invert_exactly(
     if len(ts) < 3: raise ValueError('exact inversion needs at least 2 steps')
     *_, (_, xs, _), (_, xT, _) = trajectory(denoiser, x0, sched, ts, solver=belm_step)
     return Pair(xT, xs)
+
+# %% ../nbs/03_sample.ipynb #7f75e6d5
+def round_trip(
+    denoiser: Denoiser, # (xt,t) -> eps, its conditions bound
+    x0: Tensor,         # clean data: (B,...)
+    sched: Schedule,    # noise table
+    steps=100,          # steps up, and as many down; or the times of the sampler
+    exact=False,        # O-BELM instead of DDIM
+) -> tuple:             # x_T and the reconstruction, like `x0`
+    "To noise and back: DDIM, or O-BELM, which loses nothing but rounding (PDAE Eqs 4 and 8)"
+    pair = invert_exactly(denoiser, x0, sched, steps) if exact else invert(denoiser, x0, sched, steps)
+    solver = belm_step if exact else ddim_step
+    return pair[0] if exact else pair, sample(denoiser, pair, sched, steps, solver=solver)
 
 # %% ../nbs/03_sample.ipynb #1a080a5b
 def pdae_times(
