@@ -6,6 +6,7 @@ from torch import nn
 from pdae_nb.denoise import denoising_loss
 from pdae_nb.forward import Schedule, score_to_eps, shift_to_eps, snr
 from pdae_nb.sample import diffae_times, pdae_times, sample, trajectory
+from pdae_nb.pdae import ConvEncoder, GradientEstimator
 from pdae_nb.unet import Attention, UNet, timestep_embedding
 
 SCHED = Schedule.linear()
@@ -22,23 +23,35 @@ def test_the_fill_itself(): np.testing.assert_allclose(u('abc', 3), [.8334091988
 
 # ---- the network
 def block(p, b):
-    yield from (f'{p}.{k}' for k in ('in_layers.0', 'in_layers.2', 'emb_layers.1', 'out_layers.0', 'out_layers.3'))
+    yield from (f'{p}.{k}' for k in ('in_layers.0', 'in_layers.2', 'emb_layers.1'))
+    if b.norm2.z is not None: yield f'{p}.emb_z_layers.1'
+    yield from (f'{p}.{k}' for k in ('out_layers.0', 'out_layers.3'))
     if isinstance(b.skip, nn.Conv2d): yield f'{p}.skip_connection'
 
 def attention(p, m):
     if isinstance(m, Attention): yield from (f'{p}.{k}' for k in ('norm', 'qkv', 'proj_out'))
 
+def second_half(up, p=''):
+    yield from block(f'{p}middle_block.0', up.mid[0]); yield from attention(f'{p}middle_block.1', up.mid[0].attn); yield from block(f'{p}middle_block.2', up.mid[1])
+    k, j = -1, 0
+    for b in up.blocks:
+        if b.resample: yield from block(f'{p}output_blocks.{k}.{j}', b); continue
+        k += 1; j = 1 + isinstance(b.attn, Attention)
+        yield from block(f'{p}output_blocks.{k}.0', b); yield from attention(f'{p}output_blocks.{k}.1', b.attn)
+    yield from (f'{p}out.0', f'{p}out.2')
+
 def official_names(net):
     "The official state-dict keys, in the order of our modules"
+    if isinstance(net, GradientEstimator):
+        yield from official_names(net.dpm); yield 'label_emb'; yield from second_half(net.up, 'shift_'); return
+    if isinstance(net, ConvEncoder):
+        for i, m in enumerate(net.body):
+            if isinstance(m, Attention): yield from attention(f'encoder.{i}', m)
+            elif list(m.parameters()): yield f'encoder.{i}'
+        yield f'encoder.{len(net.body) + 1}'; return
     yield from ('time_embed.0', 'time_embed.2', 'input_blocks.0.0')
     for i, b in enumerate(net.down.blocks, 1): yield from block(f'input_blocks.{i}.0', b); yield from attention(f'input_blocks.{i}.1', b.attn)
-    yield from block('middle_block.0', net.up.mid[0]); yield from attention('middle_block.1', net.up.mid[0].attn); yield from block('middle_block.2', net.up.mid[1])
-    k, j = -1, 0
-    for b in net.up.blocks:
-        if b.resample: yield from block(f'output_blocks.{k}.{j}', b); continue
-        k += 1; j = 1 + isinstance(b.attn, Attention)
-        yield from block(f'output_blocks.{k}.0', b); yield from attention(f'output_blocks.{k}.1', b.attn)
-    yield from ('out.0', 'out.2')
+    yield from second_half(net.up)
 
 @torch.no_grad()
 def fill(net):
@@ -61,6 +74,21 @@ def test_unet_equals_the_official_one(heads, mean, abs_mean, first, last):
     np.testing.assert_allclose(x.flatten()[:3], [.362935, -.0195144, .438504], atol=1e-6)
     with torch.no_grad(): e = net(x, torch.tensor([7, 613]))
     np.testing.assert_allclose([e.mean(), e.abs().mean(), *e.flatten()[:5], e.flatten()[-1]], [mean, abs_mean, *first, last], atol=1e-4)
+
+def fingerprint(x): return [x.mean(), x.abs().mean(), *x.flatten()[:5], x.flatten()[-1]]
+
+def test_gradient_estimator_equals_the_official_one():
+    G = GradientEstimator(UNet(c=3, ch=32, mult=(1, 2, 3), size=32, attn=(16,)), 16).eval(); fill(G)
+    with torch.no_grad(): eps, g = G(inp('x', [2, 3, 32, 32], 1), torch.tensor([7, 613]), inp('z', [2, 16], 1.5))
+    np.testing.assert_allclose(fingerprint(eps), [.00864899, .448099, -.304033, -.169668, .423158, -.133011, .0911598, .173675], atol=1e-4)
+    np.testing.assert_allclose(fingerprint(g), [-.244022, .514594, .269737, .0804855, -.323166, -.190722, .196672, .235316], atol=1e-4)
+
+@pytest.mark.parametrize('size, want', [(128, [-.0361562, .502284, .283429, -.235663, -.485897, -.0508718, .265137, -.43104]),
+    (64, [-.0238055, .501968, .422983, .193701, -.467484, -.348888, -.0205151, -.206516])])
+def test_encoder_equals_the_official_one(size, want):
+    enc = ConvEncoder(3, size).eval(); fill(enc)
+    with torch.no_grad(): z = enc(inp(f'x{size}', [1, 3, size, size], 1))
+    np.testing.assert_allclose(fingerprint(z), want, atol=1e-4)
 
 @pytest.mark.parametrize('kw, n', [
     (dict(c=3, ch=128, mult=(1, 1, 2, 3, 4), size=128, attn=(16,)), 98_618_499), (dict(c=3, ch=64, mult=(1, 2, 4, 8), size=64, attn=(16,)), 63_958_019),
