@@ -112,7 +112,7 @@ def predict_x0(
     "The clean data that the predicted noise implies (Diff-AE Eq. 5)"
     return eps_to_x0(sched, xt, t, denoiser(xt, t))
 
-# %% ../nbs/02_denoise.ipynb #7ea039d8
+# %% ../nbs/02_denoise.ipynb #765607d5
 @torch.no_grad()
 def loss_curve(
     denoiser: Denoiser, # (xt,t) -> eps, or (xt,t,y) -> eps if there is `y`
@@ -122,14 +122,15 @@ def loss_curve(
     seed=0,             # of the noise, the same for every t and every denoiser
     *,
     y: Tensor = None,   # what the denoiser is conditioned on, a row for each sample: (B,...)
-    bs=500,             # samples at a pass, from several times if one has fewer
+    bs=500,             # samples at a pass at most: of several times, or a part of one
     progress=iter,      # wraps the list of passes, e.g. `tqdm`
 ) -> Tensor:            # (len(ts), B): one loss per time and sample
     "The denoising loss at each time: where in the process the denoiser errs (PDAE Eq. 3, one t at a time)"
     eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed), dtype=x0.dtype).to(x0.device)
-    def one(part):
-        again = lambda o: o.repeat(len(part), *[1]*(o.ndim - 1))
-        f = denoiser if y is None else lambda xt, t: denoiser(xt, t, again(y))
-        return denoising_loss(f, again(x0), sched, t=part.repeat_interleave(len(x0)), eps=again(eps), reduce=None)
+    def one(part, rows):
+        again = lambda o: o[rows].repeat(len(part), *[1]*(o.ndim - 1))
+        f, x = denoiser if y is None else lambda xt, t: denoiser(xt, t, again(y)), again(x0)
+        return denoising_loss(f, x, sched, t=part.repeat_interleave(len(x)//len(part)), eps=again(eps), reduce=None)
     ts = torch.as_tensor(list(ts), device=x0.device)
-    return torch.cat([one(part) for part in progress(ts.split(max(1, bs//len(x0))))]).reshape(len(ts), len(x0))
+    passes = [(part, slice(i, i + bs)) for part in ts.split(max(1, bs//len(x0))) for i in range(0, len(x0), bs)]
+    return torch.cat([one(*p) for p in progress(passes)]).reshape(len(ts), len(x0))

@@ -142,7 +142,7 @@ def models_dir() -> Path: # the folder; it need not exist
 # %% ../nbs/04b_files.ipynb #889485ee
 def _named(k, what):
     "A part's name becomes a file name and an attribute, so it must be harmless as both"
-    if not (isinstance(k, str) and k.isidentifier()) or k[0] == '_' or k in ('sched', 'recipe', 'about'): raise ValueError(f'{what}: {k!r} cannot name a part of a run')
+    if not (isinstance(k, str) and k.isidentifier()) or k[0] == '_' or k in ('sched', 'recipe', 'about', 'path'): raise ValueError(f'{what}: {k!r} cannot name a part of a run')
     return k
 
 def spec_of(
@@ -232,10 +232,10 @@ def _find(name):
 
 def load_run(
     name, # a run of `data/models`, or the path of a run folder
-):        # namespace: `.sched`, `.recipe`, `.about`, and each part, in eval mode, float32
+):        # namespace: `.sched`, `.recipe`, `.about`, `.path`, and each part, in eval mode, float32
     "A trained run, ready to use"
     path = _find(name); about = _about(path)
-    run = SimpleNamespace(about=about, recipe=about.get('recipe'), sched=None)
+    run = SimpleNamespace(about=about, recipe=about.get('recipe'), sched=None, path=path)
     if about.get('sched', 'None') != 'None':
         tensors, _ = read_tensors(path/'sched.safetensors')
         if set(tensors) != {'beta'}: raise ValueError(f'{path}/sched.safetensors must hold `beta`, got {sorted(tensors)}')

@@ -301,13 +301,13 @@ def stage_grid(
     if (0, 0) not in cells: done(0, 0, x)
     return cells
 
-# %% ../nbs/07_guidance.ipynb #3770b5bf
+# %% ../nbs/07_guidance.ipynb #2f3c7be5
 def shortest_window(
     cells,      # what `stage_grid` returns
     share=.95,  # of the accuracy of guidance everywhere
     boots=1000, # resamplings of the samples, for the intervals
     seed=0,     # of the resampling
-) -> dict:      # window, accuracy, length and 95 % intervals of all, ready for JSON
+) -> dict:      # window, accuracy, length, 95 % intervals of all, and accuracies held out, ready for JSON
     "The shortest stage that is as good as guidance everywhere, or nearly: the critical stage (PDAE Sec. 3.4); of equal lengths the most accurate"
     keys = sorted(k for k in cells if k[1])
     w = torch.tensor(keys); length = w[:, 1] - w[:, 0]
@@ -315,6 +315,9 @@ def shortest_window(
     counts = torch.from_numpy(np.random.default_rng(seed).multinomial(n, [1/n]*n, boots)).double()
     acc = hit @ torch.cat([torch.ones(1, n).double(), counts]).T/n                                 # (windows, 1 + boots)
     best = (length[:, None] - acc + 1e9*(acc < share*acc[full] - 1e-9)).argmin(0); w = w[best]
+    spared = (counts == 0).double(); fresh = hit @ spared.T                                        # by samples that a resampling left out …
+    held = lambda rows: (fresh.gather(0, rows[None]).sum()/spared.sum()).item()                    # … of the windows it chose
     between = lambda v: [torch.quantile(v[1:].double(), q).item() for q in (.025, .975)]
     return dict(window=w[0].tolist(), length=length[best[0]].item(), accuracy=acc[best[0], 0].item(), full=acc[full, 0].item(), none=cells[0, 0].double().mean().item(),
-        share=share, samples=n, boots=boots, t1_interval=between(w[:, 0]), t2_interval=between(w[:, 1]), length_interval=between(length[best]), accuracy_interval=between(acc[best[0]]))
+        share=share, samples=n, boots=boots, t1_interval=between(w[:, 0]), t2_interval=between(w[:, 1]), length_interval=between(length[best]), accuracy_interval=between(acc[best[0]]),
+        held_out=dict(accuracy=held(best[1:]), full=held(torch.full_like(best[1:], full))))

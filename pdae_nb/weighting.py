@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['w_simple', 'w_vlb', 'w_likelihood', 'w_p2', 'w_min_snr', 'w_pdae', 'relative_to_vlb', 'stage_share']
 
-# %% ../nbs/08_weighting.ipynb #041555a2
+# %% ../nbs/08_weighting.ipynb #920f0b2b
 import torch
 from torch import Tensor
-from .forward import Schedule, snr
+from .forward import Schedule, _now_and_before, snr
 from .guidance import check_window
 
 # %% ../nbs/08_weighting.ipynb #f99f14af
@@ -19,21 +19,23 @@ def w_simple(
     "1: the simplified loss of DDPM (PDAE Eq. 3)"
     return torch.ones_like(sched(t))
 
-# %% ../nbs/08_weighting.ipynb #0f234649
+# %% ../nbs/08_weighting.ipynb #201593fb
 def w_vlb(
     sched: Schedule, # noise table
     t: Tensor,       # times in 1…T: int64 (B,)
 ) -> Tensor:         # nats per unit of squared eps error: float64 (B,)
     "(1+SNR)(1/α_t - 1)/2 = β_t/(2α_t(1-ᾱ_t)): the variational bound's own weight, for the variance β_t (DDPM Eq. 12)"
-    return (1 + snr(sched, t))*(sched(t - 1)/sched(t) - 1)/2
+    ab, ab1 = _now_and_before(sched, t)
+    return (1 + snr(sched, t))*(ab1/ab - 1)/2
 
-# %% ../nbs/08_weighting.ipynb #ad33c168
+# %% ../nbs/08_weighting.ipynb #4c60998d
 def w_likelihood(
     sched: Schedule, # noise table
     t: Tensor,       # times in 1…T: int64 (B,)
 ) -> Tensor:         # nats per unit of squared eps error: float64 (B,)
     "(1+SNR)·β_t/2: ScoreVAE's λ(t) = g² on the score's error, as a weight on eps and per step (ScoreVAE Eqs 7-8)"
-    return (1 + snr(sched, t))*(1 - sched(t)/sched(t - 1))/2
+    ab, ab1 = _now_and_before(sched, t)
+    return (1 + snr(sched, t))*(1 - ab/ab1)/2
 
 # %% ../nbs/08_weighting.ipynb #e90556ac
 def w_p2(

@@ -108,6 +108,25 @@ def test_gap_and_loss_are_one_measurement(gm, t):
     loss = denoising_loss(gm, x0, SCHED, t=t, eps=eps, reduce=None)
     torch.testing.assert_close(posterior_gap(gm, x0, SCHED, t, eps), 2*gap_factor(SCHED, t)*loss, rtol=1e-8, atol=1e-14)
 
+@pytest.mark.parametrize('bad', [[0], [5, 0], [-3], [1001]])
+def test_no_gap_where_there_is_no_step(gm, bad):
+    "the error says what came, and what was wanted"
+    want = '1…1000' if 0 in bad else '…1000'
+    with pytest.raises(ValueError, match=rf't must be in .*{want}, got .*{bad[-1]}'): gap_factor(SCHED, torch.tensor(bad))
+    with pytest.raises(ValueError, match=rf't must be in .*{want}, got .*{bad[-1]}'): gap_curve(gm, gm.sample(4)[0], SCHED, bad)
+    with pytest.raises(TypeError, match='int64'): gap_factor(SCHED, torch.tensor([.5]))
+
+@pytest.mark.parametrize('bs', [1, 7, 30, 45, 10_000])
+def test_no_pass_is_larger_than_asked_for(gm, bs):
+    "whatever the size of a pass: the same losses, in the same order, each sample with its own label and noise"
+    x0, y = gm.sample(30); ts, sizes, told = [1, 300, 700], [], []
+    def noted(xt, t, y): sizes.append(len(xt)); told.append(y); return gm(xt, t, y)
+    got = loss_curve(noted, x0, SCHED, ts, y=y, bs=bs)
+    assert max(sizes) <= bs and sum(sizes) == 90 and torch.equal(torch.cat(told), y.repeat(3))
+    torch.testing.assert_close(got, loss_curve(lambda xt, t: gm(xt, t, y), x0, SCHED, ts, bs=30), rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(got, torch.stack([denoising_loss(lambda xt, t: gm(xt, t, y), x0, SCHED, t=torch.full((30,), t),
+        eps=torch.randn(x0.shape, generator=torch.Generator().manual_seed(0), **f64), reduce=None) for t in ts]), rtol=1e-12, atol=1e-15)
+
 def test_the_label_narrows_the_gap_at_every_t(gm):
     x0, y = gm.sample(20_000)
     gaps = [(u.mean(), c.mean()) for u, c in zip(gap_curve(gm, x0, SCHED, TIMES[1:]), gap_curve(gm, x0, SCHED, TIMES[1:], y=y))]

@@ -69,3 +69,12 @@ def test_the_twin_gains_what_the_readme_says():
     d = json.loads((ROOT/'data/results/mnist_cdpm/lesson.json').read_text())
     ratio = {t: sum(c[i]/u[i] for c, u in zip(d['conditional'], d['unconditional']))/d['repeats'] for i, t in enumerate(d['t'])}
     assert .77 < min(ratio.values()) < .83 and all(abs(r - 1) < .005 for t, r in ratio.items() if t <= 150)
+
+def test_pdae_does_what_the_readme_says():
+    run, d = (json.loads((ROOT/'data'/p).read_text()) for p in ('models/mnist_pdae/run.json', 'results/mnist_pdae/lesson.json'))
+    of, percent = lambda k, m='mse': d['table'][k][m][0], lambda v: f'{v:.1%}'.replace('%', ' %')
+    left = {t: a/b for t, a, b in zip(d['gap']['t'], d['gap']['pdae']['mean'], d['gap']['dpm']['mean'])}; best = min(left, key=left.get)
+    assert f'writes {run["recipe"]["net"]["z_dim"]} numbers' in README and f'in {run["images_seen"]:,} images and {run["seconds"]/60:.0f} minutes' in README
+    assert f'up to {1 - left[best]:.0%} of the gap ({d["gap"]["images"]:,} test digits, t = {best})' in README
+    assert f'{percent(of("PDAE random, DDIM 20", "kept"))} of {d["table"]["PDAE random, DDIM 20"]["n"]} test digits' in README and f'error of {of("PDAE random, DDIM 20"):.4f} (pixels' in README
+    assert f'{of("PDAE inferred, DDIM 100"):.1e} in 100 DDIM steps, where the model alone loses {of("DDIM inferred, DDIM 100"):.1e}, and {of("PDAE inferred, DPM++ 20"):.1e} in 20 steps of DPM-Solver++' in README

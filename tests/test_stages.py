@@ -2,9 +2,9 @@
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
 import pytest, torch
-from pdae_nb.cli import _part, _print
+from pdae_nb.evaluate import fingerprint, part_of
 from pdae_nb.forward import Schedule
-from pdae_nb.gap import FIG1_TIMES, LabelUNet, cdpm_task, load_results
+from pdae_nb.gap import FIG1_TIMES, LabelUNet, band, cdpm_task, load_results, plot_gap, plot_training, results_path
 from pdae_nb.guidance import NoisyClassifier, classifier_guided, classifier_loss, shortest_window, stage_grid, unpack_cells
 from pdae_nb.train import dpm_task, load_run, recipe
 from pdae_nb.unet import UNet
@@ -78,7 +78,6 @@ def test_a_classifier_learns_under_compile():
 CODE = '''
 import sys, time, torch
 from pdae_nb.denoise import GaussianMixture
-from pdae_nb.cli import _part, _print
 from pdae_nb.forward import Schedule
 from pdae_nb.guidance import stage_grid
 torch.set_num_threads(1); torch.manual_seed(0)
@@ -113,6 +112,51 @@ def test_a_damaged_map_is_named(tmp_path, text):
     with pytest.raises(ValueError, match='g.json is not a whole stage grid'): stage_grid(None, None, None, torch.randn(6, 2), torch.arange(6) % 3, SCHED, step=250, path=path)
     assert path.read_text() == text, 'nothing is lost'
 
+# what a few samples tell
+
+@pytest.mark.parametrize('n, level', [(2, .95), (5, .95), (5, .5), (40, .99)])
+def test_a_band_holds_the_truth_as_often_as_it_says(n, level):
+    v = torch.randn(n, 20_000, generator=torch.Generator().manual_seed(n), dtype=torch.float64) + 7
+    mean, half = band(v, level)
+    torch.testing.assert_close(mean, v.mean(0))
+    assert abs(((mean - 7).abs() <= half).double().mean() - level) < 4*(level*(1 - level)/20_000)**.5
+
+def test_a_single_repeat_has_no_band():
+    mean, half = band([[1., 2.]])
+    assert mean.tolist() == [1, 2] and half.isnan().all()
+    import matplotlib; matplotlib.use('Agg')
+    ax = plot_gap({'one': [1., 2.]}, [1, 2])
+    assert list(ax.lines[0].get_ydata()) == [1, 2] and ax.get_ylim()[0] > 0
+
+def test_the_training_of_a_pair_is_drawn_from_its_numbers():
+    import matplotlib; matplotlib.use('Agg')
+    n, up = 40, torch.linspace(0, 1, 40, dtype=torch.float64)
+    q = dict(unconditional=(1 + up[:, None].expand(n, 4)).tolist(), conditional=(.5 + up[:, None].expand(n, 4)/2).tolist())
+    d = dict(seen=[3200*(i + 1) for i in range(n)], quarters=q, **{k: [o[0] for o in v] for k, v in q.items()})
+    left, middle, right = plot_training(d).axes
+    want = (torch.tensor(d['unconditional']) - torch.tensor(d['conditional'])).unfold(0, 4, 1).mean(-1)
+    torch.testing.assert_close(torch.as_tensor(middle.lines[0].get_ydata()).double(), want.double())
+    assert middle.lines[0].get_xdata()[0] == pytest.approx(8.0) and all(abs(l.get_ydata() - .5).max() < 1e-12 for l in right.lines[:4])
+
+@pytest.mark.parametrize('n', [60, 200])
+def test_held_out_samples_do_not_fall_for_the_luckiest_window(n):
+    "twenty windows that are equally good: the best one looks better than it is, the samples without a say are right on average"
+    g = torch.Generator().manual_seed(n); coin = lambda p: torch.rand(n, generator=g) < p
+    def one():
+        d = shortest_window({(0, 0): coin(.1), (0, 1000): coin(.97)} | {(t, t + 50): coin(.9) for t in range(0, 1000, 50)}, .8, boots=100)
+        return d['accuracy'], d['held_out']['accuracy'], d['held_out']['full']
+    seems, held, full = torch.tensor([one() for _ in range(60)], dtype=torch.float64).T
+    error = lambda v: v.std().item()/len(v)**.5
+    assert seems.mean() - .9 > 8*error(seems)
+    assert abs(held.mean() - .9) < 4*error(held) and abs(full.mean() - .97) < 4*error(full)
+
+def test_where_no_luck_is_needed_held_out_agrees():
+    g = torch.Generator().manual_seed(0); u = torch.rand(2000, generator=g)
+    d = shortest_window({(0, 0): u < .1, (0, 100): u < .3, (100, 200): u < .95, (200, 300): u < .3, (0, 200): u < .96, (100, 300): u < .96, (0, 300): u < .97}, .9, boots=200)
+    assert d['window'] == [100, 200] and d['length_interval'] == [100, 100]
+    assert abs(d['held_out']['accuracy'] - d['accuracy']) < .002 and abs(d['held_out']['full'] - d['full']) < .002
+    json.dumps(d, allow_nan=False)
+
 # what is shipped must be what was measured
 
 MAPS = sorted(p.parent.name for p in (ROOT/'data/results').glob('critical_stage_*/lesson.json'))
@@ -124,10 +168,12 @@ def test_the_shipped_maps_say_what_their_samples_say(name):
     d = load_results(name); cells, n = unpack_cells(d), d['about']['samples']
     assert n >= 500 and len(cells) == 211 and {len(v) for v in cells.values()} == {n}
     for k, what in dict(dpm='dpm', clf='classifier', judge='judge').items():
-        assert d['about']['weights'][k] == _print(_part(d['about'][what], k)), f'the map was made with another {what} than the one shipped'
+        assert d['about']['weights'][k] == fingerprint(part_of(d['about'][what], k, 'cpu')[1]), f'the map was made with another {what} than the one shipped'
     again = shortest_window(cells)
     assert again['window'] == d['shortest']['window'] and abs(again['accuracy'] - d['shortest']['accuracy']) < 1e-12
     lo, hi = again['length_interval']; assert lo <= again['length'] <= hi
+    assert again['held_out']['accuracy'] <= again['accuracy'] + .02
+    if name.endswith('ddim'): assert [again['window'], round(again['accuracy'], 3), round(again['held_out']['accuracy'], 3)] == [[400, 750], .928, .928], 'as 07_guidance says'
 
 def test_the_shipped_pair_is_a_pair():
     a, b = load_run('mnist_dpm'), load_run('mnist_cdpm')
@@ -135,3 +181,11 @@ def test_the_shipped_pair_is_a_pair():
     d = load_results('mnist_cdpm')
     assert d['t'] == FIG1_TIMES and d['against'] == 'mnist_dpm' and len(d['conditional']) == d['repeats'] >= 3
     assert load_run('mnist_judge').about['result']['test_accuracy'] >= .99
+
+@pytest.mark.skipif(not results_path('mnist_cdpm', 'training').exists(), reason='the logs of the pair are not here')
+def test_the_logs_of_the_pair_are_a_pair():
+    d = load_results('mnist_cdpm', 'training'); n = len(d['seen'])
+    assert n >= 20 and d['seen'] == sorted(set(d['seen'])) and 0 < d['seen'][-1] <= d['images'] and d['seen'][0] == d['batch']*d['every']
+    for k in ('unconditional', 'conditional'): assert len(d[k]) == n and all(len(q) == 4 and min(q) > 0 for q in d['quarters'][k]) and min(d[k]) > 0
+    u, c = (torch.tensor(d[k], dtype=torch.float64) for k in ('unconditional', 'conditional'))
+    assert torch.corrcoef(torch.stack([u, c]))[0, 1] > .9 and (u - c)[n//2:].std() < u[n//2:].std(), 'the same batches and noise'
