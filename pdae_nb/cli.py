@@ -106,11 +106,11 @@ def _pictures(words, net, log):
     if not xs: raise ValueError(f'none of {len(files)} pictures could be read: {", ".join(map(str, files[:5])) or "no image files in " + " ".join(words)}')
     return torch.cat(xs), names, bad
 
-# %% ../nbs/16_cli.ipynb #06e3ce96
+# %% ../nbs/16_cli.ipynb #2d1c5aba
 def cmd_reconstruct(
     name:str,                          # a run of data/models, or the path of a run folder
     *images:str,                       # your own image files, or folders of them; none: test images of the run's data
-    n:int=16,                          # images
+    n:int=None,                        # images; else 16 test images, or all of your own
     steps:int=100,                     # steps, up and down
     exact:bool=False,                  # infer x_T by O-BELM, which loses nothing but rounding, instead of DDIM
     seed:int=0,                        # of the random x_T
@@ -119,8 +119,8 @@ def cmd_reconstruct(
 ):
     "Any pictures through a run and back, as a labelled strip"
     run, net = dpm_of(name, device); log = lambda s: print(s, file=sys.stderr)
-    if hasattr(run, 'enc'): run.enc.to(where(net)); run.G.to(where(net))
-    x0, names, bad = _pictures(images, net, log) if images else (to_signed(load_images(run.recipe['data'], 'test', net.config['size']).x[:n]), None, [])
+    for k in run.about['parts']: getattr(run, k).to(where(net))
+    x0, names, bad = _pictures(images, net, log) if images else (to_signed(load_images(run.recipe['data'], 'test', net.config['size']).x[:n or 16]), None, [])
     x0 = x0[:n].to(where(net)); f = decoder_of(run, x0); xT, back = round_trip(f, x0, run.sched, steps, exact)
     rows, off = {'input': x0, 'inferred $x_T$': back}, lambda x: dict(mse01=(x - x0).square().mean().item()/4, largest01=(x - x0).abs().max().item()/2)
     if f is not run.dpm: rows['random $x_T$'] = restored(f, x0, run.sched, steps, seed)
@@ -129,7 +129,7 @@ def cmd_reconstruct(
     if bad: raise ValueError(f'{said["picture"]} has {len(x0)} pictures; {len(bad)} could not be read: {", ".join(bad)}')
     return said
 
-# %% ../nbs/16_cli.ipynb #309ea79f
+# %% ../nbs/16_cli.ipynb #c58b9bf2
 def cmd_evaluate(
     name:str,                # a run of data/models, or the path of a run folder
     n:int=None,              # samples to judge; else 1000 for a DPM, 200 for each strength of a classifier
@@ -145,8 +145,8 @@ def cmd_evaluate(
     place = Path(out or results_path(run.about['name'], size)); given = dict(n=n, steps=steps, test_images=test_images, gap_images=gap_images)
     given = {k: (v,) if isinstance(takes[k].default, tuple) else v for k, v in given.items() if v is not None and k in takes}
     counts = {k: max(v) if isinstance(v, tuple) else v for k, v in ({k: takes[k].default for k in ('n', 'steps', 'test_images', 'gap_images') if k in takes} | given).items()}
-    old = json.loads(place.read_text()).get('counts', {}) if place.exists() else {}
-    if less := [f'{k} {old[k]}, not {counts[k]}' for k in counts if counts[k] < old.get(k, 0)]: raise ValueError(f'{place} holds a larger measurement ({", ".join(less)}): name another file with --out, or delete it')
+    old = json.loads(place.read_text()).get('counts', dict.fromkeys(counts, 10**9)) if place.exists() else {}
+    if less := [f'{k} {old[k] if old[k] < 10**9 else "unknown"}, not {counts[k]}' for k in counts if counts[k] < old.get(k, 0)]: raise ValueError(f'{place} holds a larger measurement ({", ".join(less)}): name another file with --out, or delete it')
     if 'judge' in takes: given['judge'] = judge
     if 'path' in takes: given['path'] = place.with_name(f'{place.stem}-sums.json')
     d = f(name, device=device, **given) | dict(counts=counts)
@@ -242,7 +242,7 @@ def _table(rows):
     wide = [max(len(r[i]) for r in rows) for i in range(3)]
     for r in rows: print('  '.join(o.ljust(w) for o, w in zip(r, wide)), f'{r[3]:6.1f} s', sep='  ')
 
-# %% ../nbs/16_cli.ipynb #36681d88
+# %% ../nbs/16_cli.ipynb #376fa88e
 def cmd_demo(
     out:str='out', # folder for the pictures
     n:int=16,      # digits to take there and back
@@ -271,8 +271,8 @@ def cmd_demo(
         row(f'{n} test digits to noise and back: {name}, {steps} steps', f'off by {off.mean():.2g} grey levels of 255 on average, {off.max():.2g} at most', path)
     p, _ = part_of(coder, 'G'); p.enc.to(where(net)); off, path = _coded(p, x0, out/'coded.png')
     row(f'{n} test digits through PDAE: {p.G.z_dim} numbers each, 20 steps', f'MSE {off["PDAE, random $x_T$"]:.4f} from random x_T, {off["PDAE, inferred $x_T$"]:.1e} inferred (DPM alone: {off["DPM, inferred $x_T$"]:.1e})', path)
-    if results_path('mnist_pdae').exists():
-        g = (d := load_results('mnist_pdae'))['gap']; left = min(a/b for a, b in zip(g['pdae']['mean'], g['dpm']['mean']))
+    if results_path('mnist_pdae').exists() and (d := load_results('mnist_pdae'))['result'] == p.about['result']:
+        g = d['gap']; left = min(a/b for a, b in zip(g['pdae']['mean'], g['dpm']['mean']))
         row(f'the gap that its codes fill: {g["images"]:,} test digits, as measured', f'down to {left:.0%} of the DPM\'s', _gap_picture(d, out/'gap.png'))
     _table(rows); print(f'{time.time() - t0:.0f} s in all, on {hardware(where(net))}')
 

@@ -81,10 +81,10 @@ def size_of(
     same = lambda r: json.loads(json.dumps(asdict(r))) == run.recipe
     return next((s for (n, s), r in RECIPES.items() if n == run.about['name'] and same(r)), 'custom')
 
-# %% ../nbs/13b_evaluate.ipynb #3012cbab
+# %% ../nbs/13b_evaluate.ipynb #4c788cf9
 TIMES = [1, 2, 5, 10, 20, 50, 100, 150, 200, 300, 400, 500, 600, 700, 800, 900, 1000]
 
-def _mean(v): return [v.mean().item(), (v.std()/len(v)**.5).item()]      # with its standard error
+def _mean(v): return [v.mean().item(), (v.std()/len(v)**.5).item() if len(v) > 1 else 0.]      # with its standard error
 
 def _about(run, dev, t0): return dict(run=run.about['name'], size=size_of(run), seed=0, seconds=round(time.time() - t0), hardware=hardware(dev), versions=versions())
 
@@ -177,12 +177,20 @@ WAYS = {   # name -> (decoder, images, table, steps, seed of a random x_T) -> re
     'random, DPM++': lambda f, x0, sched, steps, seed: _multistep(f, x0, sched, steps, seed),
     'inferred, DPM++': lambda f, x0, sched, steps, seed: _multistep(f, x0, sched, steps, None)}
 
-# %% ../nbs/13b_evaluate.ipynb #5808158f
+# %% ../nbs/13b_evaluate.ipynb #6254519d
 def _measure(x, x0, y, jury, eyes):
-    "The numbers of some reconstructions, one of each kind per image"
-    x = x.nan_to_num(9., 9., -9.).clamp(-9, 9)                          # what blew up counts as wrong, not as missing
+    "The numbers of some reconstructions, one of each kind per image; what blew up counts as very wrong, not as missing"
+    x = x.clamp(-9, 9)
     kept = (jury(x.clamp(-1, 1)).argmax(1) == y).float()
     return dict(mse=mse(x, x0), ssim=ssim(x, x0), lpips=lpips(x.clamp(-1, 1), x0, eyes), kept=kept)
+
+def _sums(path, mark):
+    "What an earlier call has summed, or nothing yet"
+    if not path or not Path(path).exists(): return dict(rows={}, print=mark)
+    try: sums = json.loads(Path(path).read_text()); old = sums['print'], sums['rows'].keys()
+    except (ValueError, KeyError, TypeError, AttributeError) as e: raise ValueError(f'{path} holds no sums of a table ({type(e).__name__}: {e}); choose another path, or delete it') from e
+    if old[0] != mark: raise ValueError(f'{path} holds the sums of another run or judge; choose another path, or delete that one')
+    return sums
 
 def _add(old, values):
     "Sums of a row, n and (sum, sum of squares) of every number, after some more images"
@@ -194,7 +202,7 @@ def _means(row):
     n = row['n']; se = lambda s, q: (max(0, q/n - (s/n)**2)/max(1, n - 1))**.5
     return dict(n=n) | {k: [s/n, se(s, q)] for k, (s, q) in ((k, v) for k, v in row.items() if k != 'n')}
 
-# %% ../nbs/13b_evaluate.ipynb #5ab8d469
+# %% ../nbs/13b_evaluate.ipynb #f447e634
 @torch.no_grad()
 def reconstruction_table(
     run,             # what `load_run` gives; its `dpm` alone makes the rows of DDIM
@@ -207,21 +215,22 @@ def reconstruction_table(
     log=print,       # where progress is told
 ) -> dict:           # '<method> <way> <steps>' -> n, and mean and standard error of mse, ssim, lpips, kept
     "The rows of PDAE's Table 1: every way to decode, for the run and for its DPM alone"
-    sums, eyes = json.loads(Path(path).read_text()) if path and Path(path).exists() else dict(rows={}, print=fingerprint(run.dpm)), judge_feats(jury)
-    if sums['print'] != fingerprint(run.dpm): raise ValueError(f'{path} holds the sums of another DPM; choose another path, or delete that one')
-    methods = {'DDIM': lambda o: run.dpm} | ({'PDAE': lambda o: decoder_of(run, o)} if hasattr(run, 'G') else {})
-    keys = [(m, w, s) for s in steps for m in methods for w in WAYS if m != 'DDIM' or w.startswith('inferred')]
+    mark = ' '.join(fingerprint(o) for o in (*(getattr(run, k) for k in ('dpm', 'enc', 'G') if hasattr(run, k)), jury))
+    sums, eyes = _sums(path, mark), judge_feats(jury)
+    methods = {'DPM': lambda o: run.dpm} | ({'PDAE': lambda o: decoder_of(run, o)} if hasattr(run, 'G') else {})
+    keys = [(m, w, s) for s in steps for m in methods for w in WAYS if m != 'DPM' or w.startswith('inferred')]
     for k in range(0, len(x0), chunk):
         part, label = x0[k:k + chunk], y[k:k + chunk]; f = {m: bind(part) for m, bind in methods.items()}
         for m, w, s in keys:
-            row = sums['rows'].get(name := f'{m} {w} {s}')
-            if row and row['n'] >= k + len(part): continue
-            sums['rows'][name] = _add(row, _measure(WAYS[w](f[m], part, run.sched, s, k), part, label, jury, eyes))
+            row = sums['rows'].get(name := f'{m} {w} {s}'); had = row['n'] if row else 0
+            if had >= k + len(part): continue
+            v = _measure(WAYS[w](f[m], part, run.sched, s, k), part, label, jury, eyes)
+            sums['rows'][name] = _add(row, {q: o[max(0, had - k):] for q, o in v.items()})          # each image once
             if path: write_json(path, sums)
         log(f'{k + len(part)} of {len(x0)} images')
     return {k: _means(v) for k, v in sums['rows'].items()}
 
-# %% ../nbs/13b_evaluate.ipynb #e7104598
+# %% ../nbs/13b_evaluate.ipynb #2a429ae2
 @torch.no_grad()
 def evaluate_pdae(
     name,                # a run with `dpm`, `enc` and `G`
@@ -234,8 +243,9 @@ def evaluate_pdae(
     log=print,           # where progress is told
 ) -> dict:               # numbers, ready for JSON
     "What the code restores, and how much of the gap it fills (PDAE Table 1, Fig. 5)"
-    (run, G), (_, jury), t0 = part_of(name, 'G', device), part_of(judge, 'judge', device), time.time(); part_of(name, 'enc'); run.enc.to(where(G))
+    (run, G), (_, jury), t0 = part_of(name, 'G', device), part_of(judge, 'judge', device), time.time(); run.enc.to(where(G))
     x0, y = _test(run, G.dpm.config['size'], max(test_images, gap_images), where(G))
+    if y is None or y.ndim != 1 or jury.config['c'] != G.dpm.config['c']: raise ValueError(f'the table needs one class per image, and a judge for images of {G.dpm.config["c"]} channels; {judge!r} is for {jury.config["c"]}')
     z, f = encode(run.enc, x0[:gap_images]), with_codes(G, run.sched)
     curves = {k: gap_curve(o, x0[:gap_images], run.sched, TIMES_5, y=c) for k, o, c in (('dpm', G.dpm, None), ('pdae', f, z))}
     gap = dict(t=TIMES_5, images=len(z)) | {k: dict(zip(('mean', 'standard_error'), zip(*map(_mean, v)))) for k, v in curves.items()}

@@ -29,9 +29,9 @@ ENCODERS = {   # pixels: (channels after each halving, halvings before the atten
     128: ((64, 128, 256, 256, 256), 3), 64: ((64, 128, 128, 128), 2),
     32: ((32, 64, 128), 2), 28: ((32, 64, 128), 2), 16: ((32, 64), 1), 14: ((32, 64), 1)}
 
-# %% ../nbs/09_pdae.ipynb #d97c1ccf
+# %% ../nbs/09_pdae.ipynb #b0e28423
 class ConvEncoder(nn.Module):
-    "z = E_φ(x_0): convolutions that halve the image, attention once on the way, a linear layer (PDAE Sec. 3.3)"
+    "z = E_φ(x_0): convolutions that halve the image, a linear layer (PDAE Sec. 3.3), and attention once on the way, as in the published code"
     def __init__(self,
         c=3,       # channels of the image
         size=64,   # height and width of the image, pixels: a key of `ENCODERS`
@@ -176,7 +176,7 @@ def pdae_result(
     return dict(test_noise_mse=mse.mean().item(), standard_error=(mse.std()/len(mse)**.5).item(), dpm_noise_mse=alone.mean().item(), test_images=len(mse),
                 t=ts, gap_ratio=gap_ratio(G, z[:500], x0[:500], sched, ts, to_eps).tolist(), gap_images=min(500, len(x0)))
 
-# %% ../nbs/09_pdae.ipynb #72ed4b96
+# %% ../nbs/09_pdae.ipynb #2cd24b26
 def pdae_task(
     r: Recipe,           # its row; `net` names the DPM, and says how wide the code is
     weight=w_pdae,       # as in `pdae_loss`
@@ -184,7 +184,9 @@ def pdae_task(
 ) -> Task:
     "An encoder and a gradient estimator, on a DPM that was trained before (PDAE Sec. 3.2)"
     images, test, net = load_images(r.data, 'train', r.px), load_images(r.data, 'test', r.px), dict(r.net)
-    base = load_run(net.pop('dpm')); sched, have, want = base.sched, {k: base.dpm.config[k] for k in ('c', 'size')}, dict(c=images.x.shape[1], size=r.px)
+    base = load_run(dpm := net.pop('dpm'))
+    if not hasattr(base, 'dpm'): raise ValueError(f'{dpm!r} holds {sorted(base.about["parts"])}, no `dpm` to stand on')
+    sched, have, want = base.sched, {k: base.dpm.config[k] for k in ('c', 'size')}, dict(c=images.x.shape[1], size=r.px)
     if have != want: raise ValueError(f'the frozen DPM is for images of {have}, the data are {want}; train one for these first, and name its folder as the DPM')
     enc, G = ConvEncoder(**want, z_dim=net['z_dim'], groups=net.pop('groups', 32)), GradientEstimator(base.dpm, **net)
     noise = torch.randn(32, *images.x.shape[1:], generator=torch.Generator().manual_seed(r.seed))
@@ -236,8 +238,9 @@ def lerp_trajectories(
         return G.dpm.up(hs, e).to(xt.dtype), score.to(xt.dtype)
     return guided(both, sched, to_eps=to_eps, unguided=G.dpm, **kw)
 
-# %% ../nbs/09_pdae.ipynb #64712284
+# %% ../nbs/09_pdae.ipynb #fa1e1b76
 def _tensor_x0(source, size, c, log):
+    if source.dtype != torch.uint8 and not source.is_floating_point(): raise TypeError(f'an image tensor must be uint8 or float in [-1,1], got {source.dtype}')
     x = source if source.ndim == 4 else source[(None,)*(4 - source.ndim)]
     if source.ndim not in (2, 3, 4) or x.shape[1] not in (1, 3): raise ValueError(f'an image tensor must be (H,W), (C,H,W) or (B,C,H,W) with 1 or 3 channels, got {tuple(source.shape)}')
     if x.is_floating_point() and (x.abs() > 1.001).any(): raise ValueError(f'a float image must be in [-1,1], got {x.min():.3g} … {x.max():.3g}')
@@ -277,7 +280,7 @@ def decoder_of(
     if not fits: raise ValueError(f'a run with the parts {sorted(run.about["parts"])} reconstructs nothing; it takes one of {", ".join("+".join(k) for k in CODERS)}')
     return CODERS[max(fits, key=len)](run, x0, **kw)
 
-# %% ../nbs/09_pdae.ipynb #639ebb94
+# %% ../nbs/09_pdae.ipynb #dd82d72c
 def reconstruct(
     source,      # what `as_x0` takes
     run,         # what `load_run` gives
@@ -287,6 +290,6 @@ def reconstruct(
     **kw         # for the method's own denoiser
 ) -> tuple:      # the images as the network saw them, and their reconstructions: (B,c,size,size) each, in [-1,1]
     "Any picture through any run, in one call (PDAE Sec. 4.3)"
-    net = run.dpm if hasattr(run, 'dpm') else run.unet; where = next(net.parameters()).device
+    net = getattr(run, 'dpm', None) or getattr(run, 'unet', None) or decoder_of(run, None); where = next(net.parameters()).device
     x0 = as_x0(source, net.config['size'], net.config['c'], log).to(where)
     return x0, restored(decoder_of(run, x0, **kw), x0, run.sched, steps, seed)

@@ -81,7 +81,7 @@ def train_variant(
             for k, v in (dict(seen=s.seen) | heard(*look)).items(): d[k].append(v)
     return d | restores(*look) | dict(images=len(look[2]))
 
-# %% ../nbs/09b_study.ipynb #f58f514e
+# %% ../nbs/09b_study.ipynb #e0651913
 def study(
     path,               # JSON to keep every finished run in; an existing one is gone on with
     size=None,          # smoke or lesson; None asks $PDAE_NB_SIZE
@@ -94,7 +94,7 @@ def study(
     base = cached_run('mnist14_dpm', size=size or os.environ.get('PDAE_NB_SIZE') or 'lesson')
     about = dict(recipe=json.loads(json.dumps(asdict(r))), dpm=base.about['result'], hardware=hardware(torch.device('cpu')), versions=versions())
     d = json.loads(path.read_text()) if path.exists() else about | dict(runs={})
-    if d['recipe'] != about['recipe']: raise ValueError(f'{path} holds a study of another recipe; choose another path, or delete that one')
+    if (d.get('recipe'), d.get('dpm')) != (about['recipe'], about['dpm']): raise ValueError(f'{path} holds a study of another recipe or DPM; choose another path, or delete that one')
     for seed, v in ((s, v) for s in seeds for v in variants if f'{v} {s}' not in d['runs']):
         start = time.time(); row = train_variant(replace(r, seed=seed, net=r.net | dict(dpm=str(base.path))), v)
         d['runs'][f'{v} {seed}'] = row | dict(variant=v, seed=seed, seconds=round(time.time() - start))

@@ -5,8 +5,9 @@ import pytest, torch
 from pdae_nb.data import digits, to_signed
 from pdae_nb.files import Stopped, load_run, save_run
 from pdae_nb.forward import Schedule, score_to_eps, shift_to_eps
-from pdae_nb.pdae import ConvEncoder, GradientEstimator, beta_to_eps, decoder_of, lerp_trajectories, pdae_denoiser, pdae_loss, reconstruct
+from pdae_nb.pdae import ConvEncoder, GradientEstimator, decoder_of, lerp_trajectories, pdae_denoiser, pdae_loss, reconstruct
 from pdae_nb.sample import sample
+from pdae_nb.study import beta_to_eps
 from pdae_nb.train import Recipe, train
 from pdae_nb.unet import UNet
 import pdae_nb.train as train_module
