@@ -49,7 +49,13 @@ def _strip(rows, path, title='', captions=None):
 
 def _over(x, y): return torch.cat([o for ab in zip(x.split(8), y.split(8)) for o in ab])
 
-# %% ../nbs/16_cli.ipynb #8fb98923
+# %% ../nbs/16_cli.ipynb #08544c0b
+def _on(name, r, dpm):
+    "The row, standing on another frozen DPM if one is named"
+    if dpm and 'dpm' not in r.net: raise ValueError(f'{name} stands on no frozen DPM: it takes no --dpm')
+    return replace(r, net=r.net | dict(dpm=dpm)) if dpm else r
+
+# %% ../nbs/16_cli.ipynb #f26d4c01
 def cmd_train(
     name:str,           # run to train, `<data>_<what>`, e.g. mnist_dpm
     size:str=None,      # smoke, lesson or paper; else $PDAE_NB_SIZE, else lesson
@@ -62,9 +68,8 @@ def cmd_train(
     every:int=500,      # steps between checkpoints
 ):
     "Train a run, or go on with it: the same command resumes"
-    r, out = recipe(name, size), out or Path('runs')/f'{name}-{size or os.environ.get("PDAE_NB_SIZE") or "lesson"}'
-    if dpm and 'dpm' not in r.net: raise ValueError(f'{name} stands on no frozen DPM: it takes no --dpm')
-    r = replace(r, seed=seed, images=r.images if steps is None else steps*r.batch, net=r.net | (dict(dpm=dpm) if dpm else {}))
+    r, out = _on(name, recipe(name, size), dpm), out or Path('runs')/f'{name}-{size or os.environ.get("PDAE_NB_SIZE") or "lesson"}'
+    r = replace(r, seed=seed, images=r.images if steps is None else steps*r.batch)
     return json.loads((train_run(name, r, out, device=device, compile=compile, every=every)/'run.json').read_text())['result']
 
 # %% ../nbs/16_cli.ipynb #8fac7439

@@ -177,13 +177,14 @@ WAYS = {   # name -> (decoder, images, table, steps, seed of a random x_T) -> re
     'random, DPM++': lambda f, x0, sched, steps, seed: _multistep(f, x0, sched, steps, seed),
     'inferred, DPM++': lambda f, x0, sched, steps, seed: _multistep(f, x0, sched, steps, None)}
 
-# %% ../nbs/13b_evaluate.ipynb #6254519d
+# %% ../nbs/13b_evaluate.ipynb #699c6cb4
 def _measure(x, x0, y, jury, eyes):
     "The numbers of some reconstructions, one of each kind per image; what blew up counts as very wrong, not as missing"
     x = x.clamp(-9, 9)
     kept = (jury(x.clamp(-1, 1)).argmax(1) == y).float()
     return dict(mse=mse(x, x0), ssim=ssim(x, x0), lpips=lpips(x.clamp(-1, 1), x0, eyes), kept=kept)
 
+# %% ../nbs/13b_evaluate.ipynb #a1694db9
 def _sums(path, mark):
     "What an earlier call has summed, or nothing yet"
     if not path or not Path(path).exists(): return dict(rows={}, print=mark)
