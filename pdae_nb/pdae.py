@@ -163,18 +163,18 @@ def gap_ratio(
     told, alone = (gap_curve(f, x0, sched, ts, seed, y=y).mean(1) for f, y in ((with_codes(G, sched, to_eps), z), (G.dpm, None)))
     return told/alone
 
-# %% ../nbs/09_pdae.ipynb #13694d6e
+# %% ../nbs/09_pdae.ipynb #51a0f551
 def pdae_result(
     enc, G,              # encoder and gradient estimator
     x0: Tensor,          # held-out images: (N,...)
     sched: Schedule,     # noise table
     to_eps=shift_to_eps, # as trained
 ) -> dict:               # numbers, ready for JSON
-    "Test noise MSE with the code and without, and the share of the gap that stays open at t = 100…900 (of 500 images)"
+    "Test noise MSE with the code and without, and the share of the gap that stays open at t = 100…900 (of 200 images)"
     x0 = x0.to(next(G.parameters()).device); z, ts = encode(enc, x0), list(range(100, min(sched.T, 901), 100))
     (mse, _), (alone, _) = noise_mse(with_codes(G, sched, to_eps), x0, sched, y=z), noise_mse(G.dpm, x0, sched)
     return dict(test_noise_mse=mse.mean().item(), standard_error=(mse.std()/len(mse)**.5).item(), dpm_noise_mse=alone.mean().item(), test_images=len(mse),
-                t=ts, gap_ratio=gap_ratio(G, z[:500], x0[:500], sched, ts, to_eps).tolist(), gap_images=min(500, len(x0)))
+                t=ts, gap_ratio=gap_ratio(G, z[:200], x0[:200], sched, ts, to_eps).tolist(), gap_images=min(200, len(x0)))
 
 # %% ../nbs/09_pdae.ipynb #2cd24b26
 def pdae_task(
