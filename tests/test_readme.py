@@ -75,6 +75,6 @@ def test_pdae_does_what_the_readme_says():
     of, percent = lambda k, m='mse': d['table'][k][m][0], lambda v: f'{v:.1%}'.replace('%', ' %')
     left = {t: a/b for t, a, b in zip(d['gap']['t'], d['gap']['pdae']['mean'], d['gap']['dpm']['mean'])}; best = min(left, key=left.get)
     assert f'writes {run["recipe"]["net"]["z_dim"]} numbers' in README and f'in {run["images_seen"]:,} images and {run["seconds"]/60:.0f} minutes' in README
-    assert f'up to {1 - left[best]:.0%} of the gap ({d["gap"]["images"]:,} test digits, t = {best})' in README
+    assert f'up to {100*(1 - left[best]):.0f} % of the gap ({d["gap"]["images"]:,} test digits, t = {best})' in README
     assert f'{percent(of("PDAE random, DDIM 20", "kept"))} of {d["table"]["PDAE random, DDIM 20"]["n"]} test digits' in README and f'error of {of("PDAE random, DDIM 20"):.4f} (pixels' in README
     assert f'{of("PDAE inferred, DDIM 100"):.1e} in 100 DDIM steps, where the model alone loses {of("DPM inferred, DDIM 100"):.1e}, and {of("PDAE inferred, DPM++ 20"):.1e} in 20 steps of DPM-Solver++' in README
