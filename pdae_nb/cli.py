@@ -134,7 +134,7 @@ def cmd_reconstruct(
     if bad: raise ValueError(f'{said["picture"]} has {len(x0)} pictures; {len(bad)} could not be read: {", ".join(bad)}')
     return said
 
-# %% ../nbs/16_cli.ipynb #c58b9bf2
+# %% ../nbs/16_cli.ipynb #a83828dd
 def cmd_evaluate(
     name:str,                # a run of data/models, or the path of a run folder
     n:int=None,              # samples to judge; else 1000 for a DPM, 200 for each strength of a classifier
@@ -150,7 +150,8 @@ def cmd_evaluate(
     place = Path(out or results_path(run.about['name'], size)); given = dict(n=n, steps=steps, test_images=test_images, gap_images=gap_images)
     given = {k: (v,) if isinstance(takes[k].default, tuple) else v for k, v in given.items() if v is not None and k in takes}
     counts = {k: max(v) if isinstance(v, tuple) else v for k, v in ({k: takes[k].default for k in ('n', 'steps', 'test_images', 'gap_images') if k in takes} | given).items()}
-    old = json.loads(place.read_text()).get('counts', dict.fromkeys(counts, 10**9)) if place.exists() else {}
+    try: old = json.loads(place.read_text()).get('counts', dict.fromkeys(counts, 10**9)) if place.exists() else {}
+    except (ValueError, AttributeError) as e: raise ValueError(f'{place} holds no results ({type(e).__name__}: {e}): name another file with --out, or delete it') from e
     if less := [f'{k} {old[k] if old[k] < 10**9 else "unknown"}, not {counts[k]}' for k in counts if counts[k] < old.get(k, 0)]: raise ValueError(f'{place} holds a larger measurement ({", ".join(less)}): name another file with --out, or delete it')
     if 'judge' in takes: given['judge'] = judge
     if 'path' in takes: given['path'] = place.with_name(f'{place.stem}-sums.json')

@@ -81,7 +81,7 @@ def train_variant(
             for k, v in (dict(seen=s.seen) | heard(*look)).items(): d[k].append(v)
     return d | restores(*look) | dict(images=len(look[2]))
 
-# %% ../nbs/09b_study.ipynb #e0651913
+# %% ../nbs/09b_study.ipynb #e363322e
 def study(
     path,               # JSON to keep every finished run in; an existing one is gone on with
     size=None,          # smoke or lesson; None asks $PDAE_NB_SIZE
@@ -93,7 +93,8 @@ def study(
     r, path = recipe('mnist14_pdae', size), Path(path)
     base = cached_run('mnist14_dpm', size=size or os.environ.get('PDAE_NB_SIZE') or 'lesson')
     about = dict(recipe=json.loads(json.dumps(asdict(r))), dpm=base.about['result'], hardware=hardware(torch.device('cpu')), versions=versions())
-    d = json.loads(path.read_text()) if path.exists() else about | dict(runs={})
+    try: d = json.loads(path.read_text()) | {} if path.exists() else about | dict(runs={})
+    except (ValueError, TypeError) as e: raise ValueError(f'{path} holds no study ({type(e).__name__}: {e}); choose another path, or delete it') from e
     if (d.get('recipe'), d.get('dpm')) != (about['recipe'], about['dpm']): raise ValueError(f'{path} holds a study of another recipe or DPM; choose another path, or delete that one')
     for seed, v in ((s, v) for s in seeds for v in variants if f'{v} {s}' not in d['runs']):
         start = time.time(); row = train_variant(replace(r, seed=seed, net=r.net | dict(dpm=str(base.path))), v)
