@@ -16,14 +16,14 @@ from fastcore.script import anno_parser
 # %% ../nbs/16_cli.ipynb #2548c95c
 from .data import IMAGE_TYPES, load_images, mnist_or_digits, show, to_signed
 from .sample import belm_step, ddim_step, dpmpp_step, round_trip, sample, trajectory
-from .files import Stopped, load_run
+from .files import Stopped, fingerprint, load_run
 from .train import hardware, recipe, train as train_run, versions
 from .bench import bench_speed
 from .gap import as_labels, load_results, plot_gap, results_path, write_json
 from .guidance import classifier_guided, grid_calls, shortest_window, stage_grid
 from .pdae import as_x0, decoder_of, restored
 from .study import study
-from .evaluate import bench_pdae, dpm_of, evaluator_of, fingerprint, noise_for, part_of, size_of, where
+from .evaluate import bench_pdae, dpm_of, evaluator_of, noise_for, part_of, size_of, where
 
 # %% ../nbs/16_cli.ipynb #03730e14
 SOLVERS = dict(ddim=ddim_step, dpmpp=dpmpp_step, belm=belm_step)

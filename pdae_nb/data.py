@@ -97,17 +97,17 @@ def slider(
 
 # %% ../nbs/00_data.ipynb #ffb38911
 class Images:
-    "A whole dataset as one uint8 tensor, with its labels"
+    "A whole dataset as one tensor, with its labels"
     def __init__(self,
-        x: Tensor,          # pixels: uint8 (N,C,H,W)
+        x: Tensor,          # pixels: uint8 (N,C,H,W); or codes, for a model of codes: float32 (N,D)
         y: Tensor = None,   # class: int64 (N,), or attributes: int64 (N,A) of 0/1
         classes = (),       # names of the classes or attributes
     ):
-        if x.dtype != torch.uint8 or x.ndim != 4: raise TypeError(f'x must be uint8 (N,C,H,W), got {x.dtype} {tuple(x.shape)}')
+        if (x.dtype, x.ndim) not in ((torch.uint8, 4), (torch.float32, 2)): raise TypeError(f'x must be uint8 (N,C,H,W), or float32 (N,D) for codes, got {x.dtype} {tuple(x.shape)}')
         if y is not None and len(y) != len(x): raise ValueError(f'{len(y)} labels for {len(x)} images')
         self.x, self.y, self.classes = x, y, list(classes)
     def __len__(self): return len(self.x)
-    def __repr__(self): return f'Images({tuple(self.x.shape)} uint8, {len(self.classes)} classes, {self.x.device})'
+    def __repr__(self): return f'Images({tuple(self.x.shape)} {str(self.x.dtype)[6:]}, {len(self.classes)} classes, {self.x.device})'
     def __getitem__(self, i): i = [i] if isinstance(i, int) else i; return Images(self.x[i], None if self.y is None else self.y[i], self.classes)
     def to(self, device): return Images(self.x.to(device), None if self.y is None else self.y.to(device), self.classes)
 
@@ -346,7 +346,7 @@ def batches(
     device='cpu',   # where the batches are wanted
     rank=0,         # which process this is …
     world=1,        # … of how many: each takes every world-th image of the same global batch
-):                  # yields x0, float32 (bs/world,C,H,W) in [-1,1], and y or None
+):                  # yields x0, float32 (bs/world,C,H,W) in [-1,1], or codes as they are, and y or None
     "Every image once per epoch, in an order that needs no memory of where it was"
     if not (n := len(images)): raise ValueError('no images')
     if bs % world: raise ValueError(f'a batch of {bs} cannot be shared by {world} processes')
@@ -354,7 +354,8 @@ def batches(
     for k in range(start, steps):
         idx = np.array([order(p//n)[p % n] for p in range(k*bs, (k + 1)*bs)])
         i = torch.from_numpy(idx[rank::world]).to(images.x.device)
-        x0 = to_signed(images.x[i].to(device, non_blocking=True))
+        x0 = images.x[i].to(device, non_blocking=True)
+        if x0.dtype == torch.uint8: x0 = to_signed(x0)
         if flip:
             coin = np.random.default_rng([seed, k, 1]).random(bs)[rank::world] < .5
             x0 = torch.where(torch.from_numpy(coin).to(device)[:, None, None, None], x0.flip(-1), x0)

@@ -7,7 +7,7 @@ __all__ = ['mse', 'psnr', 'ssim', 'feature_distance', 'Feats', 'judge_feats', 'l
            'fid', 'mmd', 'kid', 'frechet_inf', 'inception_feats', 'lpips_feats', 'at_hand', 'reference_stats', 'ppl',
            'auroc']
 
-# %% ../nbs/13_metrics.ipynb #050c2b3c
+# %% ../nbs/13_metrics.ipynb #2137ebc8
 import hashlib, re
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch, torch.nn.functional as F
 from torch import Tensor
 from .data import Images, cache_dir, to_signed, to_uint8
 from .files import read_tensors, write_tensors
+from .latent import slerp
 
 # %% ../nbs/13_metrics.ipynb #05cb1608
 def _images(x):
@@ -287,13 +288,7 @@ def reference_stats(
     write_tensors(path, dict(mean=s.mean, cov=s.cov), about)
     return s
 
-# %% ../nbs/13_metrics.ipynb #79925e21
-def _slerp(z1, z2, t):
-    "Along the great circle, over all axes but the first"
-    th = torch.acos(F.cosine_similarity(z1.flatten(1), z2.flatten(1)).clamp(-1, 1)).clamp(1e-6, torch.pi - 1e-6)
-    at = lambda c: c.reshape(-1, *[1]*(z1.ndim - 1))
-    return at(torch.sin((1 - t)*th)/torch.sin(th))*z1 + at(torch.sin(t*th)/torch.sin(th))*z2
-
+# %% ../nbs/13_metrics.ipynb #2e2380ab
 @torch.no_grad()
 def ppl(
     decode,      # codes -> images
@@ -301,7 +296,7 @@ def ppl(
     z2: Tensor,  # codes to go to, like `z1`
     dist,        # (images, images) -> (B,), such as `partial(lpips, net=…)`
     eps=1e-4,    # step, a share of the way
-    path=_slerp, # (z1, z2, t) -> codes on the way, t float64 (B,) in 0…1; slerp for noise, `lerp` for learnt codes
+    path=slerp, # (z1, z2, t) -> codes on the way, t float64 (B,) in 0…1; slerp for noise, `lerp` for learnt codes
     *,
     t=None,      # where on the way: (B,), else drawn
 ) -> Tensor:     # one for each pair, of which the mean is the PPL: (B,)

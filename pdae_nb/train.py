@@ -63,8 +63,7 @@ RECIPES = {   # (run, size): row   # where its result is
 for _data, _images in dict(celebahq128=52, ffhq128=130, horse128=130, bedroom128=120).items():   # million images seen (PDAE Sec. 4)
     RECIPES[f'{_data}_dpm', 'paper'] = Recipe(_data, images=_images*10**6, **_128)
     RECIPES[f'{_data}_dpm', 'lesson'] = Recipe(_data, 128, dict(ch=64, mult=(1, 1, 2, 3, 4), attn=(16,)), 2_000_000, 64, 2e-4, 500, .3, .999, flip=True)
-for _data in 'mnist cifar10 celeba64 celebahq128 ffhq128 horse128 bedroom128'.split():
-    RECIPES[f'{_data}_dpm', 'smoke'] = Recipe(net=dict(ch=8, mult=(1, 2), n_res=1), **_smoke)
+RECIPES |= {(f'{d}_dpm', 'smoke'): Recipe(net=dict(ch=8, mult=(1, 2), n_res=1), **_smoke) for d in 'mnist cifar10 celeba64 celebahq128 ffhq128 horse128 bedroom128'.split()}
 
 def recipe(
     name,      # run, `<data>_<what>`
@@ -307,7 +306,9 @@ def _start(r, task, out, device, compile, log):
     return st
 
 # %% ../nbs/05_train.ipynb #ab2b22a7
-def _preview(st, path):
+def _look(st, seen, path, look):
+    if look: look(seen, st.averaged, st.task.sched)
+    if not st.task.preview: return
     import matplotlib.pyplot as plt
     path.parent.mkdir(exist_ok=True); fig = show(st.task.preview(st.averaged)).figure; fig.savefig(path, dpi=80); plt.close(fig)
 
@@ -329,6 +330,7 @@ def train(
     compile=False, # torch.compile every part
     every=500,     # steps between checkpoints and previews
     log_every=50,  # steps between log lines
+    look=None,     # (images seen, averaged parts, sched), called at every checkpoint and at the end
     log=tqdm.write,# where progress is told; a terminal also gets a progress bar
 ) -> Path:         # the run's folder
     "Train a run, or go on with it: the same call resumes, and ends with the same weights bit for bit"
@@ -344,12 +346,11 @@ def train(
             try:
                 for step in tqdm(_logged(steps, st, r, out/'log.jsonl', log_every, log), name, r.steps, initial=st.i, disable=None):
                     if asked: raise Stopped(signal.Signals(asked[0]), f'saved after step {st.i} of {r.steps}; the same command goes on from there')
-                    if st.i % every == 0 and st.i < r.steps:
-                        save()
-                        if st.task.preview: _preview(st, out/f'samples/{st.i:09d}.png')
+                    if st.i % every == 0 and st.i < r.steps: save(); _look(st, st.i*r.batch, out/f'samples/{st.i:09d}.png', look)
             except (Stopped, NonFinite): save(); raise
             save()
         _finish(name, r, out, st, device)
+        if look: look(st.i*r.batch, st.averaged, st.task.sched)
         log(f'{out/name} is done'); return out/name
 
 # %% ../nbs/05_train.ipynb #0f14d5df

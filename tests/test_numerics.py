@@ -6,6 +6,8 @@ from torch import nn
 from pdae_nb.denoise import denoising_loss
 from pdae_nb.forward import Schedule, score_to_eps, shift_to_eps, snr
 from pdae_nb.sample import diffae_times, pdae_times, sample, trajectory
+from pdae_nb.diffae import EncoderBlock, SemanticEncoder
+from pdae_nb.latent import MLPSkipNet
 from pdae_nb.pdae import ConvEncoder, GradientEstimator
 from pdae_nb.unet import Attention, UNet, timestep_embedding
 
@@ -24,12 +26,16 @@ def test_the_fill_itself(): np.testing.assert_allclose(u('abc', 3), [.8334091988
 # ---- the network
 def block(p, b):
     yield from (f'{p}.{k}' for k in ('in_layers.0', 'in_layers.2', 'emb_layers.1'))
-    if b.norm2.z is not None: yield f'{p}.emb_z_layers.1'
+    if b.norm2.z is not None: yield f'{p}.emb_z_layers.1' if b.norm2.z.out_features == 2*b.conv2.out_channels else f'{p}.cond_emb_layers.1'
     yield from (f'{p}.{k}' for k in ('out_layers.0', 'out_layers.3'))
     if isinstance(b.skip, nn.Conv2d): yield f'{p}.skip_connection'
 
 def attention(p, m):
     if isinstance(m, Attention): yield from (f'{p}.{k}' for k in ('norm', 'qkv', 'proj_out'))
+
+def encoder_block(p, b):
+    yield from (f'{p}.in_layers.0', f'{p}.in_layers.2')
+    if isinstance(b.skip, nn.Conv2d): yield f'{p}.skip_connection'
 
 def second_half(up, p=''):
     yield from block(f'{p}middle_block.0', up.mid[0]); yield from attention(f'{p}middle_block.1', up.mid[0].attn); yield from block(f'{p}middle_block.2', up.mid[1])
@@ -49,7 +55,18 @@ def official_names(net):
             if isinstance(m, Attention): yield from attention(f'encoder.{i}', m)
             elif list(m.parameters()): yield f'encoder.{i}'
         yield f'encoder.{len(net.body) + 1}'; return
-    yield from ('time_embed.0', 'time_embed.2', 'input_blocks.0.0')
+    if isinstance(net, SemanticEncoder):
+        blocks = [m for m in net.body if isinstance(m, EncoderBlock)]
+        yield 'encoder.input_blocks.0.0'
+        for i, b in enumerate(blocks[:-2], 1): yield from encoder_block(f'encoder.input_blocks.{i}.0', b); yield from attention(f'encoder.input_blocks.{i}.1', b.attn)
+        yield from encoder_block('encoder.middle_block.0', blocks[-2]); yield from attention('encoder.middle_block.1', blocks[-2].attn); yield from encoder_block('encoder.middle_block.2', blocks[-1])
+        yield from ('encoder.out.0', 'encoder.out.3'); return
+    if isinstance(net, MLPSkipNet):
+        yield from ('time_embed.0', 'time_embed.2')
+        for i in range(len(net.layers)): yield from (f'layers.{i}.linear', f'layers.{i}.linear_emb', f'layers.{i}.norm')
+        yield f'layers.{len(net.layers)}.linear'; return
+    time = 'time_embed.time_embed' if net.config['dz'] else 'time_embed'
+    yield from (f'{time}.0', f'{time}.2', 'input_blocks.0.0')
     for i, b in enumerate(net.down.blocks, 1): yield from block(f'input_blocks.{i}.0', b); yield from attention(f'input_blocks.{i}.1', b.attn)
     yield from second_half(net.up)
 
@@ -89,6 +106,22 @@ def test_encoder_equals_the_official_one(size, want):
     enc = ConvEncoder(3, size).eval(); fill(enc)
     with torch.no_grad(): z = enc(inp(f'x{size}', [1, 3, size, size], 1))
     np.testing.assert_allclose(fingerprint(z), want, atol=1e-4)
+
+def test_diffae_equals_the_official_one():
+    enc = SemanticEncoder(3, 32, (1, 2, 2), 32, 64, (16,)).eval(); unet = UNet(c=3, ch=32, mult=(1, 2), size=32, dz=64, attn=(16,), dt=64, z_shift=False).eval()
+    counts = [sum(p.numel() for p in m.parameters()) for m in (enc, unet)]
+    assert counts[0] == 326_432 and sum(counts) == 1_420_259
+    fill(enc); fill(unet)
+    x0, x, t = inp('x0', [2, 3, 32, 32], 1), inp('x', [2, 3, 32, 32], 1), torch.tensor([7, 613])
+    with torch.no_grad(): z = enc(x0); own, given = unet(x, t, z), unet(x, t, inp('z', [2, 64], 1.5))
+    np.testing.assert_allclose(fingerprint(z), [-.0526045, .334231, -.15551, .241757, -.401154, -.0561932, .0693927, .390651], atol=1e-4)
+    np.testing.assert_allclose(fingerprint(own), [.0155462, .451765, -.1358, -.0761019, .219588, .483503, .235028, .291843], atol=1e-4)
+    np.testing.assert_allclose(fingerprint(given), [.0118432, .454347, .0743938, .156425, .133836, -.00374633, -.0308769, .0984921], atol=1e-4)
+
+def test_latent_net_equals_the_official_one():
+    net = MLPSkipNet(16, 32, 4).eval(); fill(net)
+    with torch.no_grad(): e = net(inp('zlat', [2, 16], 1), torch.tensor([7, 613]))
+    np.testing.assert_allclose(fingerprint(e), [-.0481797, .626398, .539364, -.0566622, .407236, -1.90817, .47236, .0128114], atol=1e-4)
 
 @pytest.mark.parametrize('kw, n', [
     (dict(c=3, ch=128, mult=(1, 1, 2, 3, 4), size=128, attn=(16,)), 98_618_499), (dict(c=3, ch=64, mult=(1, 2, 4, 8), size=64, attn=(16,)), 63_958_019),

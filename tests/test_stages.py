@@ -2,7 +2,8 @@
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
 import pytest, torch
-from pdae_nb.evaluate import fingerprint, part_of
+from pdae_nb.evaluate import part_of
+from pdae_nb.files import fingerprint
 from pdae_nb.forward import Schedule
 from pdae_nb.gap import FIG1_TIMES, LabelUNet, band, cdpm_task, load_results, plot_gap, plot_training, results_path
 from pdae_nb.guidance import NoisyClassifier, classifier_guided, classifier_loss, shortest_window, stage_grid, unpack_cells
