@@ -44,7 +44,7 @@ def to_uint8(
 
 # %% ../nbs/00_data.ipynb #7e571bd6
 def show(
-    x,           # images: uint8, or float in [-1,1], (B,C,H,W)
+    x,           # images: uint8, or float in [-1,1], (B,C,H,W); or name -> such images, a named row of each
     ncol=8,      # images in a row
     titles=None, # a caption for each image
     ax=None,     # where to draw; None makes a figure
@@ -52,6 +52,7 @@ def show(
 ):               # the axes
     "A grid of images, all on the same scale"
     import matplotlib.pyplot as plt
+    rows, x, ncol = (list(x), torch.cat(list(x.values())), len(next(iter(x.values())))) if isinstance(x, dict) else ([], x, ncol)
     if x.ndim != 4 or x.shape[1] not in (1, 3) or not len(x): raise ValueError(f'expected images (B,1 or 3,H,W), got {tuple(x.shape)}')
     x = (x if x.dtype == torch.uint8 else to_uint8(x.detach())).cpu()
     B, C, H, W = x.shape; ncol = min(ncol, B); nrow = -(-B//ncol)
@@ -61,6 +62,7 @@ def show(
     if ax is None: ax = plt.subplots(figsize=(ncol*scale, nrow*scale*(1.25 if titles else 1)))[1]
     ax.imshow(grid.permute(1, 2, 0).squeeze(-1), cmap='gray', vmin=0, vmax=255, interpolation='nearest'); ax.axis('off')
     for s, (r, c) in zip(titles or [], corners): ax.text(c + W/2, r - 1, str(s), ha='center', va='bottom', fontsize=8)
+    for i, s in enumerate(rows): ax.text(-2, i*(H + 1) + H/2, s, ha='right', va='center', fontsize=8)
     return ax
 
 # %% ../nbs/00_data.ipynb #9a8facfd
