@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from fastcore.script import anno_parser
 
-# %% ../nbs/16_cli.ipynb #4717ba4b
+# %% ../nbs/16_cli.ipynb #01ee3aa1
 from .data import load_images, mnist_or_digits, show, to_signed
 from .sample import belm_step, ddim_step, dpmpp_step, round_trip, sample, trajectory
 from .files import Stopped, fingerprint, load_run
@@ -25,6 +25,7 @@ from .pdae import decoder_of, restored
 from .study import study
 from .diffae import held_out, training_race
 from .latent import attribute as which, between, draw as draw_new, edit, encode_all, fit_probe, to_median
+from .space import evaluate_space
 from .evaluate import bench_pdae, coder_of, dpm_of, evaluator_of, inputs, noise_for, part_of, size_of, where
 
 # %% ../nbs/16_cli.ipynb #03730e14
@@ -144,7 +145,7 @@ def cmd_interpolate(
     lams = torch.linspace(0, 1, n).tolist(); x = between(run, x0[:1], x0[1:], lams, steps)[:, 0]
     return dict(picture=_picture({name: torch.cat([x0[:1], x, x0[1:]])}, out, f'{steps} steps', captions=['input', *(f'{l:.2f}' for l in lams), 'input']), stops=n, steps=steps, mse01_ends=[(a - b).square().mean().item()/4 for a, b in zip(x[[0, -1]], x0)])
 
-# %% ../nbs/16_cli.ipynb #3b132010
+# %% ../nbs/16_cli.ipynb #19f9b92d
 def cmd_manipulate(
     name:str,                     # an autoencoder of data/models, or the path of a run folder
     *images:str,                  # your own image files, or folders of them; none: test images of the run's data
@@ -161,8 +162,7 @@ def cmd_manipulate(
     try: far = [float(s) for s in scales.split(',')]
     except ValueError: raise ValueError(f'scales must be numbers with commas between them, got {scales!r}') from None
     some = load_images(run.recipe['data'], 'train', net.config['size'])[slice(labels)]; has = which(some, attribute)
-    z = encode_all(run.enc, some); probe = fit_probe(z, has); probe = probe._replace(w=probe.w.to(x0), stats=probe.stats.to(x0.device))
-    own = to_median(run.enc(x0).detach(), probe, z[has].to(x0)); x = edit(run, x0, probe, [*far, own], steps)
+    z = encode_all(run.enc, some).to(x0); probe = fit_probe(z, has); own = to_median(run.enc(x0).detach(), probe, z[has]); x = edit(run, x0, probe, [*far, own], steps)
     rows = {'input': x0} | {f's = {s:g}': o for s, o in zip(far, x)} | {'Eq. 11': x[-1]}
     said = dict(picture=_picture(rows, out, f'{name}: towards {attribute}', captions=names), images=len(x0), attribute=attribute, labels=len(has), positives=int(has.sum()), eq11_scales=[round(v, 3) for v in own.tolist()])
     if bad: raise ValueError(f'{said["picture"]} has {len(x0)} pictures; {len(bad)} could not be read: {", ".join(bad)}')
@@ -204,18 +204,20 @@ def cmd_bench(
     kind = 'cpu' if 'CPU' in d['hardware'] else d['hardware'].replace(' ', '-')
     return d | dict(written=write_json(out or results_path('bench', kind), d))
 
-# %% ../nbs/16_cli.ipynb #84c71d65
+# %% ../nbs/16_cli.ipynb #23c50aae
 def cmd_study(
-    what:str='loss', # loss: PDAE's weights and coefficients; training: PDAE against Diff-AE, held-out loss on the way
+    what:str='loss', # loss: PDAE's weights and coefficients; training: PDAE against Diff-AE, held-out loss on the way; space: what the shipped codes are worth
     size:str=None,   # smoke or lesson; else $PDAE_NB_SIZE, else lesson
-    out:str=None,    # JSON to write; else data/results/mnist14_pdae/SIZE.json, or mnist14_diffae
+    out:str=None,    # JSON to write; else data/results/mnist14_pdae/SIZE.json, mnist14_diffae or mnist_space
     seeds:int=3,     # how many
 ):
     "Train small models, several seeds each, and compare them; the same command goes on"
     size = size or os.environ.get('PDAE_NB_SIZE') or 'lesson'
-    if what not in ('loss', 'training'): raise ValueError(f'what must be loss or training, got {what!r}')
-    if what == 'training': training_race(path := out or results_path('mnist14_diffae', size), size, range(seeds)); return dict(written=str(path))
-    path = Path(out or results_path('mnist14_pdae', size)); d = study(path, size, range(seeds))
+    if what not in (places := dict(loss='mnist14_pdae', training='mnist14_diffae', space='mnist_space')): raise ValueError(f'what must be one of {", ".join(places)}, got {what!r}')
+    path = Path(out or results_path(places[what], size))
+    if what == 'training': training_race(path, size, range(seeds)); return dict(written=str(path))
+    if what == 'space': evaluate_space(path, label='mnist_label_pdae'); return dict(written=str(path))
+    d = study(path, size, range(seeds))
     return dict(runs={k: o['own'] for k, o in d['runs'].items()}, written=str(path))
 
 # %% ../nbs/16_cli.ipynb #4a3d0b7e

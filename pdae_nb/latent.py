@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['encode_all', 'ZStats', 'MLPLayer', 'MLPSkipNet', 'latent_loss', 'latent_task', 'sample_z', 'decode', 'draw', 'lerp',
-           'slerp', 'between', 'attribute', 'Probe', 'fit_probe', 'move', 'to_median', 'edit', 'accept', 'oversample']
+           'slerp', 'between', 'attribute', 'Probe', 'fit_probe', 'move', 'to_median', 'edit', 'passes', 'accept',
+           'oversample']
 
 # %% ../nbs/12_latent.ipynb #cfe94d5c
 import difflib, hashlib
@@ -236,7 +237,7 @@ class Probe(NamedTuple):
     def logit(self, z): "Its confidence, nats"; return self.stats.norm(z) @ self.w + self.b
     def prob(self, z): "p(attribute|z)"; return self.logit(z).sigmoid()
 
-# %% ../nbs/12_latent.ipynb #73d1bbe3
+# %% ../nbs/12_latent.ipynb #08ab426d
 def fit_probe(
     z: Tensor,  # codes: (N,D)
     y: Tensor,  # has it? bool or 0/1: (N,)
@@ -252,7 +253,7 @@ def fit_probe(
     few = y.bincount(minlength=2)
     if len(few) > 2 or not few.all(): raise ValueError(f'a probe tells two classes apart: {few[0]} codes are labelled 0, {few[1:].sum()} not')
     if folds and few.min() < folds: raise ValueError(f'{folds} folds need as many codes of each class, got {few.min()}')
-    stats = stats or ZStats(z.cpu()); kw = dict(max_iter=1000, class_weight='balanced' if balance else None)
+    stats = stats or ZStats(z); kw = dict(max_iter=1000, class_weight='balanced' if balance else None)
     m = LogisticRegressionCV(Cs=np.logspace(-4, 2, 7), cv=folds, scoring='roc_auc', **kw) if folds else LogisticRegression(C=C, **kw)
     m.fit(stats.norm(z.to(stats.mean)).cpu().double().numpy(), y.numpy())
     return Probe(torch.from_numpy(m.coef_[0]).to(stats.mean), float(m.intercept_[0]), stats)
@@ -288,19 +289,27 @@ def edit(
     z = encode(run.enc, x0); xT = invert(decode(run, z), x0, run.sched, steps)
     return torch.stack([sample(decode(run, move(z, probe, s)), xT, run.sched, steps) for s in scales])
 
-# %% ../nbs/12_latent.ipynb #306f8b18
+# %% ../nbs/12_latent.ipynb #e2c7d036
+def passes(
+    p: Tensor, # p(attribute|z): (N,)
+    seed=0,    # of the draws
+) -> Tensor:   # bool (N,), on the CPU
+    "Drop p < 1/2, keep the others with probability p (Diff-AE App. A.2, PDAE Sec. 4.7)"
+    p = p.detach().cpu()
+    return (p >= .5) & (torch.rand(len(p), generator=torch.Generator().manual_seed(seed)) < p)
+
 def accept(
     z: Tensor,    # candidate codes: (N,D)
     probe: Probe, # the attribute wanted
     n=None,       # how many are wanted; None takes all that pass
     seed=0,       # of the draws
 ) -> Tensor:      # codes: (n,D)
-    "Drop p < 1/2, keep the others with probability p (Diff-AE App. A.2, PDAE Sec. 4.7)"
-    p = probe.prob(z).cpu(); u = torch.rand(len(z), generator=torch.Generator().manual_seed(seed))
-    kept = z[((p >= .5) & (u < p)).to(z.device)]
+    "The codes that pass"
+    kept = z[passes(probe.prob(z), seed).to(z.device)]
     if n and len(kept) < n: raise ValueError(f'{len(kept)} of {len(z)} codes were accepted, {n} are wanted: draw about {len(z)*n//max(1, len(kept)) + 1}')
     return kept[:n]
 
+# %% ../nbs/12_latent.ipynb #9282e0ee
 def oversample(
     y: Tensor, # has it? bool (N,)
     seed=0,    # of the choice
