@@ -62,7 +62,9 @@ def test_the_critical_stage_is_the_one_measured():
     percent = lambda v: f'{v:.1%}'.replace('%', ' %')
     assert f'{a} < t ≤ {b}, {percent(f["accuracy"])} of {f["samples"]} samples' in README
     assert f'{percent(f["full"])} when guided throughout and {percent(f["none"])} when never' in README
-    assert f'keeps {f["share"]:.0%}'.replace('%', ' %') in README and f'scale {about["scale"]:g};' in README and f'{about["T"]//about["step"]*about["substeps"]} steps' in README
+    assert f'keeps {f["share"]:.0%}'.replace('%', ' %') in README and f'scale {about["scale"]:g})' in README and f'{about["T"]//about["step"]*about["substeps"]} steps' in README
+    d = json.loads((ROOT/'data/results/critical_stage_ddpm/lesson.json').read_text()); f = d['shortest']; a, b = f['window']
+    assert d['about']['eta'] == 1 and f'it is {a} < t ≤ {b}, with {percent(f["accuracy"])} ({percent(f["full"])}, {percent(f["none"])})' in README
 
 def test_the_twin_gains_what_the_readme_says():
     "lower by up to a fifth; at t <= 150 by nothing"
