@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from fastcore.script import anno_parser
 
-# %% ../nbs/16_cli.ipynb #01ee3aa1
+# %% ../nbs/16_cli.ipynb #9d4fef79
 from .data import load_images, mnist_or_digits, show, to_signed
 from .sample import belm_step, ddim_step, dpmpp_step, round_trip, sample, trajectory
 from .files import Stopped, fingerprint, load_run
-from .train import hardware, recipe, train as train_run, versions
+from .train import TASKS, _task_of, hardware, recipe, train as train_run, versions
 from .bench import bench_speed
 from .gap import as_labels, load_results, plot_gap, results_path, write_json
 from .guidance import classifier_guided, grid_calls, shortest_window, stage_grid
@@ -46,19 +46,20 @@ def _picture(x, path, title='', ncol=8, captions=None):
 
 def _over(x, y): return torch.cat([o for ab in zip(x.split(8), y.split(8)) for o in ab])
 
-# %% ../nbs/16_cli.ipynb #08544c0b
+# %% ../nbs/16_cli.ipynb #a4cde295
 def _on(name, r, dpm):
-    "The row, standing on another frozen DPM if one is named"
-    if dpm and 'dpm' not in r.net: raise ValueError(f'{name} stands on no frozen DPM: it takes no --dpm')
-    return replace(r, net=r.net | dict(dpm=dpm)) if dpm else r
+    "The row, standing on another run if one is named"
+    key = next((k for k in ('dpm', 'run') if k in r.net), None)
+    if dpm and not key: raise ValueError(f'{name} stands on no other run: it takes no --dpm')
+    return replace(r, net=r.net | {key: dpm}) if dpm else r
 
-# %% ../nbs/16_cli.ipynb #d150b2a8
+# %% ../nbs/16_cli.ipynb #fa72d834
 def cmd_train(
     name:str,           # run to train, `<data>_<what>`, e.g. mnist_dpm
     size:str=None,      # smoke, lesson or paper; else $PDAE_NB_SIZE, else lesson
     out:str=None,       # folder for checkpoints, samples, log and the run; else runs/NAME-SIZE
     steps:int=None,     # steps in all, instead of the recipe's
-    dpm:str=None,       # run with the frozen DPM that an autoencoder stands on, instead of the recipe's
+    dpm:str=None,       # run that it stands on, instead of the recipe's: PDAE's frozen DPM, or the autoencoder of a latent run
     seed:int=0,         # of weights, order, times and noise
     device:str=None,    # cpu or cuda; else the GPU if there is one
     compile:bool=False, # torch.compile the networks
@@ -68,10 +69,11 @@ def cmd_train(
     "Train a run, or go on with it: the same command resumes"
     r, out = _on(name, recipe(name, size), dpm), out or Path('runs')/f'{name}-{size or os.environ.get("PDAE_NB_SIZE") or "lesson"}'
     r = replace(r, seed=seed, images=r.images if steps is None else steps*r.batch)
+    if look and _task_of(name) not in [TASKS[k] for k in ('dpm', 'pdae', 'diffae')]: raise ValueError(f'--look measures DPMs and autoencoders, not {name!r}')
     see = held_out(look, to_signed(load_images(r.data, 'test', r.px).x[:2000])) if look else None
     return json.loads((train_run(name, r, out, device=device, compile=compile, every=every, look=see)/'run.json').read_text())['result']
 
-# %% ../nbs/16_cli.ipynb #7d4cf029
+# %% ../nbs/16_cli.ipynb #3139f1e1
 METHODS = dict(ddim='dpm', cddim='cdpm', pdae='pdae_latent', diffae='diffae_latent')   # of `cmd_sample`: what a run of that method is called, behind the name of its data
 
 def cmd_sample(
@@ -97,6 +99,7 @@ def cmd_sample(
         if clashes := [k for k, v in dict(solver=solver != 'ddim', eta=eta, label=label is not None, classifier=classifier).items() if v]: raise ValueError(f'{name} draws codes, and takes no --{clashes[0]}')
         base, net = coder_of(run.recipe['net']['run'], device); run.net.to(where(net)), run.stats.to(where(net))
         return dict(picture=_picture(draw_new(run, base, noise_for(net, n, seed), steps, last=last, seed=seed), out), **said)
+    if hasattr(run, 'enc') or hasattr(run, 'G'): raise ValueError(f'{name} draws only what it is given a code for: sample its latent run, e.g. mnist_pdae_latent')
     clf = part_of(classifier, 'clf', device)[1] if classifier else None
     run, net = dpm_of(name, device, labels=not clf); torch.manual_seed(seed)
     classes = (clf or net).config.get('classes')
@@ -145,12 +148,12 @@ def cmd_interpolate(
     lams = torch.linspace(0, 1, n).tolist(); x = between(run, x0[:1], x0[1:], lams, steps)[:, 0]
     return dict(picture=_picture({name: torch.cat([x0[:1], x, x0[1:]])}, out, f'{steps} steps', captions=['input', *(f'{l:.2f}' for l in lams), 'input']), stops=n, steps=steps, mse01_ends=[(a - b).square().mean().item()/4 for a, b in zip(x[[0, -1]], x0)])
 
-# %% ../nbs/16_cli.ipynb #19f9b92d
+# %% ../nbs/16_cli.ipynb #f84a1c33
 def cmd_manipulate(
     name:str,                     # an autoencoder of data/models, or the path of a run folder
     *images:str,                  # your own image files, or folders of them; none: test images of the run's data
     attribute:str=None,           # a class or attribute of the run's data, e.g. 9 or Smiling
-    scales:str='-.2,0,.2,.4',     # how far to push, in units of sqrt(D), with commas between them; Diff-AE's Eq. 11 comes last
+    scales:str='-.2,0,.2,.4',     # how far to push, in units of sqrt(D): --scales=-.2,0,.3; Diff-AE's Eq. 11 comes last
     n:int=8,                      # test images
     labels:int=10_000,            # training images to learn the direction from
     steps:int=50,                 # DDIM steps, up and down
@@ -162,7 +165,7 @@ def cmd_manipulate(
     try: far = [float(s) for s in scales.split(',')]
     except ValueError: raise ValueError(f'scales must be numbers with commas between them, got {scales!r}') from None
     some = load_images(run.recipe['data'], 'train', net.config['size'])[slice(labels)]; has = which(some, attribute)
-    z = encode_all(run.enc, some).to(x0); probe = fit_probe(z, has); own = to_median(run.enc(x0).detach(), probe, z[has]); x = edit(run, x0, probe, [*far, own], steps)
+    z = encode_all(run.enc, some).to(x0); probe = fit_probe(z, has, C=1e-3); own = to_median(run.enc(x0).detach(), probe, z[has]); x = edit(run, x0, probe, [*far, own], steps)
     rows = {'input': x0} | {f's = {s:g}': o for s, o in zip(far, x)} | {'Eq. 11': x[-1]}
     said = dict(picture=_picture(rows, out, f'{name}: towards {attribute}', captions=names), images=len(x0), attribute=attribute, labels=len(has), positives=int(has.sum()), eq11_scales=[round(v, 3) for v in own.tolist()])
     if bad: raise ValueError(f'{said["picture"]} has {len(x0)} pictures; {len(bad)} could not be read: {", ".join(bad)}')
@@ -204,7 +207,7 @@ def cmd_bench(
     kind = 'cpu' if 'CPU' in d['hardware'] else d['hardware'].replace(' ', '-')
     return d | dict(written=write_json(out or results_path('bench', kind), d))
 
-# %% ../nbs/16_cli.ipynb #23c50aae
+# %% ../nbs/16_cli.ipynb #a1bfd776
 def cmd_study(
     what:str='loss', # loss: PDAE's weights and coefficients; training: PDAE against Diff-AE, held-out loss on the way; space: what the shipped codes are worth
     size:str=None,   # smoke or lesson; else $PDAE_NB_SIZE, else lesson
@@ -216,7 +219,8 @@ def cmd_study(
     if what not in (places := dict(loss='mnist14_pdae', training='mnist14_diffae', space='mnist_space')): raise ValueError(f'what must be one of {", ".join(places)}, got {what!r}')
     path = Path(out or results_path(places[what], size))
     if what == 'training': training_race(path, size, range(seeds)); return dict(written=str(path))
-    if what == 'space': evaluate_space(path, label='mnist_label_pdae'); return dict(written=str(path))
+    if what == 'space' and size != 'lesson': raise ValueError(f'the shipped models are measured at size lesson, got {size!r}')
+    if what == 'space': evaluate_space(path); return dict(written=str(path))
     d = study(path, size, range(seeds))
     return dict(runs={k: o['own'] for k, o in d['runs'].items()}, written=str(path))
 

@@ -52,7 +52,9 @@ def show(
 ):               # the axes
     "A grid of images, all on the same scale"
     import matplotlib.pyplot as plt
-    rows, x, ncol = (list(x), torch.cat(list(x.values())), len(next(iter(x.values())))) if isinstance(x, dict) else ([], x, ncol)
+    rows = list(x) if isinstance(x, dict) else []
+    if rows and len({len(o) for o in x.values()}) > 1: raise ValueError(f'rows of one length, got {({k: len(o) for k, o in x.items()})}')
+    if rows: ncol, x = len(x[rows[0]]), torch.cat([o if o.dtype == torch.uint8 else to_uint8(o.detach()) for o in x.values()])
     if x.ndim != 4 or x.shape[1] not in (1, 3) or not len(x): raise ValueError(f'expected images (B,1 or 3,H,W), got {tuple(x.shape)}')
     x = (x if x.dtype == torch.uint8 else to_uint8(x.detach())).cpu()
     B, C, H, W = x.shape; ncol = min(ncol, B); nrow = -(-B//ncol)
@@ -351,6 +353,7 @@ def batches(
 ):                  # yields x0, float32 (bs/world,C,H,W) in [-1,1], or codes as they are, and y or None
     "Every image once per epoch, in an order that needs no memory of where it was"
     if not (n := len(images)): raise ValueError('no images')
+    if flip and images.x.ndim != 4: raise ValueError('only images can be mirrored, and these are codes')
     if bs % world: raise ValueError(f'a batch of {bs} cannot be shared by {world} processes')
     order = lru_cache(1)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(n))
     for k in range(start, steps):

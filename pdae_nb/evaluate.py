@@ -18,7 +18,7 @@ from .forward import Schedule
 from .denoise import loss_curve
 from .sample import dpmpp_step, invert, round_trip, sample, snr_times
 
-# %% ../nbs/13b_evaluate.ipynb #a12e44af
+# %% ../nbs/13b_evaluate.ipynb #37a9fb13
 from .unet import UNet
 from .files import fingerprint, load_run
 from .train import RECIPES, fit, hardware, noise_mse, versions
@@ -26,7 +26,7 @@ from .bench import _sync, gflops, race
 from .gap import FIG1_TIMES, compare_losses, gap_curve, write_json
 from .guidance import classifier_accuracy, scale_sweep
 from .pdae import ConvEncoder, GradientEstimator, as_x0, decoder_of, pdae_loss, restored
-from .diffae import told
+from .diffae import conditioned
 from .metrics import judge_feats, lpips, mse, ssim
 
 # %% ../nbs/13b_evaluate.ipynb #55b5be25
@@ -67,11 +67,12 @@ def noise_for(
     shape = n, net.config['c'], net.config['size'], net.config['size']
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(where(net))
 
-# %% ../nbs/13b_evaluate.ipynb #209005f7
+# %% ../nbs/13b_evaluate.ipynb #b8250ca6
 def kind_of(
     run,   # what `load_run` gives: an autoencoder
 ) -> str:  # PDAE or Diff-AE
     "Which method an autoencoder follows"
+    if not hasattr(run, 'unet') and not hasattr(run, 'G'): raise ValueError(f'the parts {sorted(run.about["parts"])} are of no method known here')
     return 'Diff-AE' if hasattr(run, 'unet') else 'PDAE'
 
 def coder_of(
@@ -263,7 +264,7 @@ def reconstruction_table(
         log(f'{k + len(part)} of {len(x0)} images')
     return {k: _means(v) for k, v in sums['rows'].items()}
 
-# %% ../nbs/13b_evaluate.ipynb #cb39490c
+# %% ../nbs/13b_evaluate.ipynb #abbc4947
 @torch.no_grad()
 def evaluate_coder(
     name,                # an autoencoder: a run with `enc` and `G`, or `enc` and `unet`
@@ -280,7 +281,7 @@ def evaluate_coder(
     x0, y = _test(run, net.config['size'], max(test_images, gap_images), where(net))
     if y is None or y.ndim != 1 or jury.config['c'] != net.config['c']: raise ValueError(f'the table needs one class per image, and a judge for images of {net.config["c"]} channels; {judge!r} is for {jury.config["c"]}')
     some = x0[:gap_images]; curves = {'dpm': gap_curve(run.dpm, some, run.sched, TIMES_5)} if hasattr(run, 'dpm') else {}
-    curves[kind_of(run).lower()] = gap_curve(told(run), some, run.sched, TIMES_5, y=some)
+    curves[kind_of(run).lower()] = gap_curve(conditioned(run), some, run.sched, TIMES_5, y=some)
     gap = dict(t=TIMES_5, images=len(some)) | {k: dict(zip(('mean', 'standard_error'), zip(*map(_mean, v)))) for k, v in curves.items()}
     table = reconstruction_table(run, x0[:test_images], y[:test_images], jury, path, steps, log=log)
     return dict(gap=gap, table=table, lpips='LPIPS-judge', judge=str(judge), result=run.about['result']) | _about(run, where(net), t0)
@@ -333,8 +334,8 @@ def bench_pdae(
         out[name] = dict(images=bs, train_ratio=s['two networks']/s['PDAE'], forward_ratio=f['two networks']/f['PDAE'], saved_by_skipping_G=1 - f['G skipped']/f['PDAE'], train_images_per_s=bs/s['PDAE'], gmac=count_parts(config, z_dim))
     return out
 
-# %% ../nbs/13b_evaluate.ipynb #a26b272d
-EVALUATORS = {('G', 'enc'): evaluate_coder, ('unet', 'enc'): evaluate_coder, ('clf',): evaluate_classifier, ('dpm',): evaluate_dpm}   # parts of a run -> what judges it; later lessons add theirs
+# %% ../nbs/13b_evaluate.ipynb #099a0480
+EVALUATORS = {('G', 'enc', 'dpm'): evaluate_coder, ('unet', 'enc'): evaluate_coder, ('clf',): evaluate_classifier, ('dpm',): evaluate_dpm}   # parts of a run -> what judges it; later lessons add theirs
 
 def evaluator_of(
     run, # what `load_run` gives

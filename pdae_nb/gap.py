@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FIG1_TIMES', 'posterior_gap', 'gap_factor', 'bar', 'gap_curve', 'band', 'plot_gap', 'as_labels', 'LabelUNet',
-           'cdpm_task', 'plot_training', 'results_path', 'write_json', 'load_results', 'compare_losses']
+           'cdpm_task', 'plot_training', 'results_path', 'write_json', 'load_results', 'pair_logs', 'compare_losses']
 
 # %% ../nbs/06_gap.ipynb #7a8856d2
 import json, os
@@ -203,6 +203,17 @@ def load_results(
     path = results_path(experiment, size)
     if not path.exists(): raise FileNotFoundError(f'no results {path}; `pdae evaluate` and `pdae stages` make them')
     return json.loads(path.read_text())
+
+def pair_logs(
+    uncond, # folder of an unconditional DPM's training
+    cond,   # folder of the conditional one's, with the same row and seed
+) -> dict:  # what `plot_training` draws
+    "The common part of two training logs, for PDAE's Figure 1: `write_json(results_path('mnist_cdpm', 'training'), pair_logs(…))`"
+    logs = [{o['seen']: o for o in map(json.loads, (Path(d)/'log.jsonl').read_text().splitlines())} for d in (uncond, cond)]
+    a, b = sorted(logs[0].keys() & logs[1].keys())[:2]; every = logs[0][b]['step'] - logs[0][a]['step']
+    seen = [n for n in sorted(logs[0].keys() & logs[1].keys()) if logs[0][n]['step'] % every == 0]     # a stop in between leaves a line of its own
+    both = {k: [log[n] for n in seen] for k, log in zip(('unconditional', 'conditional'), logs)}
+    return dict(seen=seen, **{k: [o['loss'] for o in v] for k, v in both.items()}, quarters={k: [o['loss_by_t_quarter'] for o in v] for k, v in both.items()}, images=seen[-1], batch=seen[0]//both['conditional'][0]['step'], every=every)
 
 # %% ../nbs/06_gap.ipynb #f868fc7c
 FIG1_TIMES = [1, 2, 5, 10, 20, 35, 50, 75, *range(100, 1001, 50)]
