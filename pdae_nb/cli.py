@@ -53,6 +53,11 @@ def _on(name, r, dpm):
     if dpm and not key: raise ValueError(f'{name} stands on no other run: it takes no --dpm')
     return replace(r, net=r.net | {key: dpm}) if dpm else r
 
+def _looker(name, r, file):
+    "What writes down the noise error on test images at each checkpoint"
+    if _task_of(name) not in [TASKS[k] for k in ('dpm', 'pdae', 'diffae')]: raise ValueError(f'--look measures DPMs and autoencoders, not {name!r}')
+    return held_out(file, to_signed(load_images(r.data, 'test', r.px).x[:2000]))
+
 # %% ../nbs/16_cli.ipynb #fa72d834
 def cmd_train(
     name:str,           # run to train, `<data>_<what>`, e.g. mnist_dpm
@@ -67,11 +72,8 @@ def cmd_train(
     look:str=None,      # file for the noise error on 2,000 test images, a line at each checkpoint
 ):
     "Train a run, or go on with it: the same command resumes"
-    r, out = _on(name, recipe(name, size), dpm), out or Path('runs')/f'{name}-{size or os.environ.get("PDAE_NB_SIZE") or "lesson"}'
-    r = replace(r, seed=seed, images=r.images if steps is None else steps*r.batch)
-    if look and _task_of(name) not in [TASKS[k] for k in ('dpm', 'pdae', 'diffae')]: raise ValueError(f'--look measures DPMs and autoencoders, not {name!r}')
-    see = held_out(look, to_signed(load_images(r.data, 'test', r.px).x[:2000])) if look else None
-    return json.loads((train_run(name, r, out, device=device, compile=compile, every=every, look=see)/'run.json').read_text())['result']
+    r = replace(r := _on(name, recipe(name, size), dpm), seed=seed, images=r.images if steps is None else steps*r.batch)
+    return json.loads((train_run(name, r, out or f'runs/{name}-{size or os.environ.get("PDAE_NB_SIZE") or "lesson"}', device=device, compile=compile, every=every, look=_looker(name, r, look) if look else None)/'run.json').read_text())['result']
 
 # %% ../nbs/16_cli.ipynb #3139f1e1
 METHODS = dict(ddim='dpm', cddim='cdpm', pdae='pdae_latent', diffae='diffae_latent')   # of `cmd_sample`: what a run of that method is called, behind the name of its data

@@ -64,7 +64,6 @@ def read_tensors(
     if crc and crc != str(_crc(tensors, note)): raise ValueError(f'{path} is damaged: its checksum does not fit what it holds')
     return tensors, meta
 
-# %% ../nbs/04b_files.ipynb #8b018a84
 def fingerprint(
     net: nn.Module, # a network
 ) -> str:           # eight hexadecimal digits

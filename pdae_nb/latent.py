@@ -243,7 +243,6 @@ class Probe(NamedTuple):
     def logit(self, z): "Its confidence, nats"; return self.stats.norm(z.to(self.w)) @ self.w + self.b
     def prob(self, z): "p(attribute|z)"; return self.logit(z).sigmoid()
 
-# %% ../nbs/12_latent.ipynb #070fc7b9
 def fit_probe(
     z: Tensor,  # codes: (N,D)
     y: Tensor,  # has it? bool or 0/1: (N,)

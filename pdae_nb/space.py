@@ -158,7 +158,6 @@ def truncation(
         out['accuracy'].append((judged(jury, x).argmax(1) == y).double().mean().item()); out['fid'].append(frechet(real, features(eyes, x)))
     return out
 
-# %% ../nbs/13d_space.ipynb #c64ac673
 def evaluate_label(
     name,                # a run of `label_task`
     n=500,               # samples for each scale

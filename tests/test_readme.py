@@ -30,7 +30,8 @@ def data(tmp_path_factory):
     def png(x): b = io.BytesIO(); Image.fromarray(x[0].numpy()).save(b, 'png'); return dict(bytes=b.getvalue(), path=None)
     im, root = digits('test', 28), tmp_path_factory.mktemp('data')
     (root/'mnist').mkdir()
-    pq.write_table(pa.table(dict(image=[png(x) for x in im.x], label=im.y.tolist())), root/'mnist/test-00000-of-00001.parquet')
+    table = pa.table(dict(image=[png(x) for x in im.x], label=im.y.tolist()))
+    for split in ('train', 'test'): pq.write_table(table, root/f'mnist/{split}-00000-of-00001.parquet')
     return dict(PDAE_NB_DATA=str(root), PDAE_NB_CACHE=str(root/'cache'))
 
 @pytest.mark.parametrize('line', PDAE)
