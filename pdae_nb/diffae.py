@@ -160,14 +160,18 @@ def held_out(
         loss = coded_mse(_run(parts, sched), x0.to(next(next(iter(parts.values())).parameters()).device))
         line = dict(seen=seen, noise_mse=loss.mean().item(), standard_error=(loss.std()/len(loss)**.5).item(), images=len(loss))
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with open(path, 'a') as f: f.write(json.dumps(line) + '\n')
+        with open(path, 'a') as f: f.write('\n' + json.dumps(line))          # the break first: what a kill cut short spoils no other line
     return look
 
 def looks(
     path,  # what `held_out` wrote
 ) -> dict: # seen, noise_mse: lists, in order; a look that was made again counts once
     "The curve that a run has left"
-    rows = {o['seen']: o['noise_mse'] for o in (json.loads(l) for l in Path(path).read_text().splitlines(True) if l.endswith('}\n'))}    # whole lines only
+    rows = {}
+    for l in Path(path).read_text().splitlines():
+        try: o = json.loads(l); rows[o['seen']] = o['noise_mse']
+        except ValueError: continue                        # blank, or cut short by a kill
+    if not rows: raise ValueError(f'{path} holds no looks')
     return dict(zip(('seen', 'noise_mse'), map(list, zip(*sorted(rows.items())))))
 
 # %% ../nbs/10_diffae.ipynb #6790e324

@@ -209,9 +209,10 @@ def pair_logs(
     cond,   # folder of the conditional one's, with the same row and seed
 ) -> dict:  # what `plot_training` draws
     "The common part of two training logs, for PDAE's Figure 1: `write_json(results_path('mnist_cdpm', 'training'), pair_logs(…))`"
-    logs = [{o['seen']: o for o in map(json.loads, (Path(d)/'log.jsonl').read_text().splitlines())} for d in (uncond, cond)]
-    a, b = sorted(logs[0].keys() & logs[1].keys())[:2]; every = logs[0][b]['step'] - logs[0][a]['step']
-    seen = [n for n in sorted(logs[0].keys() & logs[1].keys()) if logs[0][n]['step'] % every == 0]     # a stop in between leaves a line of its own
+    logs = [{o['seen']: o for o in (json.loads(l) for l in (Path(d)/'log.jsonl').read_text().splitlines(True) if l.endswith('\n'))} for d in (uncond, cond)]
+    if len(common := sorted(logs[0].keys() & logs[1].keys())) < 2: raise ValueError(f'{uncond} and {cond} have {len(common)} log lines in common, at least 2 are wanted')
+    every = logs[0][common[1]]['step'] - logs[0][common[0]]['step']
+    seen = [n for n in common if logs[0][n]['step'] % every == 0]     # a stop in between leaves a line of its own
     both = {k: [log[n] for n in seen] for k, log in zip(('unconditional', 'conditional'), logs)}
     return dict(seen=seen, **{k: [o['loss'] for o in v] for k, v in both.items()}, quarters={k: [o['loss_by_t_quarter'] for o in v] for k, v in both.items()}, images=seen[-1], batch=seen[0]//both['conditional'][0]['step'], every=every)
 

@@ -249,18 +249,17 @@ def fit_probe(
     stats=None, # normalisation; None takes these codes' own
     C=.01,      # inverse strength of the L2 penalty, which is on the sum over all codes
     folds=0,    # choose C by cross-validated AUROC in so many folds; 0 keeps `C`
-    balance=False, # count both classes alike, as oversampling does
 ) -> Probe:
     "Logistic regression on normalised codes (Diff-AE App. A.2), by scikit-learn"
     from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
     y = torch.as_tensor(y).cpu()
     if z.ndim != 2 or y.shape != z.shape[:1]: raise ValueError(f'a probe wants codes (N,D) and a label for each, got {tuple(z.shape)} and {tuple(y.shape)}')
     if not ((y == 0) | (y == 1)).all(): raise ValueError(f'a probe tells two classes apart, labelled 0 and 1; got {y.unique().tolist()[:5]}')
-    few = y.long().bincount(minlength=2); y = y.long()
+    y = y.long(); few = y.bincount(minlength=2)
     if not few.all(): raise ValueError(f'a probe tells two classes apart: {few[0]} codes are labelled 0, {few[1]} not')
     if folds == 1 or folds < 0: raise ValueError(f'folds must be 0 or at least 2, got {folds}')
     if folds and few.min() < folds: raise ValueError(f'{folds} folds need as many codes of each class, got {few.min()}')
-    stats = stats or ZStats(z); kw = dict(max_iter=1000, class_weight='balanced' if balance else None)
+    stats = stats or ZStats(z); kw = dict(max_iter=1000)
     new = {k: v for k, v in dict(l1_ratios=(0.,), use_legacy_attributes=False).items() if k in inspect.signature(LogisticRegressionCV).parameters}
     m = LogisticRegressionCV(Cs=np.logspace(-4, 2, 7), cv=folds, scoring='roc_auc', **kw, **new) if folds else LogisticRegression(C=C, **kw)
     m.fit(stats.norm(z.to(stats.mean)).cpu().double().numpy(), y.numpy())

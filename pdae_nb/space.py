@@ -53,7 +53,7 @@ def nonlinearity(
     ts,         # times
     seed=0,     # of the noise
 ) -> list:      # `ratio` at each time
-    "`ratio` of the squares of the two, over all pairs, of what the decoder says of noisy images, at each time: G for PDAE, eps for Diff-AE"
+    "How far from linear in the code is what the decoder says of noisy images: G for PDAE, eps for Diff-AE (PDAE Sec. 4.4)"
     z1, z2, g = run.enc(x1), run.enc(x2), torch.Generator().manual_seed(seed); out = []
     for t in ts:
         t = torch.full((len(x1),), t, device=x1.device); xt = add_noise(run.sched, x1, t, torch.randn(x1.shape, generator=g).to(x1))

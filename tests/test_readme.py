@@ -81,3 +81,7 @@ def test_pdae_does_what_the_readme_says():
     assert f'up to {100*(1 - left[best]):.0f} % of the gap ({d["gap"]["images"]:,} test digits, t = {best})' in README
     assert f'{percent(of("PDAE random, DDIM 20", "kept"))} of {d["table"]["PDAE random, DDIM 20"]["n"]} test digits' in README and f'error of {of("PDAE random, DDIM 20"):.4f} (pixels' in README
     assert f'{of("PDAE inferred, DDIM 100"):.1e} in 100 DDIM steps, where the model alone loses {of("DPM inferred, DDIM 100"):.1e}, and {of("PDAE inferred, DPM++ 20"):.1e} in 20 steps of DPM-Solver++' in README
+
+def test_the_latent_model_took_what_the_readme_says():
+    run = json.loads((ROOT/'data/models/mnist_pdae_latent/run.json').read_text()); base = json.loads((ROOT/'data/models/mnist_pdae/run.json').read_text())
+    assert f'a DPM over the {base["recipe"]["net"]["z_dim"]} numbers, {run["seconds"]/60:.0f} minutes of training' in README
