@@ -21,9 +21,10 @@ from .train import TASKS, _task_of, hardware, recipe, train as train_run, versio
 from .bench import bench_speed
 from .gap import as_labels, load_results, plot_gap, results_path, write_json
 from .guidance import classifier_guided, grid_calls, shortest_window, stage_grid
-from .pdae import decoder_of, restored
+from .pdae import decode, decoder_of, restored
 from .study import study
 from .diffae import held_out, training_race
+from .scorevae import Posterior, compare_cases, prior_z
 from .latent import attribute as which, between, draw as draw_new, edit, encode_all, fit_probe, to_median
 from .space import evaluate_space
 from .evaluate import bench_pdae, coder_of, dpm_of, evaluator_of, inputs, noise_for, part_of, size_of, where
@@ -55,7 +56,7 @@ def _on(name, r, dpm):
 
 def _looker(name, r, file):
     "What writes down the noise error on test images at each checkpoint"
-    if _task_of(name) not in [TASKS[k] for k in ('dpm', 'pdae', 'diffae')]: raise ValueError(f'--look measures DPMs and autoencoders, not {name!r}')
+    if _task_of(name) not in [TASKS[k] for k in ('dpm', 'pdae', 'diffae', 'scorevae', 'vae')]: raise ValueError(f'--look measures DPMs and autoencoders, not {name!r}')
     return held_out(file, to_signed(load_images(r.data, 'test', r.px).x[:2000]))
 
 # %% ../nbs/16_cli.ipynb #fa72d834
@@ -76,11 +77,11 @@ def cmd_train(
     return json.loads((train_run(name, r, out or f'runs/{name}-{size or os.environ.get("PDAE_NB_SIZE") or "lesson"}', device=device, compile=compile, every=every, look=_looker(name, r, look) if look else None)/'run.json').read_text())['result']
 
 # %% ../nbs/16_cli.ipynb #3139f1e1
-METHODS = dict(ddim='dpm', cddim='cdpm', pdae='pdae_latent', diffae='diffae_latent')   # of `cmd_sample`: what a run of that method is called, behind the name of its data
+METHODS = dict(ddim='dpm', cddim='cdpm', pdae='pdae_latent', diffae='diffae_latent', scorevae='scorevae', vae='vae')   # of `cmd_sample`: what a run of that method is called, behind the name of its data
 
 def cmd_sample(
     name:str,                  # a run of data/models, or the path of a run folder (a latent run draws codes first); with --method only the data, e.g. mnist
-    method:str=None,           # ddim, cddim, pdae or diffae
+    method:str=None,           # ddim, cddim, pdae, diffae, scorevae or vae
     n:int=64,                  # images
     steps:int=50,              # steps
     solver:str='ddim',         # ddim, dpmpp or belm
@@ -97,10 +98,13 @@ def cmd_sample(
     if solver not in SOLVERS: raise ValueError(f'solver must be one of {", ".join(SOLVERS)}, got {solver!r}')
     if method and method not in METHODS: raise ValueError(f'method must be one of {", ".join(METHODS)}, got {method!r}')
     said = dict(images=n, steps=steps, solver=solver, seed=seed)
-    if hasattr(run := load_run(name := f'{name}_{METHODS[method]}' if method else name), 'stats'):
+    run = load_run(name := f'{name}_{METHODS[method]}' if method else name); prior = isinstance(getattr(run, 'enc', None), Posterior)
+    if hasattr(run, 'stats') or prior:
         if clashes := [k for k, v in dict(solver=solver != 'ddim', eta=eta, label=label is not None, classifier=classifier).items() if v]: raise ValueError(f'{name} draws codes, and takes no --{clashes[0]}')
-        base, net = coder_of(run.recipe['net']['run'], device); run.net.to(where(net)), run.stats.to(where(net))
-        return dict(picture=_picture(draw_new(run, base, noise_for(net, n, seed), steps, last=last, seed=seed), out), **said)
+        base, net = coder_of(name if prior else run.recipe['net']['run'], device); xT = noise_for(net, n, seed)
+        if prior: x = torch.cat([sample(decode(base, z), o, base.sched, steps, clip=1.) for o, z in zip(xT.split(64), prior_z(base.enc, n, seed).split(64))])
+        else: run.net.to(where(net)), run.stats.to(where(net)); x = draw_new(run, base, xT, steps, last=last, seed=seed)
+        return dict(picture=_picture(x, out), **said)
     if hasattr(run, 'enc') or hasattr(run, 'G'): raise ValueError(f'{name} draws only what it is given a code for: sample its latent run, e.g. mnist_pdae_latent')
     clf = part_of(classifier, 'clf', device)[1] if classifier else None
     run, net = dpm_of(name, device, labels=not clf); torch.manual_seed(seed)
@@ -211,16 +215,16 @@ def cmd_bench(
 
 # %% ../nbs/16_cli.ipynb #a1bfd776
 def cmd_study(
-    what:str='loss', # loss: PDAE's weights and coefficients; training: PDAE against Diff-AE, held-out loss on the way; space: what the shipped codes are worth
+    what:str='loss', # loss: PDAE's weights and coefficients; training: PDAE against Diff-AE, held-out loss on the way; scorevae: its loss, and other priors; space: all shipped autoencoders side by side
     size:str=None,   # smoke or lesson; else $PDAE_NB_SIZE, else lesson
-    out:str=None,    # JSON to write; else data/results/mnist14_pdae/SIZE.json, mnist14_diffae or mnist_space
+    out:str=None,    # JSON to write; else data/results/mnist14_pdae/SIZE.json, mnist14_diffae, mnist14_scorevae or mnist_space
     seeds:int=3,     # how many
 ):
     "Train small models, several seeds each, and compare them; the same command goes on"
     size = size or os.environ.get('PDAE_NB_SIZE') or 'lesson'
-    if what not in (places := dict(loss='mnist14_pdae', training='mnist14_diffae', space='mnist_space')): raise ValueError(f'what must be one of {", ".join(places)}, got {what!r}')
+    if what not in (places := dict(loss='mnist14_pdae', training='mnist14_diffae', scorevae='mnist14_scorevae', space='mnist_space')): raise ValueError(f'what must be one of {", ".join(places)}, got {what!r}')
     path = Path(out or results_path(places[what], size))
-    if what == 'training': training_race(path, size, range(seeds)); return dict(written=str(path))
+    if what in ('training', 'scorevae'): (training_race if what == 'training' else compare_cases)(path, size, range(seeds)); return dict(written=str(path))
     if what == 'space' and size != 'lesson': raise ValueError(f'the shipped models are measured at size lesson, got {size!r}')
     if what == 'space': evaluate_space(path); return dict(written=str(path))
     d = study(path, size, range(seeds))

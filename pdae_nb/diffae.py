@@ -24,7 +24,7 @@ from .files import within
 from .train import EMA, TASKS, Recipe, Task, _task_of, cached_run, fit, hardware, noise_mse, recipe, train, versions
 from .bench import _sync, race
 from .gap import write_json
-from .pdae import CODERS, decoder_of, encode
+from .pdae import METHODS, decoder_of
 from .study import RECIPES   # now with the rows of a small DPM and PDAE
 
 # %% ../nbs/10_diffae.ipynb #c5f4422f
@@ -99,7 +99,7 @@ def diffae_loss(
     return denoising_loss(diffae_denoiser(unet, enc(x0)), x0, sched, **kw)
 
 # %% ../nbs/10_diffae.ipynb #3e41ac97
-CODERS['unet', 'enc'] = lambda run, x0: diffae_denoiser(run.unet, encode(run.enc, x0))
+METHODS['unet', 'enc'] = 'Diff-AE', lambda run, z: diffae_denoiser(run.unet, z)
 
 def _run(parts, sched): return SimpleNamespace(sched=sched, about=dict(parts=parts), **parts)
 

@@ -16,31 +16,36 @@ from .data import cache_dir, load_images, to_signed, to_uint8
 from .sample import sample
 from .files import fingerprint, load_run, read_tensors, write_tensors
 from .train import hardware, versions
-from .latent import check_codes, decode, encode_all, fit_probe, oversample, passes, sample_z
+from .pdae import decode, kind_of
+from .scorevae import Posterior, prior_z
+from .latent import check_codes, encode_all, fit_probe, oversample, passes, sample_z
 from .metrics import features, frechet, frechet_inf, judge_feats, mmd, stats
-from .evaluate import EVALUATORS, coder_of, dpm_of, kind_of, noise_for, part_of, size_of, where
+from .evaluate import EVALUATORS, coder_of, dpm_of, noise_for, part_of, size_of, where
 
 # %% ../nbs/13c_generate.ipynb #3febf884
 def _plain(run, net): return lambda n, seed, steps: (sample(net, noise_for(net, n, seed), run.sched, steps, clip=1.), torch.zeros(n, 0))
 
-def _by_codes(run, base, net):
-    "New codes, or those of test images, decoded in every way that the autoencoder has"
-    check_codes(run, base); where_to = where(net); run.net.to(where_to); run.stats.to(where_to)
+def _by_codes(base, net, new):
+    "New codes, or those of test images, decoded in every way that the autoencoder has; `new`: (n, seed, steps) -> codes"
+    where_to = where(net)
     def way(codes, **kw): return lambda n, seed, steps: (sample(decode(base, z := codes(n, seed, steps).to(where_to), **kw), noise_for(net, n, seed), base.sched, steps, clip=1.), z.cpu())
-    new = lambda n, seed, steps: sample_z(run, n, steps, seed=seed)
     def old(n, seed, steps): z = encode_all(base.enc, load_images(base.recipe['data'], 'test', net.config['size'])); return z[(seed*n + torch.arange(n)) % len(z)]
     kind, quiet = kind_of(base), dict(window=(round(.3*base.sched.T), base.sched.T))
-    if kind == 'Diff-AE': return {kind: way(new), f'{kind} + autoencoding': way(old)}, [base.unet, base.enc, run.net, run.stats]
-    return {'DDIM': _plain(base, net), kind: way(new, **quiet), f'{kind}, shift to the end': way(new), f'{kind} + autoencoding': way(old)}, [base.G, base.enc, run.net, run.stats]
+    if kind != 'PDAE': return {kind: way(new), f'{kind} + autoencoding': way(old)}
+    return {'DDIM': _plain(base, net), kind: way(new, **quiet), f'{kind}, shift to the end': way(new), f'{kind} + autoencoding': way(old)}
 
 # %% ../nbs/13c_generate.ipynb #b1af9ba7
 def ways(
-    name,        # a DPM, or a latent run
+    name,        # a DPM, a latent run, or an autoencoder whose codes have a prior
     device=None, # cpu or cuda; else the GPU if there is one
 ) -> tuple:      # name -> (n, seed, steps) -> images in [-1,1] and codes; and the networks that decide them
     "All the ways in which a run can draw (PDAE Table 2, Diff-AE Table 4)"
-    run = load_run(name)
-    if hasattr(run, 'stats'): return _by_codes(run, *coder_of(run.recipe['net']['run'], device))
+    run, parts = load_run(name), lambda r: [getattr(r, k) for k in r.about['parts']]
+    if hasattr(run, 'stats'):
+        base, net = coder_of(run.recipe['net']['run'], device); check_codes(run, base); run.net.to(where(net)); run.stats.to(where(net))
+        return _by_codes(base, net, lambda n, seed, steps: sample_z(run, n, steps, seed=seed)), parts(base) + parts(run)
+    if isinstance(getattr(run, 'enc', None), Posterior):
+        run, net = coder_of(name, device); return _by_codes(run, net, lambda n, seed, steps: prior_z(run.enc, n, seed)), parts(run)
     run, net = dpm_of(name, device); return {'DDIM': _plain(run, net)}, [net]
 
 # %% ../nbs/13c_generate.ipynb #bca9e672

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ddim_step', 'trajectory', 'sample', 'dpmpp_step', 'snr_times', 'invert', 'belm_step', 'Pair', 'invert_exactly',
-           'round_trip', 'pdae_times', 'diffae_times']
+           'round_trip', 'pdae_times', 'diffae_times', 'karras_times', 'heun', 'em_step']
 
 # %% ../nbs/03_sample.ipynb #13799c44
 from itertools import pairwise
@@ -185,3 +185,39 @@ def diffae_times(
     stride = next((d for d in range(1, T + 1) if len(range(0, T, d)) == steps), None)
     if stride is None: raise ValueError(f'no integer stride gives {steps} steps of {T}, so Diff-AE has no such grid')
     return [t + 1 for t in range(0, T, stride)][::-1] + [0]
+
+# %% ../nbs/03_sample.ipynb #8cd1a514
+def karras_times(
+    sched: Schedule, # noise table
+    steps=128,       # number of steps
+    lo=.002, hi=80., # noise over signal at the ends; what the table does not have is left out
+    rho=7.,          # how much denser at the clean end
+) -> list:           # falling times, the last one 0
+    "Karras' grid on a table (Karras et al. 2022, Eq. 5): the coarsest whose times are `steps` different ones"
+    if not 1 <= steps <= sched.T//2: raise ValueError(f'steps must be in 1…{sched.T//2}, got {steps}')
+    have = (1/sched.alpha_bar[1:] - 1).sqrt()
+    for n in range(steps, 20*sched.T):
+        want = (hi**(1/rho) + torch.arange(n).double()/max(n - 1, 1)*(lo**(1/rho) - hi**(1/rho)))**rho
+        ts = ((have[None] - want[:, None]).abs().argmin(1) + 1).unique()
+        if len(ts) >= steps: return ts.flip(0).tolist()[:steps] + [0]
+
+def heun(
+    f: Denoiser,     # to look through
+    sched: Schedule, # noise table
+    ts,              # the times that the sampler visits, falling
+) -> Denoiser:       # for exactly these times
+    "Look ahead, and answer with the mean of here and there: DDIM's step becomes Heun's, second order; the last one stays Euler's (Karras et al. 2022, Algorithm 1)"
+    after = dict(pairwise(ts))
+    def ahead(xt, t):
+        eps, s = f(xt, t), after[int(t[0])]
+        if not s: return eps
+        s = torch.full_like(t, s); xs, _ = ddim_step(sched, xt, t, s, eps)
+        return (eps + f(xs, s))/2
+    return ahead
+
+def em_step(sched, xt, t, s, eps, eta=0., clip=None, past=None):
+    "x_s = x_t + β·x_t/2 + β·∇log p + sqrt(β)·noise: Euler–Maruyama for the reverse SDE (ScoreVAE Eq. 5); arguments as `ddim_step`"
+    if eta or clip is not None: raise ValueError('Euler–Maruyama always draws noise, and clips nothing: eta must be 0 and clip None')
+    ab, ab_s = sched(t), sched(s); beta = 1 - ab/ab_s
+    noise = at((beta*(s > 0)).sqrt(), xt)*torch.randn_like(xt)
+    return at(1 + beta/2, xt)*xt - at(beta/(1 - ab).sqrt(), xt)*eps + noise, eps_to_x0(sched, xt, t, eps)

@@ -190,6 +190,7 @@ class Task:
     result: Callable         # parts -> the numbers by which the run is judged
     sched: Schedule = None   # noise table
     preview: Callable = None # parts -> images in [-1,1] to look at on the way
+    twice: tuple = ()        # parts that are differentiated twice: torch.compile cannot
 
 def _device(net): return next(net.parameters()).device
 
@@ -292,16 +293,15 @@ def _logged(steps, st, r, path, every, log):
 # %% ../nbs/05_train.ipynb #34fa8b1a
 def _start(r, task, out, device, compile, log):
     "Networks, average and optimiser, new or as the last checkpoint left them"
-    torch.manual_seed(r.seed)
-    task = task(r)
-    held = within(task.parts)
-    model = nn.ModuleDict({k: m for k, m in task.parts.items() if k not in held}).to(device, memory_format=torch.channels_last).train()
+    torch.manual_seed(r.seed); task = task(r); held = within(task.parts)
+    model = nn.ModuleDict({k: m for k, m in task.parts.items() if k not in held}).to(device, memory_format=torch.channels_last)
+    for m in model.values(): m.train(any(p.requires_grad for p in m.parameters()))       # what does not learn keeps its dropout asleep
     st = SimpleNamespace(task=task, model=model, ema=EMA(model, r.ema), opt=optimiser([p for p in model.parameters() if p.requires_grad], r), i=0, seconds=0., skipped=0)
     st.averaged = {k: st.ema.module.get_submodule(held.get(k, k)) for k in task.parts}
     meta = load_checkpoint(out/'checkpoints', st.model, st.ema, st.opt, lambda meta: _check_same(meta['recipe'], r, out), log)
     if meta: st.i, st.seconds, st.skipped = meta['i'], meta['seconds'], meta['skipped']; log(f'going on at step {st.i} of {r.steps}')
     _trim_log(out/'log.jsonl', st.i)
-    if compile: [m.compile() for m in task.parts.values()]
+    if compile: [m.compile() for k, m in task.parts.items() if k not in task.twice]
     if device.type == 'cuda' and task.images.x.numel() < torch.cuda.mem_get_info(device)[0]/4: task.images = task.images.to(device)
     return st
 

@@ -6,8 +6,8 @@ from pdae_nb.data import Images, batches, digits, to_signed
 from pdae_nb.diffae import SemanticEncoder, coded_mse, diffae_denoiser, diffae_loss, held_out, images_to_reach, looks
 from pdae_nb.files import Stopped, fingerprint, load_run
 from pdae_nb.forward import Schedule
-from pdae_nb.latent import MLPSkipNet, Probe, ZStats, accept, attribute, between, decode, draw, edit, encode_all, fit_probe, lerp, move, oversample, sample_z, slerp, to_median
-from pdae_nb.pdae import decoder_of, encode, reconstruct
+from pdae_nb.latent import MLPSkipNet, Probe, ZStats, accept, attribute, between, draw, edit, encode_all, fit_probe, lerp, move, oversample, sample_z, slerp, to_median
+from pdae_nb.pdae import decode, decoder_of, encode, reconstruct
 from pdae_nb.train import Recipe, train
 from pdae_nb.unet import UNet
 import pdae_nb.train as train_module
