@@ -56,22 +56,19 @@ class Posterior(nn.Module):
         far = (z - mu).square()*(-lv).exp()
         return -(far + lv + math.log(2*math.pi) if log_norm else far).sum(1)/2
 
-# %% ../nbs/11_scorevae.ipynb #e669acd8
+# %% ../nbs/11_scorevae.ipynb #e6f040a4
 class LinearPosterior(Posterior):
     "The exact p(z|x_t) of a world where x_0 ~ N(0, std²) and z = a·x_0 + noise is a unit Gaussian, number by number; `slope` and `shift` make it wrong"
     def __init__(self,
-        a,               # how loudly x_0 speaks in z, 0 < a < 1/std
-        std,             # standard deviation of x_0
+        a, std,          # how loudly x_0 speaks in z, 0 < a < 1/std; standard deviation of x_0
         sched: Schedule, # noise table
-        slope=1.,        # multiplies the mean
-        shift=0.,        # added to log σ²
+        slope=1., shift=0., # multiplies the mean; is added to log σ²
     ):
         super().__init__(); self.a, self.std, self.sched, self.slope, self.shift = a, std, sched, slope, shift
         if not 0 < a*std < 1: raise ValueError(f'a code that is a unit Gaussian needs 0 < a*std < 1, got {a*std}')
     def moments(self, xt, t):
         "Mean and log variance of z given x_t: (B,D) each"
-        ab, v = self.sched(t), self.std**2
-        k, left = ab.sqrt()*v/(ab*v + 1 - ab), v*(1 - ab)/(ab*v + 1 - ab)      # E[x_0|x_t] = k·x_t, and its variance
+        ab, v = self.sched(t), self.std**2; k, left = ab.sqrt()*v/(ab*v + 1 - ab), v*(1 - ab)/(ab*v + 1 - ab)      # E[x_0|x_t] = k·x_t, and its variance
         lv = (self.a**2*left + 1 - self.a**2*v).log() + self.shift
         return at(self.slope*self.a*k, xt)*xt, at(lv, xt).expand_as(xt)
 
@@ -98,20 +95,18 @@ def scorevae_denoiser(
     "No decoder: a frozen DPM and the gradient of its encoder, by Bayes' rule (ScoreVAE Sec. 3.4)"
     return guided(lambda xt, t: (dpm(xt, t), score(enc, xt, t, z, log_norm)), sched, unguided=dpm, **kw)
 
-# %% ../nbs/11_scorevae.ipynb #9ace5a73
+# %% ../nbs/11_scorevae.ipynb #650e5162
 def kl_to_prior(
-    mu: Tensor, # means: (B,D)
-    lv: Tensor, # log variances, like `mu`
-) -> Tensor:    # nats: (B,)
+    mu: Tensor, lv: Tensor, # means and log variances: (B,D) each
+) -> Tensor:                # nats: (B,)
     "KL(N(μ, diag σ²) ‖ N(0,I)) (ScoreVAE Eqs 1, 2)"
     return (mu.square() + lv.exp() - 1 - lv).sum(1)/2
 
 def bound(
-    enc: Posterior,    # q_0(z|x_0)
-    x0: Tensor,        # clean images: (B,...)
+    enc, x0: Tensor,   # q_0(z|x_0), and clean images: (B,...)
     rec,               # z -> how badly it tells `x0`, nats: (B,D) -> (B,)
     beta,              # price of a nat of the code
-    xi: Tensor = None, # unit noise for z: (B,D), else drawn
+    xi=None,           # unit noise for z: (B,D), else drawn
 ) -> Tensor:           # (B,)
     "rec(z) + β·KL, z ~ q_0(z|x_0): minus a lower bound on log p(x_0) if β = 1, but for a constant (ScoreVAE Eq. 2, L_β)"
     mu, lv = enc.moments(x0, torch.zeros(len(x0), dtype=torch.long, device=x0.device))
@@ -265,7 +260,7 @@ def _preview(parts, images, sched):
     run = SimpleNamespace(sched=sched, about=dict(parts=parts), **parts); x0 = to_signed(images.x[:32]).to(next(run.enc.parameters()).device)
     with torch.no_grad(): return torch.cat([x0, restored(decoder_of(run, x0), x0, sched, 20, seed=0)])
 
-# %% ../nbs/11_scorevae.ipynb #ce1d1590
+# %% ../nbs/11_scorevae.ipynb #f59d32d4
 def scorevae_task(
     r: Recipe, # its row; `net` names the DPM, the preset, and gives what `TimeEncoder` takes
 ) -> Task:
@@ -279,6 +274,7 @@ def scorevae_task(
     def loss_fn(x0, y): t = sched.rand_t(len(x0), x0.device); return scorevae_loss(prior, enc, x0, sched, p['beta'], p['weight'], log_norm=log_norm, t=t, reduce=None), t
     return Task(dict(dpm=prior, enc=enc), images, loss_fn, lambda parts: _judged(parts, test, sched), sched, lambda parts: _preview(parts, test, sched), twice=('enc',))
 
+# %% ../nbs/11_scorevae.ipynb #0b4eaeec
 def vae_task(
     r: Recipe, # its row; `net` is what `BetaVAE` takes
 ) -> Task:
@@ -288,7 +284,7 @@ def vae_task(
     def loss_fn(x0, y): return vae_loss(vae, x0, beta)
     return Task(dict(vae=vae, enc=vae.enc), images, loss_fn, lambda parts: _judged(parts, test, sched), sched, lambda parts: _preview(parts, test, sched))
 
-# %% ../nbs/11_scorevae.ipynb #0b6ee621
+# %% ../nbs/11_scorevae.ipynb #6b3ea2ef
 TASKS |= dict(scorevae=scorevae_task, vae=vae_task)
 _enc = dict(z_dim=64, ch=32, mult=(1, 2, 3), n_res=1, groups=8)
 _14 = dict(dpm='mnist14_dpm', preset='release', z_dim=32, ch=32, mult=(1, 2), n_res=1, groups=8)
@@ -298,8 +294,7 @@ RECIPES |= {
     ('mnist_paper_scorevae', 'lesson'): Recipe('mnist', 28, dict(dpm='mnist_dpm', preset='paper', **_enc), 256_000, 64, 1e-3, 200, .4, .999, clip=100.),   # data/models/mnist_paper_scorevae/run.json
     ('mnist_vae', 'lesson'): Recipe('mnist', 28, _enc, 256_000, 64, 1e-3, 200, .4, .999, clip=100.),   # data/models/mnist_vae/run.json
     ('mnist14_scorevae', 'lesson'): Recipe('mnist', 14, _14, 32_000, 64, 2e-3, 100, .4, .995, clip=100.),   # for `variants`
-    **{(f'{d}_scorevae', 'smoke'): Recipe('digits', s, dict(dpm=f'{d}_dpm', preset=p, **_tiny), 512, 16, 2e-3, 5, ema=.99) for d, s, p in (('mnist', 28, 'release'), ('mnist14', 14, 'release'))},
-    ('mnist_paper_scorevae', 'smoke'): Recipe('digits', 28, dict(dpm='mnist_dpm', preset='paper', **_tiny), 512, 16, 2e-3, 5, ema=.99),
+    **{(f'{d}_scorevae', 'smoke'): Recipe('digits', s, dict(dpm=f'{d.split("_")[0]}_dpm', preset=p, **_tiny), 512, 16, 2e-3, 5, ema=.99) for d, s, p in (('mnist', 28, 'release'), ('mnist14', 14, 'release'), ('mnist_paper', 28, 'paper'))},
     ('mnist_vae', 'smoke'): Recipe('digits', 28, _tiny, 512, 16, 2e-3, 5, ema=.99),
     ('cifar10_scorevae', 'paper'): Recipe('cifar10', 32, dict(dpm='cifar10_dpm', preset='paper', z_dim=384, ch=64, mult=(1, 1, 2, 4), n_res=2), 44_800_000, 32, 2e-4, 2500, ema=.999),     # 1.4 M steps of 32
     ('cifar10_release_scorevae', 'paper'): Recipe('cifar10', 32, dict(dpm='cifar10_dpm', preset='release', z_dim=384, ch=64, mult=(1, 1, 2, 4), n_res=2), 45_056_000, 128, 2e-4, 5000, wd=.01),
