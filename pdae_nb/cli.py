@@ -27,6 +27,7 @@ from .diffae import held_out, training_race
 from .scorevae import Posterior, compare_cases, prior_z
 from .latent import attribute as which, between, draw as draw_new, edit, encode_all, fit_probe, to_median
 from .space import evaluate_space
+from .pretrained import as_run, convert
 from .evaluate import bench_pdae, coder_of, dpm_of, evaluator_of, inputs, noise_for, part_of, size_of, where
 
 # %% ../nbs/16_cli.ipynb #03730e14
@@ -52,7 +53,7 @@ def _on(name, r, dpm):
     "The row, standing on another run if one is named"
     key = next((k for k in ('dpm', 'run') if k in r.net), None)
     if dpm and not key: raise ValueError(f'{name} stands on no other run: it takes no --dpm')
-    return replace(r, net=r.net | {key: dpm}) if dpm else r
+    return replace(r, net=r.net | {key: as_run(dpm) if key == 'dpm' else dpm}) if dpm else r
 
 def _looker(name, r, file):
     "What writes down the noise error on test images at each checkpoint"
@@ -65,7 +66,7 @@ def cmd_train(
     size:str=None,      # smoke, lesson or paper; else $PDAE_NB_SIZE, else lesson
     out:str=None,       # folder for checkpoints, samples, log and the run; else runs/NAME-SIZE
     steps:int=None,     # steps in all, instead of the recipe's
-    dpm:str=None,       # run that it stands on, instead of the recipe's: PDAE's frozen DPM, or the autoencoder of a latent run
+    dpm:str=None,       # run that it stands on, instead of the recipe's: PDAE's frozen DPM (also a checkpoint, a diffusers folder or a name on the Hub), or the autoencoder of a latent run
     seed:int=0,         # of weights, order, times and noise
     device:str=None,    # cpu or cuda; else the GPU if there is one
     compile:bool=False, # torch.compile the networks
@@ -330,7 +331,7 @@ def cmd_demo(
     _table(rows); print(f'{time.time() - t0:.0f} s in all, on {hardware(where(net))}')
 
 # %% ../nbs/16_cli.ipynb #8c4b6aef
-COMMANDS = dict(train=cmd_train, sample=cmd_sample, reconstruct=cmd_reconstruct, interpolate=cmd_interpolate, manipulate=cmd_manipulate, evaluate=cmd_evaluate, stages=cmd_stages, study=cmd_study, bench=cmd_bench, demo=cmd_demo)
+COMMANDS = dict(train=cmd_train, sample=cmd_sample, reconstruct=cmd_reconstruct, interpolate=cmd_interpolate, manipulate=cmd_manipulate, evaluate=cmd_evaluate, convert=convert, stages=cmd_stages, study=cmd_study, bench=cmd_bench, demo=cmd_demo)
 
 def _usage():
     rows = '\n'.join(f'  {k:12} {f.__doc__}' for k, f in COMMANDS.items())

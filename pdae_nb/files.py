@@ -7,7 +7,7 @@ __all__ = ['write_tensors', 'read_tensors', 'fingerprint', 'fill', 'save_checkpo
            'cast', 'within', 'save_run', 'build', 'load_run', 'Stopped', 'stoppable', 'locked']
 
 # %% ../nbs/04b_files.ipynb #fb1dbd88
-import fcntl, importlib, json, os, shutil, signal, zlib
+import fcntl, importlib, json, os, re, shutil, signal, zlib
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -233,11 +233,17 @@ def _find(name):
     for path in (Path(name).resolve(), models_dir()/name):
         for p in (path, path.with_name(f'.{path.name}.old')):
             if (p/'run.json').exists(): return p
-    have = sorted(p.parent.name for p in models_dir().glob('*/run.json') if p.parent.name[0] != '.')
-    raise FileNotFoundError(f'no run {str(name)!r}: {models_dir()/name}/run.json is missing. Runs here: {", ".join(have) or "none"}; `pdae train {Path(name).name}` makes one')
+    have, hub = sorted(p.parent.name for p in models_dir().glob('*/run.json') if p.parent.name[0] != '.'), ''
+    if re.fullmatch(r'[\w.-]+/[\w.-]+', str(name)) and not Path(name).parent.exists():                # user/name: on the Hub, or in its cache
+        from huggingface_hub import snapshot_download
+        try:
+            if ((path := Path(snapshot_download(str(name), allow_patterns=['run.json', '*.safetensors'])))/'run.json').exists(): return path
+            hub = f' The Hub has {name}, but that is no run.'
+        except Exception as e: hub = f' The Hub did not give it either ({type(e).__name__}).'
+    raise FileNotFoundError(f'no run {str(name)!r}: {models_dir()/name}/run.json is missing.{hub} Runs here: {", ".join(have) or "none"}; `pdae train {Path(name).name}` makes one')
 
 def load_run(
-    name, # a run of `data/models`, or the path of a run folder
+    name, # a run of `data/models`, the path of a run folder, or user/name on the Hugging Face Hub
 ):        # namespace: `.sched`, `.recipe`, `.about`, `.path`, and each part, in eval mode, float32
     "A trained run, ready to use"
     path = _find(name); about = _about(path)

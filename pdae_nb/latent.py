@@ -79,8 +79,9 @@ class MLPSkipNet(nn.Module):
         d=512,       # width of the code
         hidden=2048, # width of the layers
         layers=10,   # how many, the last one included
+        lag=0,       # subtracted from t before the embedding: see `UNet`
     ):
-        super().__init__(); self.config = dict(d=d, hidden=hidden, layers=layers)
+        super().__init__(); self.config = dict(d=d, hidden=hidden, layers=layers, lag=lag)
         if layers < 2: raise ValueError(f'an MLP with skips has at least 2 layers, got {layers}')
         self.time = nn.Sequential(nn.Linear(64, d), nn.SiLU(), nn.Linear(d, d))
         self.layers = nn.ModuleList([MLPLayer(d if not i else hidden + d, hidden, d) for i in range(layers - 1)])
@@ -90,7 +91,7 @@ class MLPSkipNet(nn.Module):
         t: Tensor,  # times: (B,), or (1,) for all
     ) -> Tensor:    # the noise in `zt`, like it
         if zt.ndim != 2 or zt.shape[1] != self.config['d']: raise ValueError(f'this network was built for codes (B,{self.config["d"]}), got {tuple(zt.shape)}')
-        e, h = self.time(timestep_embedding(t, 64).to(self.out.weight.dtype)), None
+        e, h = self.time(timestep_embedding(t - self.config['lag'], 64).to(self.out.weight.dtype)), None
         for layer in self.layers: h = layer(zt if h is None else torch.cat([h, zt], 1), e)
         return self.out(torch.cat([h, zt], 1)).to(zt.dtype)
 

@@ -66,11 +66,10 @@ class GradientEstimator(nn.Module):
     ):
         super().__init__()
         dpm = build(dpm, 'a gradient estimator') if isinstance(dpm, dict) else dpm
-        if lacks := [k for k in ('config', 'embed', 'down', 'up') if not hasattr(dpm, k)]: raise TypeError(f'the DPM must be made of `Down` and `Up` as `UNet` is; {type(dpm).__name__} has no `{lacks[0]}`')
+        if lacks := [k for k in ('config', 'embed', 'down', 'up', 'geometry') if not hasattr(dpm, k)]: raise TypeError(f'the DPM must be made of `Down` and `Up` as `UNet` is; {type(dpm).__name__} has no `{lacks[0]}`')
         if dpm.config.get('dz') or 'classes' in dpm.config: raise ValueError('the DPM must be unconditional, and this one wants a code or a label')
         self.z_dim, self.drop, self.dpm = z_dim, drop, dpm.eval().requires_grad_(False)
-        given, dt = {k: v for k, v in dpm.config.items() if k not in ('dz', 'dt', 'drop', 'z_shift')}, dpm.time[-1].out_features
-        self.label, self.up = nn.Linear(z_dim, dt), Up(chs=dpm.down.chs, dt=dt, dz=dt, drop=drop, **given)
+        self.label, self.up = nn.Linear(z_dim, dpm.dt), Up(chs=dpm.down.chs, dt=dpm.dt, dz=dpm.dt, drop=drop, **dpm.geometry)
     @property
     def config(self): return dict(dpm=spec_of(self.dpm, 'the frozen DPM'), z_dim=self.z_dim, drop=self.drop)
     def train(self, mode=True): super().train(mode); self.dpm.eval(); return self

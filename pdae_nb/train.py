@@ -195,11 +195,11 @@ class Task:
 def _device(net): return next(net.parameters()).device
 
 def dpm_task(
-    r: Recipe, # its row
+    r: Recipe, build=UNet, # its row; (c, size, **net) -> network
 ) -> Task:
     "An unconditional DPM: predict the noise (PDAE Eq. 3)"
     images, test, sched = load_images(r.data, 'train', r.px), load_images(r.data, 'test', r.px), Schedule.linear()
-    net = UNet(c=images.x.shape[1], size=r.px, **r.net)
+    net = build(c=images.x.shape[1], size=r.px, **r.net)
     noise = torch.randn(64, *images.x.shape[1:], generator=torch.Generator().manual_seed(r.seed))
     def loss_fn(x0, y): t = sched.rand_t(len(x0), x0.device); return denoising_loss(net, x0, sched, t=t, reduce=None), t
     def result(parts):

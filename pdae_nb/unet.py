@@ -126,9 +126,10 @@ class Attention(nn.Module):
         heads=1,     # independent attentions, each over c/heads channels
         groups=32,   # groups of the norm
         twice=False, # will a second derivative be wanted? slower, and the only way
+        head_channels=0, # channels of a head, instead of `heads`: guided-diffusion's larger U-Nets have 64
     ):
-        super().__init__()
-        if c % heads: raise ValueError(f'{c} channels cannot be shared by {heads} heads')
+        super().__init__(); heads = c//head_channels if head_channels else heads
+        if not heads or c % heads or head_channels and heads*head_channels != c: raise ValueError(f'{c} channels cannot be shared by heads of {head_channels} channels') if head_channels else ValueError(f'{c} channels cannot be shared by {heads} heads')
         self.heads, self.twice = heads, twice
         self.norm, self.qkv, self.out = norm(c, groups), nn.Conv2d(c, 3*c, 1), zero(nn.Conv2d(c, c, 1))
     def forward(self,
@@ -218,15 +219,18 @@ class UNet(nn.Module):
         attn=(),           # resolutions with attention, pixels; the middle always has it
         *,
         dt=None,           # width of the time vector; None is 4·ch (PDAE), Diff-AE has 512
+        lag=0,             # subtracted from t before the embedding: 1 for weights of the published programs, which count from their first noisy time
         **kw               # n_res=2, drop=0., z_shift=True, groups=32, heads=1, twice=False: see `Down`, `Block`, `Attention`
     ):
         super().__init__()
-        self.config = dict(c=c, ch=ch, mult=tuple(mult), size=size, dz=dz, attn=tuple(attn), dt=dt, **kw)
-        self.ch, dt = ch, dt or 4*ch
+        self.config = dict(c=c, ch=ch, mult=tuple(mult), size=size, dz=dz, attn=tuple(attn), dt=dt, lag=lag, **kw)
+        self.ch, self.dt, self.lag = ch, dt or 4*ch, lag; dt = self.dt
         kw = dict(ch=ch, mult=tuple(mult), size=size, attn=tuple(attn), dt=dt, **kw)
         self.time = nn.Sequential(nn.Linear(ch, dt), nn.SiLU(), nn.Linear(dt, dt))
         self.down = Down(c, dz=dz, **kw)
         self.up = Up(c, dz=dz, chs=self.down.chs, **kw)
+    @property
+    def geometry(self): return {k: v for k, v in self.config.items() if k not in ('dz', 'dt', 'drop', 'z_shift', 'lag', 'classes')}   # what another `Up` on its `Down` needs
     def forward(self,
         xt: Tensor,        # noisy images: float (B,c,size,size)
         t: Tensor,         # times: (B,), or (1,) for all
@@ -243,7 +247,7 @@ def embed(self: UNet,
     t: Tensor, # times: (B,)
 ) -> Tensor:   # time vector, the MLP(ψ(t)) of Diff-AE Eq. 7: (B,dt)
     "What every block hears of the time"
-    return self.time(timestep_embedding(t, self.ch).to(self.time[0].weight.dtype))
+    return self.time(timestep_embedding(t - getattr(self, 'lag', 0), self.ch).to(self.time[0].weight.dtype))
 
 @patch
 def _check(self: UNet, xt, t, z):
