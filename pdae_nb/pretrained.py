@@ -244,7 +244,7 @@ def _parts_of(d, what):
     if what and what not in groups: raise ValueError(f'what must be one of {", ".join(groups)}, got {what!r}')
     return {k: v for k, v in found.items() if what and k in groups[what]}, stats if len(stats) == 2 else None, said
 
-# %% ../nbs/14_pretrained.ipynb #0c8de80e
+# %% ../nbs/14_pretrained.ipynb #6888e1dc
 def load_official(
     path,        # file of PDAE, Diff-AE or guided-diffusion
     what=None,   # head, latent or autoencoder, if the file holds several; None takes the first of these
@@ -261,7 +261,7 @@ def load_official(
     if stats: _, numbers, _ = _parts_of(read_official(stats), None)
     if (held := sum(v.numel()*v.element_size() for s in found.values() for v in s.values() if torch.is_tensor(v))) > 2*path.stat().st_size: raise ValueError(f'{path}: tensors of {held:,} bytes in a file of {path.stat().st_size:,}')
     parts = {}
-    for s in found.values(): parts |= from_official(s, **said | hints)
+    for s in found.values(): parts |= from_official(s, **said | {k: v for k, v in hints.items() if v is not None})
     if numbers and not {'unet', 'dpm', 'enc'} & set(parts): parts['stats'] = ZStats(len(numbers[0])); fill(parts['stats'], dict(zip(('mean', 'std'), (v.float() for v in numbers))), path)
     seen = dict(recipe=dict(data=data, net=dict(run=str(base) if base else None)), images_seen=d.get('global_step', d.get('step')), result=None, source=path.name)
     run = SimpleNamespace(path=path, sched=sched or (Schedule.constant() if 'net' in parts else Schedule.linear()), recipe=seen['recipe'], about=dict(name=path.stem, parts=list(parts), **seen), **parts)
@@ -298,13 +298,13 @@ def load_dpm(
     name = re.sub(r'\W+', '_', path.name if isinstance(source, nn.Module) or path.exists() and '/' not in str(source) else str(source).strip('/').split('/')[-1])
     return SimpleNamespace(dpm=DiffusersUNet(net).eval().requires_grad_(False), sched=sched, recipe=None, path=path, about=dict(name=name, parts=['dpm'], recipe=None, result=None, source=str(source)[:200] if not isinstance(source, nn.Module) else name))
 
-# %% ../nbs/14_pretrained.ipynb #302d3022
+# %% ../nbs/14_pretrained.ipynb #f7a0e25e
 def convert(
     source:str,     # checkpoint file, diffusers folder, or user/name on the Hub
     out:str,        # run folder to make; its last part is the run's name
     what:str=None,  # head, latent or autoencoder, if the file holds several
-    size:int=None,  # pixels of the images; no weight says it
-    heads:int=1,    # of the U-Net's attention
+    size:int=None,  # pixels of the images; no weight says it, but Diff-AE's files do
+    heads:int=None, # of the U-Net's attention; else what the file says, else 1
     stats:str=None, # file with the statistics of codes, if they lie apart
     base:str=None,  # for a latent net: the run whose codes it has learnt
     data:str=None,  # dataset that the run is for, as `pdae train` names them

@@ -8,7 +8,7 @@ from pdae_nb.forward import Schedule, score_to_eps, shift_to_eps, snr
 from pdae_nb.sample import diffae_times, pdae_times, sample, trajectory
 from pdae_nb.diffae import EncoderBlock, SemanticEncoder
 from pdae_nb.latent import MLPSkipNet
-from pdae_nb.pdae import ConvEncoder, GradientEstimator
+from pdae_nb.pdae import ConvEncoder, GradientEstimator, lerp_trajectories
 from pdae_nb.unet import Attention, UNet, timestep_embedding
 
 SCHED = Schedule.linear()
@@ -189,3 +189,27 @@ def test_training_losses():
     np.testing.assert_allclose(denoising_loss(pdae, x0, SCHED, lam, t=t, eps=eps), .0621293, atol=1e-5)
     diffae = lambda x, t: .8*x + .1*theirs(t) - .05*ZM
     np.testing.assert_allclose(denoising_loss(diffae, x0, SCHED, t=t, eps=eps, reduce=None), [1.1448798, .0574673], atol=1e-5)
+
+# ---- the paper-era sampler of PDAE, and its trajectory interpolation
+def pdae_era_toy(steps, p=0.):
+    "As `pdae_toy`, on the stride grid; the stage without G counts from the clean end"
+    rank, stop = {t: i for i, t in enumerate(t for t in diffae_times(steps)[::-1] if t)}, int(p*steps)
+    return lambda x, t: .8*x + .1*theirs(t) + (score_to_eps(SCHED, t, .2*x - .05*ZM) if rank[int(t[0])] >= stop else 0)
+
+@pytest.mark.parametrize('steps, encode, decode, decode_p3', [
+    (10, [.010275, .234663, -.228793, -.208413, .125909], [-.134221, .277209, -.776964, -.759629, -.288465], [-.126456, .25824, -.720892, -.704791, -.269142]),
+    (20, [.0156486, .240802, -.211487, -.189362, .136634], [-.130442, .277816, -.76857, -.751408, -.268098], [-.122095, .256504, -.706169, -.690379, -.247978])])
+def test_pdae_sampler_of_the_paper(steps, encode, decode, decode_p3):
+    to_noise = Schedule(torch.cat([SCHED.beta, torch.ones(1, dtype=torch.float64)]))   # they land on alpha_bar = 0
+    up = [t for t in diffae_times(steps)[::-1] if t] + [to_noise.T]
+    *_, (_, xT, _) = trajectory(pdae_era_toy(steps), XS.clamp(-1, 1), to_noise, up, clip=1.)
+    np.testing.assert_allclose(numbers(xT), encode, atol=1e-4)
+    for p, want in ((0., decode), (.3, decode_p3)): np.testing.assert_allclose(numbers(sample(pdae_era_toy(steps, p), XS, SCHED, diffae_times(steps), clip=1.)), want, atol=1e-4)
+
+def test_trajectory_interpolation():
+    class Toy:
+        dpm = type('D', (), dict(up=staticmethod(lambda x, t: .8*x + .1*theirs(t)), __call__=lambda self, x, t: .8*x + .1*theirs(t)))()
+        def shared(self, xt, t): return xt, t
+        def score(self, x, t, z): return .2*x - .05*z.mean(1)[:, None, None, None]
+    f = lerp_trajectories(Toy(), Z, inp('z2', [2, 16], 1.5), .3, SCHED, score_to_eps)
+    np.testing.assert_allclose(numbers(sample(f, XS, SCHED, pdae_times(10), clip=1.)), [-.139037, .252312, -.790194, -.772763, -.302062], atol=1e-4)
