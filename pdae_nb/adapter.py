@@ -87,12 +87,12 @@ def sched_of(
     if not hasattr(scheduler, 'betas'): raise ValueError(f'{type(scheduler).__name__} has no betas, so it is not of a DPM with a noise table')
     return Schedule(scheduler.betas.double())
 
-# %% ../nbs/13e_adapter.ipynb #ac7cd843
+# %% ../nbs/13e_adapter.ipynb #c977d1c4
 def foreign(c, size, **net): "A `DiffusersUNet` of these channels and pixels"; return DiffusersUNet(dict(sample_size=size, in_channels=c, out_channels=c, **net))
 TASKS['diffusers_dpm'] = lambda r: dpm_task(r, foreign)
 _net = dict(block_out_channels=(32, 64, 64), layers_per_block=1, norm_num_groups=8, down_block_types=('DownBlock2D',)*3, up_block_types=('UpBlock2D',)*3, attention_head_dim=64)
 RECIPES |= {
     ('mnist_diffusers_dpm', 'lesson'): Recipe('mnist', 28, _net, 32_000, 64, 2e-3, 100, .4, .995),
     ('mnist_diffusers_dpm', 'smoke'): Recipe('digits', 28, _net | dict(block_out_channels=(8, 16), down_block_types=('DownBlock2D',)*2, up_block_types=('UpBlock2D',)*2, attention_head_dim=8), 256, 16, 2e-3, 5, ema=.99),
-    ('mnist_diffusers_pdae', 'lesson'): Recipe('mnist', 28, dict(dpm='mnist_diffusers_dpm', z_dim=64, groups=8), 16_000, 64, 2e-3, 100, .4, .995),
+    ('mnist_diffusers_pdae', 'lesson'): Recipe('mnist', 28, dict(dpm='mnist_diffusers_dpm', z_dim=64, groups=8), 32_000, 32, 2e-3, 100, .4, .995),
     ('mnist_diffusers_pdae', 'smoke'): Recipe('digits', 28, dict(dpm='mnist_diffusers_dpm', z_dim=16, groups=8), 256, 16, 2e-3, 5, ema=.99)}

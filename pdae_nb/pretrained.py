@@ -298,19 +298,21 @@ def load_dpm(
     name = re.sub(r'\W+', '_', path.name if isinstance(source, nn.Module) or path.exists() and '/' not in str(source) else str(source).strip('/').split('/')[-1])
     return SimpleNamespace(dpm=DiffusersUNet(net).eval().requires_grad_(False), sched=sched, recipe=None, path=path, about=dict(name=name, parts=['dpm'], recipe=None, result=None, source=str(source)[:200] if not isinstance(source, nn.Module) else name))
 
-# %% ../nbs/14_pretrained.ipynb #f7a0e25e
+# %% ../nbs/14_pretrained.ipynb #b2d29a02
 def convert(
     source:str,     # checkpoint file, diffusers folder, or user/name on the Hub
     out:str,        # run folder to make; its last part is the run's name
     what:str=None,  # head, latent or autoencoder, if the file holds several
     size:int=None,  # pixels of the images; no weight says it, but Diff-AE's files do
     heads:int=None, # of the U-Net's attention; else what the file says, else 1
+    groups:int=None,# of each norm; else 32, as published
+    lag:int=None,   # 0 for a network whose times are ours; else 1, as published
     stats:str=None, # file with the statistics of codes, if they lie apart
     base:str=None,  # for a latent net: the run whose codes it has learnt
     data:str=None,  # dataset that the run is for, as `pdae train` names them
 ):
     "A published checkpoint, or a diffusers model, into a run folder"
-    run = load_official(source, what, size=size, heads=heads, stats=stats, base=base, data=data) if Path(source).is_file() else load_dpm(source)
+    run = load_official(source, what, size=size, heads=heads, groups=groups, lag=lag, stats=stats, base=base, data=data) if Path(source).is_file() else load_dpm(source)
     save_run(out, parts := {k: getattr(run, k) for k in run.about['parts']}, run.sched, {k: v for k, v in run.about.items() if k not in ('name', 'parts')}, torch.float32)
     return dict(run=str(out), parts={k: f'{type(m).__name__}, {sum(p.numel() for p in m.parameters()):,} weights' for k, m in parts.items()})
 

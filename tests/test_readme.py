@@ -34,10 +34,18 @@ def data(tmp_path_factory):
     for split in ('train', 'test'): pq.write_table(table, root/f'mnist/{split}-00000-of-00001.parquet')
     return dict(PDAE_NB_DATA=str(root), PDAE_NB_CACHE=str(root/'cache'))
 
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+    "Where all lines run, one after the other, as a reader's would; with the checkpoint that the README's Python writes"
+    import torch
+    from pdae_nb.pretrained import to_official
+    from pdae_nb.train import load_run
+    d = tmp_path_factory.mktemp('lines'); torch.save(dict(ema_denoise_fn=to_official(load_run('mnist_dpm').dpm)), d/'checkpoint.pt'); return d
+
 @pytest.mark.parametrize('line', PDAE)
-def test_shell_lines_run(line, tmp_path, data):
+def test_shell_lines_run(line, place, data):
     exe = str(Path(sys.executable).with_name('pdae'))
-    r = subprocess.run([exe, *line.split()[1:]], cwd=tmp_path, env=ENV | data, capture_output=True, text=True)
+    r = subprocess.run([exe, *line.split()[1:]], cwd=place, env=ENV | data, capture_output=True, text=True)
     assert r.returncode == 0, r.stderr
 
 def test_there_are_lines_to_run(): assert PDAE and blocks('python')
