@@ -57,7 +57,7 @@ def _on(name, r, dpm):
 
 def _looker(name, r, file):
     "What writes down the noise error on test images at each checkpoint"
-    if _task_of(name) not in [TASKS[k] for k in ('dpm', 'pdae', 'diffae', 'scorevae', 'vae')]: raise ValueError(f'--look measures DPMs and autoencoders, not {name!r}')
+    if _task_of(name) not in [TASKS[k] for k in ('dpm', 'pdae', 'diffae', 'scorevae')]: raise ValueError(f'--look measures DPMs and autoencoders that predict noise, not {name!r}')
     return held_out(file, to_signed(load_images(r.data, 'test', r.px).x[:2000]))
 
 # %% ../nbs/16_cli.ipynb #fa72d834

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['write_tensors', 'read_tensors', 'fingerprint', 'fill', 'save_checkpoint', 'load_checkpoint', 'models_dir', 'spec_of',
-           'cast', 'within', 'save_run', 'build', 'load_run', 'Stopped', 'stoppable', 'locked']
+           'cast', 'within', 'save_run', 'build', 'from_hub', 'load_run', 'Stopped', 'stoppable', 'locked']
 
 # %% ../nbs/04b_files.ipynb #fb1dbd88
 import fcntl, importlib, json, os, re, shutil, signal, zlib
@@ -228,19 +228,30 @@ def _about(path):
     return about
 
 # %% ../nbs/04b_files.ipynb #b792f753
+def from_hub(
+    name,      # user/name
+    log=print, # where the asking is told
+) -> Path:     # folder in the Hub's cache
+    "A run, or a diffusers model, of the Hugging Face Hub or of its local cache: what it is first, then only its weights"
+    from huggingface_hub import snapshot_download
+    log(f'{name} is not here; asking the Hugging Face Hub'); get = lambda *files: Path(snapshot_download(str(name), allow_patterns=list(files)))
+    try:
+        path = get('run.json', 'config.json', 'model_index.json', 'scheduler_config.json', 'unet/config.json', 'scheduler/scheduler_config.json')
+        if (path/'run.json').exists(): return get('run.json', 'sched.safetensors', *(f'{k}.safetensors' for k in _about(path)['parts']))
+        weights = [f'{"unet/" if (path/"unet/config.json").exists() else ""}diffusion_pytorch_model.{end}' for end in ('safetensors', 'bin')]
+        return path if all((path := get(w)) and not (path/w).exists() for w in weights) else path
+    except Exception as e: raise FileNotFoundError(f'there is no {name} here, and the Hub did not give it either ({type(e).__name__}: {str(e).splitlines()[0][:120]})') from e
+
+from_hub.looks_like = lambda name: bool(re.fullmatch(r'[\w.-]+/[\w.-]+', str(name))) and not Path(name).parent.exists()
+
 def _find(name):
     "The folder of a run, by path or by name; while it is being replaced, the old one"
     for path in (Path(name).resolve(), models_dir()/name):
         for p in (path, path.with_name(f'.{path.name}.old')):
             if (p/'run.json').exists(): return p
-    have, hub = sorted(p.parent.name for p in models_dir().glob('*/run.json') if p.parent.name[0] != '.'), ''
-    if re.fullmatch(r'[\w.-]+/[\w.-]+', str(name)) and not Path(name).parent.exists():                # user/name: on the Hub, or in its cache
-        from huggingface_hub import snapshot_download
-        try:
-            if ((path := Path(snapshot_download(str(name), allow_patterns=['run.json', '*.safetensors'])))/'run.json').exists(): return path
-            hub = f' The Hub has {name}, but that is no run.'
-        except Exception as e: hub = f' The Hub did not give it either ({type(e).__name__}).'
-    raise FileNotFoundError(f'no run {str(name)!r}: {models_dir()/name}/run.json is missing.{hub} Runs here: {", ".join(have) or "none"}; `pdae train {Path(name).name}` makes one')
+    have = sorted(p.parent.name for p in models_dir().glob('*/run.json') if p.parent.name[0] != '.')
+    if from_hub.looks_like(name) and (path := from_hub(name))/'run.json' in path.iterdir(): return path
+    raise FileNotFoundError(f'no run {str(name)!r}: {models_dir()/name}/run.json is missing. Runs here: {", ".join(have) or "none"}; `pdae train {Path(name).name}` makes one')
 
 def load_run(
     name, # a run of `data/models`, the path of a run folder, or user/name on the Hugging Face Hub

@@ -25,12 +25,12 @@ from .evaluate import EVALUATORS, coder_of, dpm_of, noise_for, part_of, size_of,
 # %% ../nbs/13c_generate.ipynb #3febf884
 def _plain(run, net): return lambda n, seed, steps: (sample(net, noise_for(net, n, seed), run.sched, steps, clip=1.), torch.zeros(n, 0))
 
-def _by_codes(base, net, new):
+def _by_codes(base, net, new, latent=False):
     "New codes, or those of test images, decoded in every way that the autoencoder has; `new`: (n, seed, steps) -> codes"
     where_to = where(net)
     def way(codes, **kw): return lambda n, seed, steps: (sample(decode(base, z := codes(n, seed, steps).to(where_to), **kw), noise_for(net, n, seed), base.sched, steps, clip=1.), z.cpu())
     def old(n, seed, steps): z = encode_all(base.enc, load_images(base.recipe['data'], 'test', net.config['size'])); return z[(seed*n + torch.arange(n)) % len(z)]
-    kind, quiet = kind_of(base), dict(window=(round(.3*base.sched.T), base.sched.T))
+    kind, quiet = kind_of(base) + (', latent DPM' if latent and isinstance(base.enc, Posterior) else ''), dict(window=(round(.3*base.sched.T), base.sched.T))
     if kind != 'PDAE': return {kind: way(new), f'{kind} + autoencoding': way(old)}
     return {'DDIM': _plain(base, net), kind: way(new, **quiet), f'{kind}, shift to the end': way(new), f'{kind} + autoencoding': way(old)}
 
@@ -43,7 +43,7 @@ def ways(
     run, parts = load_run(name), lambda r: [getattr(r, k) for k in r.about['parts']]
     if hasattr(run, 'stats'):
         base, net = coder_of(run.recipe['net']['run'], device); check_codes(run, base); run.net.to(where(net)); run.stats.to(where(net))
-        return _by_codes(base, net, lambda n, seed, steps: sample_z(run, n, steps, seed=seed)), parts(base) + parts(run)
+        return _by_codes(base, net, lambda n, seed, steps: sample_z(run, n, steps, seed=seed), True), parts(base) + parts(run)
     if isinstance(getattr(run, 'enc', None), Posterior):
         run, net = coder_of(name, device); return _by_codes(run, net, lambda n, seed, steps: prior_z(run.enc, n, seed)), parts(run)
     run, net = dpm_of(name, device); return {'DDIM': _plain(run, net)}, [net]
@@ -73,7 +73,7 @@ def drawn(
     log=print,      # where progress is told
 ) -> Drawn:         # of the first `n` images
     "Draw, keep, go on: the same call continues what an earlier one began"
-    key = f'{label} {steps} {chunk} {keep} {feats.name} {feats.key} {" ".join(map(fingerprint, nets))}'
+    key = f'2 {label} {steps} {chunk} {keep} {feats.name} {feats.key} {" ".join(map(fingerprint, nets))}'
     path = cache_dir()/f'drawn-{hashlib.sha256(key.encode()).hexdigest()[:20]}.safetensors'
     d = _kept(path)
     while not d or len(d.f) < n:

@@ -21,6 +21,7 @@ from .unet import timestep_embedding
 from .files import fingerprint, load_run, read_tensors, write_tensors
 from .train import RECIPES, TASKS, Recipe, Task
 from .pdae import decode, encode
+from .scorevae import code_noise
 
 # %% ../nbs/12_latent.ipynb #c298a079
 @torch.no_grad()
@@ -126,7 +127,7 @@ def latent_task(
 
 # %% ../nbs/12_latent.ipynb #2caa7a9f
 TASKS['latent'] = latent_task
-for _m in ('pdae', 'diffae'):
+for _m in ('pdae', 'diffae', 'scorevae', 'paper_scorevae', 'vae'):
     RECIPES |= {
         (f'mnist_{_m}_latent', 'smoke'): Recipe('digits', 28, dict(run=f'mnist_{_m}', hidden=64, layers=4), 16_000, 64, 2e-3, 20, .5, .98),
         (f'mnist_{_m}_latent', 'lesson'): Recipe('mnist', 28, dict(run=f'mnist_{_m}', hidden=384, layers=8), 6_000_000, 256, 1e-3, 500, .5, .999, wd=.01),   # data/models/mnist_…_latent/run.json
@@ -146,7 +147,7 @@ def sample_z(
     seed=0,    # of the noise, which shares nothing with that of images of this seed
 ) -> Tensor:   # codes, as the decoder wants them: (n,D)
     "New codes (Diff-AE Sec. 4, PDAE Sec. 4.8)"
-    zT = torch.randn(n, len(run.stats.mean), generator=torch.Generator().manual_seed(seed + 2**32)).to(run.stats.mean)
+    zT = code_noise(n, len(run.stats.mean), seed).to(run.stats.mean)
     return run.stats.denorm(sample(run.net, zT if clip is None else zT.clamp(-clip, clip), run.sched, steps, clip=clip))
 
 # %% ../nbs/12_latent.ipynb #ed732025

@@ -209,6 +209,7 @@ def heun(
     "Look ahead, and answer with the mean of here and there: DDIM's step becomes Heun's, second order; the last one stays Euler's (Karras et al. 2022, Algorithm 1)"
     after = dict(pairwise(ts))
     def ahead(xt, t):
+        if int(t[0]) not in after: raise ValueError(f'asked at t = {int(t[0])}, which is none of the times it was made for')
         eps, s = f(xt, t), after[int(t[0])]
         if not s: return eps
         s = torch.full_like(t, s); xs, _ = ddim_step(sched, xt, t, s, eps)
@@ -218,6 +219,7 @@ def heun(
 def em_step(sched, xt, t, s, eps, eta=0., clip=None, past=None):
     "x_s = x_t + β·x_t/2 + β·∇log p + sqrt(β)·noise: Euler–Maruyama for the reverse SDE (ScoreVAE Eq. 5); arguments as `ddim_step`"
     if eta or clip is not None: raise ValueError('Euler–Maruyama always draws noise, and clips nothing: eta must be 0 and clip None')
+    if t[0] <= s[0]: raise ValueError('the reverse SDE runs down: times must fall')
     ab, ab_s = sched(t), sched(s); beta = 1 - ab/ab_s
     noise = at((beta*(s > 0)).sqrt(), xt)*torch.randn_like(xt)
     return at(1 + beta/2, xt)*xt - at(beta/(1 - ab).sqrt(), xt)*eps + noise, eps_to_x0(sched, xt, t, eps)

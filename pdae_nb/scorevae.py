@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['PRESETS', 'TASKS', 'RECIPES', 'CASES', 'Posterior', 'LinearPosterior', 'score', 'scorevae_denoiser', 'kl_to_prior',
            'bound', 'w_bound', 'w_half', 'scorevae_loss', 'TimeEncoder', 'Mirror', 'BetaVAE', 'vae_denoiser',
-           'vae_loss', 'conditional_loss', 'scorevae_task', 'vae_task', 'compare_cases', 'prior_z']
+           'vae_loss', 'conditional_loss', 'scorevae_task', 'vae_task', 'compare_cases', 'code_noise', 'prior_z']
 
-# %% ../nbs/11_scorevae.ipynb #8b91d03d
+# %% ../nbs/11_scorevae.ipynb #17efeaa8
 import json, math, os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-import torch
+import numpy as np, torch
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 from .data import cache_dir, load_images, to_signed
@@ -21,18 +21,19 @@ from .denoise import Denoiser, denoising_loss
 from .sample import em_step, heun, karras_times, sample
 from .unet import Block, Down, UNet, norm
 
-# %% ../nbs/11_scorevae.ipynb #db955d2c
+# %% ../nbs/11_scorevae.ipynb #56e128d5
 from .files import load_run
 from .train import TASKS, Recipe, Task, cached_run, hardware, recipe, train, versions
 from .gap import write_json
 from .guidance import guided
 from .weighting import w_likelihood
-from .pdae import METHODS, decoder_of, restored
+from .pdae import METHODS, decode, decoder_of, restored
 from .diffae import RECIPES, coded_mse, diffae_denoiser
 
-# %% ../nbs/11_scorevae.ipynb #a2b7b693
+# %% ../nbs/11_scorevae.ipynb #3650a944
 class Posterior(nn.Module):
     "q_t(z|x_t) = N(μ, diag σ²): what a noisy image says of its code (ScoreVAE Eq. 12). A subclass gives `moments`"
+    log_norm = True    # does log q carry the terms that make it a density? Both published programs leave them out
     def forward(self,
         x0: Tensor, # clean images: (B,...)
     ) -> Tensor:    # codes, the means of q_0: (B,D)
@@ -48,10 +49,10 @@ class Posterior(nn.Module):
         xt: Tensor,    # noisy images: (B,...)
         t: Tensor,     # times in 0…T: int64 (B,)
         z: Tensor,     # codes: (B,D), or (1,D) for all
-        log_norm=True, # with the terms that make it a density? Both published programs leave them out
+        log_norm=None, # with the terms that make it a density? None is as this encoder was made
     ) -> Tensor:       # nats: (B,)
         "log q_t(z|x_t)"
-        mu, lv = self.moments(xt, t)
+        mu, lv = self.moments(xt, t); log_norm = self.log_norm if log_norm is None else log_norm
         if z.ndim != 2 or z.shape[1] != mu.shape[1] or len(z) not in (1, len(mu)): raise ValueError(f'this encoder wants codes ({len(mu)},{mu.shape[1]}), got {tuple(z.shape)}')
         far = (z - mu).square()*(-lv).exp()
         return -(far + lv + math.log(2*math.pi) if log_norm else far).sum(1)/2
@@ -72,30 +73,30 @@ class LinearPosterior(Posterior):
         lv = (self.a**2*left + 1 - self.a**2*v).log() + self.shift
         return at(self.slope*self.a*k, xt)*xt, at(lv, xt).expand_as(xt)
 
-# %% ../nbs/11_scorevae.ipynb #3c9658c3
+# %% ../nbs/11_scorevae.ipynb #64823865
 def score(
     q: Posterior,  # encoder
     xt: Tensor,    # noisy images: (B,...)
     t: Tensor,     # times: int64 (B,)
     z: Tensor,     # codes: (B,D), or (1,D) for all
-    log_norm=True, # see `Posterior.log_p`
+    log_norm=None, # see `Posterior.log_p`
 ) -> Tensor:       # ∇_xt log q_t(z|x_t), 1/x, like `xt`
     "What the code pushes an image towards (ScoreVAE Sec. 3.4)"
     return torch.func.grad(lambda x: q.log_p(x, t, z, log_norm).sum())(xt)
 
-# %% ../nbs/11_scorevae.ipynb #fe75925e
+# %% ../nbs/11_scorevae.ipynb #4824496a
 def scorevae_denoiser(
     dpm,             # frozen, unconditional: (xt,t) -> eps
     enc: Posterior,  # encoder of noisy images
     z: Tensor,       # codes: (B,D), or (1,D) for all
     sched: Schedule, # noise table
-    log_norm=True,   # see `Posterior.log_p`
+    log_norm=None,   # see `Posterior.log_p`
     **kw             # for `guided`: scale, window
 ) -> Denoiser:
     "No decoder: a frozen DPM and the gradient of its encoder, by Bayes' rule (ScoreVAE Sec. 3.4)"
     return guided(lambda xt, t: (dpm(xt, t), score(enc, xt, t, z, log_norm)), sched, unguided=dpm, **kw)
 
-# %% ../nbs/11_scorevae.ipynb #650e5162
+# %% ../nbs/11_scorevae.ipynb #18b29a87
 def kl_to_prior(
     mu: Tensor, lv: Tensor, # means and log variances: (B,D) each
 ) -> Tensor:                # nats: (B,)
@@ -108,11 +109,11 @@ def bound(
     beta,              # price of a nat of the code
     xi=None,           # unit noise for z: (B,D), else drawn
 ) -> Tensor:           # (B,)
-    "rec(z) + β·KL, z ~ q_0(z|x_0): minus a lower bound on log p(x_0) if β = 1, but for a constant (ScoreVAE Eq. 2, L_β)"
+    "rec(z) + β·KL, z ~ q_0(z|x_0); with β = 1 and `rec` in nats minus a lower bound on log p(x_0), but for a constant (ScoreVAE Eq. 2, L_β)"
     mu, lv = enc.moments(x0, torch.zeros(len(x0), dtype=torch.long, device=x0.device))
     return rec(mu + (lv/2).exp()*(torch.randn_like(mu) if xi is None else xi)) + beta*kl_to_prior(mu, lv)
 
-# %% ../nbs/11_scorevae.ipynb #a0446f93
+# %% ../nbs/11_scorevae.ipynb #66e94047
 def w_bound(sched, t): "g²/2 as a weight on the noise of an evenly drawn time: nats (ScoreVAE L_β)"; return sched.T*w_likelihood(sched, t)
 def w_half(sched, t): "σ²/2: the published release's"; return torch.full_like(sched(t), .5)
 
@@ -124,7 +125,7 @@ def scorevae_loss(
     beta=.01,        # price of a nat of the code
     weight=w_bound,  # weight(sched,t) -> (B,), on the squared noise error summed over pixels
     *,
-    log_norm=True,   # see `Posterior.log_p`
+    log_norm=None,   # see `Posterior.log_p`
     xi=None,         # noise of the code, see `bound`
     reduce=torch.mean, # over the batch; None keeps one loss per image (B,)
     **kw             # for `denoising_loss`: t, eps
@@ -134,7 +135,7 @@ def scorevae_loss(
     loss = bound(enc, x0, rec, beta, xi)
     return loss if reduce is None else reduce(loss)
 
-# %% ../nbs/11_scorevae.ipynb #907632c2
+# %% ../nbs/11_scorevae.ipynb #bab2c78c
 class TimeEncoder(Posterior):
     "e_φ(x_t,t) → μ, log σ²: the first half of a U-Net, flattened (ScoreVAE Secs 3.4, B.1)"
     embed = UNet.embed
@@ -146,12 +147,13 @@ class TimeEncoder(Posterior):
         z_dim=64,       # width of the code
         *,
         limit=6.,       # log σ² is kept within ± this, softly; None does not
+        log_norm=True,  # see `Posterior`
         T=1000,         # largest time
         groups=32,      # groups of each norm
         **kw            # for `Down`: n_res=2, attn, drop, heads
     ):
         super().__init__()
-        self.config = dict(c=c, ch=ch, mult=tuple(mult), size=size, z_dim=z_dim, limit=limit, T=T, groups=groups, **kw)
+        self.config = dict(c=c, ch=ch, mult=tuple(mult), size=size, z_dim=z_dim, limit=limit, log_norm=log_norm, T=T, groups=groups, **kw); self.log_norm = log_norm
         self.ch, dt, places = ch, 4*ch, (size//2**(len(mult) - 1))**2
         self.time = nn.Sequential(nn.Linear(ch, dt), nn.SiLU(), nn.Linear(dt, dt))
         self.down = Down(c, ch, mult, size, dt=dt, groups=groups, twice=True, **kw)
@@ -161,12 +163,14 @@ class TimeEncoder(Posterior):
         xt: Tensor, # noisy images: float (B,c,size,size)
         t: Tensor,  # times in 0…T: int64 (B,)
     ) -> tuple:     # μ and log σ²: (B,z_dim) each
-        "What is in the way of certainty: time and noise"
+        "Mean and log variance of the code, given the noisy image"
         self._check(xt, t)
         mu, r = self.head(self.out(self.down(xt, self.embed(t))[-1])).to(xt.dtype).chunk(2, 1)
         return mu, r if self.config['limit'] is None else self.config['limit']*torch.tanh(r/self.config['limit'])
     def _check(self, xt, t):
         c, size, T = (self.config[k] for k in ('c', 'size', 'T'))
+        if not xt.is_floating_point(): raise TypeError(f'xt must be float, pixel/127.5-1 when clean, got {xt.dtype}; see `to_signed`')
+        if t.shape[:1] not in ((1,), xt.shape[:1]): raise ValueError(f't of shape {tuple(t.shape)} for a batch of {len(xt)} images')
         if xt.shape[1:] != (c, size, size): raise ValueError(f'this encoder was built for images (B,{c},{size},{size}), got {tuple(xt.shape)}')
         if torch.compiler.is_compiling() or t.device.type != 'cpu': return         # looking would wait for the GPU
         if not 0 <= t.min() <= t.max() <= T: raise ValueError(f'times must be in 0…{T}, got {t.min()} … {t.max()}')
@@ -177,7 +181,7 @@ PRESETS = {   # loss: weight and price; sampler: how to decode
     'paper': dict(weight=w_bound, beta=.01, decode=lambda f, xT, sched: sample(f, xT, sched, sched.T, solver=em_step)),
     'release': dict(weight=w_half, beta=1e-3, decode=lambda f, xT, sched: sample(heun(f, sched, ts := karras_times(sched)), xT, sched, ts))}
 
-# %% ../nbs/11_scorevae.ipynb #9d0d5c31
+# %% ../nbs/11_scorevae.ipynb #9fbcf82b
 class Mirror(nn.Module):
     "z → image: a `TimeEncoder` backwards, without a time (ScoreVAE App. B.2)"
     def __init__(self, c, ch, mult, size, z_dim, *, n_res=2, groups=32, attn=(), **kw):
@@ -201,19 +205,19 @@ class BetaVAE(nn.Module):
         **kw                                           # as `TimeEncoder`
     ):
         super().__init__(); self.config = dict(c=c, ch=ch, mult=tuple(mult), size=size, z_dim=z_dim, **kw)
-        self.enc = TimeEncoder(**self.config); self.dec = Mirror(**{k: v for k, v in self.config.items() if k not in ('limit', 'T')})
+        self.enc = TimeEncoder(**self.config); self.dec = Mirror(**{k: v for k, v in self.config.items() if k not in ('limit', 'log_norm', 'T')})
     def forward(self,
         x0: Tensor, # clean images: (B,c,size,size)
     ) -> Tensor:    # reconstructions from the mean code, like `x0`
         return self.dec(self.enc(x0))
 
-# %% ../nbs/11_scorevae.ipynb #8a8fc6ab
+# %% ../nbs/11_scorevae.ipynb #9873a167
 def vae_denoiser(
     vae,             # has `dec`: z -> x_0
     z: Tensor,       # codes: (B,z_dim), or (1,z_dim) for all
     sched: Schedule, # noise table
 ) -> Denoiser:
-    "A Gaussian decoder as a denoiser: the noise that makes d(z) of any x_t"
+    "The decoder's mean as a denoiser, sure of it: the noise that makes d(z) of any x_t"
     x0 = vae.dec(z)
     return lambda xt, t: x0_to_eps(sched, xt, t, x0.expand_as(xt))
 
@@ -243,35 +247,39 @@ def conditional_loss(
     loss = bound(enc, x0, lambda z: x0[0].numel()*denoising_loss(diffae_denoiser(unet, z), x0, sched, weight, reduce=None, **kw), beta, xi)
     return loss if reduce is None else reduce(loss)
 
-# %% ../nbs/11_scorevae.ipynb #cbb91859
 METHODS['dpm', 'enc'] = 'ScoreVAE', lambda run, z, **kw: scorevae_denoiser(run.dpm, run.enc, z, run.sched, **kw)
 METHODS['vae', 'enc'] = 'VAE', lambda run, z: vae_denoiser(run.vae, z, run.sched)
 
+# %% ../nbs/11_scorevae.ipynb #d4be9047
 def _judged(parts, images, sched, n=10_000, few=None):
-    "What every random code is judged by, on held-out images"
-    run = SimpleNamespace(sched=sched, about=dict(parts=parts), **parts); x0 = to_signed(images.x[:n]).to(next(run.enc.parameters()).device); few = few or min(100, len(x0)//10)
+    "On held-out images: the KL, errors from random noise with mean and with drawn codes; for ScoreVAE also the noise error, and the bound in nats"
+    run = SimpleNamespace(sched=sched, about=dict(parts=parts), **parts); x0 = to_signed(images.x[:n]).to(next(run.enc.parameters()).device); few, zero = few or min(100, len(x0)//10), lambda o: torch.zeros(len(o), dtype=torch.long, device=o.device)
+    stat = lambda k, v: {k: v.mean().item(), f'{k}_se': (v.std()/len(v)**.5).item()}; g = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        loss = coded_mse(run, x0); kl = torch.cat([kl_to_prior(*run.enc.moments(o, torch.zeros(len(o), dtype=torch.long, device=o.device))) for o in x0.split(500)])
-        off = (restored(decoder_of(run, x0[:few]), x0[:few], sched, 20, seed=0) - x0[:few]).square().flatten(1).mean(1)/4
-    se = lambda v: (v.std()/len(v)**.5).item()
-    return dict(test_noise_mse=loss.mean().item(), standard_error=se(loss), kl=kl.mean().item(), test_images=len(x0), mse_random=off.mean().item(), mse_random_se=se(off), mse_images=len(off))
+        mu, lv = map(torch.cat, zip(*(run.enc.moments(o, zero(o)) for o in x0.split(500)))); x, drawn = x0[:few], (mu + (lv/2).exp()*torch.randn(mu.shape, generator=g).to(mu))[:few]
+        out = stat('kl', kl_to_prior(mu, lv)) | dict(test_images=len(x0), mse_images=few)
+        for k, z in dict(mse_random=mu[:few], mse_drawn=drawn).items(): out |= stat(k, (restored(decode(run, z), x, sched, 20, seed=0) - x).square().flatten(1).mean(1)/4)
+        if 'vae' in parts: return out
+        loss = coded_mse(run, x0); t, eps, xi = torch.randperm(len(x0), generator=g)*sched.T//len(x0) + 1, torch.randn(x0.shape, generator=g), torch.randn(mu.shape, generator=g)
+        nats = torch.cat([scorevae_loss(run.dpm, run.enc, o, sched, 1., t=a.to(o.device), eps=b.to(o), xi=c.to(o), reduce=None) for o, a, b, c in zip(*(v.split(500) for v in (x0, t, eps, xi)))])
+    return out | dict(test_noise_mse=loss.mean().item(), standard_error=(loss.std()/len(loss)**.5).item()) | stat('bound', nats)
 
 def _preview(parts, images, sched):
     run = SimpleNamespace(sched=sched, about=dict(parts=parts), **parts); x0 = to_signed(images.x[:32]).to(next(run.enc.parameters()).device)
     with torch.no_grad(): return torch.cat([x0, restored(decoder_of(run, x0), x0, sched, 20, seed=0)])
 
-# %% ../nbs/11_scorevae.ipynb #f59d32d4
+# %% ../nbs/11_scorevae.ipynb #07c3f16a
 def scorevae_task(
     r: Recipe, # its row; `net` names the DPM, the preset, and gives what `TimeEncoder` takes
 ) -> Task:
     "An encoder of noisy images on a DPM that was trained before (ScoreVAE Sec. 3.5)"
     images, test, net = load_images(r.data, 'train', r.px), load_images(r.data, 'test', r.px), dict(r.net)
-    base, p, log_norm = load_run(dpm := net.pop('dpm')), PRESETS[net.pop('preset', 'release')], net.pop('log_norm', True)
+    base, p = load_run(dpm := net.pop('dpm')), PRESETS[net.pop('preset', 'release')]
     if not hasattr(base, 'dpm'): raise ValueError(f'{dpm!r} holds {sorted(base.about["parts"])}, no `dpm` to stand on')
     have, want = {k: base.dpm.config[k] for k in ('c', 'size')}, dict(c=images.x.shape[1], size=r.px)
     if have != want: raise ValueError(f'the frozen DPM is for images of {have}, the data are {want}; train one for these first, and name its folder as the DPM')
     enc, prior, sched = TimeEncoder(**want, T=base.sched.T, **net), base.dpm.eval().requires_grad_(False), base.sched
-    def loss_fn(x0, y): t = sched.rand_t(len(x0), x0.device); return scorevae_loss(prior, enc, x0, sched, p['beta'], p['weight'], log_norm=log_norm, t=t, reduce=None), t
+    def loss_fn(x0, y): t = sched.rand_t(len(x0), x0.device); return scorevae_loss(prior, enc, x0, sched, p['beta'], p['weight'], t=t, reduce=None), t
     return Task(dict(dpm=prior, enc=enc), images, loss_fn, lambda parts: _judged(parts, test, sched), sched, lambda parts: _preview(parts, test, sched), twice=('enc',))
 
 # %% ../nbs/11_scorevae.ipynb #0b4eaeec
@@ -284,7 +292,7 @@ def vae_task(
     def loss_fn(x0, y): return vae_loss(vae, x0, beta)
     return Task(dict(vae=vae, enc=vae.enc), images, loss_fn, lambda parts: _judged(parts, test, sched), sched, lambda parts: _preview(parts, test, sched))
 
-# %% ../nbs/11_scorevae.ipynb #6b3ea2ef
+# %% ../nbs/11_scorevae.ipynb #35dc3bd7
 TASKS |= dict(scorevae=scorevae_task, vae=vae_task)
 _enc = dict(z_dim=64, ch=32, mult=(1, 2, 3), n_res=1, groups=8)
 _14 = dict(dpm='mnist14_dpm', preset='release', z_dim=32, ch=32, mult=(1, 2), n_res=1, groups=8)
@@ -292,17 +300,19 @@ _tiny = dict(z_dim=16, ch=8, mult=(1, 2), n_res=1)
 RECIPES |= {
     ('mnist_scorevae', 'lesson'): Recipe('mnist', 28, dict(dpm='mnist_dpm', preset='release', **_enc), 256_000, 64, 1e-3, 200, .4, .999, clip=100.),   # data/models/mnist_scorevae/run.json
     ('mnist_paper_scorevae', 'lesson'): Recipe('mnist', 28, dict(dpm='mnist_dpm', preset='paper', **_enc), 256_000, 64, 1e-3, 200, .4, .999, clip=100.),   # data/models/mnist_paper_scorevae/run.json
-    ('mnist_vae', 'lesson'): Recipe('mnist', 28, _enc, 256_000, 64, 1e-3, 200, .4, .999, clip=100.),   # data/models/mnist_vae/run.json
-    ('mnist14_scorevae', 'lesson'): Recipe('mnist', 14, _14, 32_000, 64, 2e-3, 100, .4, .995, clip=100.),   # for `variants`
+    ('mnist_vae', 'lesson'): Recipe('mnist', 28, _enc, 976_000, 64, 1e-3, 200, .4, .999, clip=100.),   # data/models/mnist_vae/run.json
+    ('mnist14_scorevae', 'lesson'): Recipe('mnist', 14, _14, 32_000, 64, 2e-3, 100, .4, .995, clip=100.),   # for `compare_cases`
     **{(f'{d}_scorevae', 'smoke'): Recipe('digits', s, dict(dpm=f'{d.split("_")[0]}_dpm', preset=p, **_tiny), 512, 16, 2e-3, 5, ema=.99) for d, s, p in (('mnist', 28, 'release'), ('mnist14', 14, 'release'), ('mnist_paper', 28, 'paper'))},
     ('mnist_vae', 'smoke'): Recipe('digits', 28, _tiny, 512, 16, 2e-3, 5, ema=.99),
-    ('cifar10_scorevae', 'paper'): Recipe('cifar10', 32, dict(dpm='cifar10_dpm', preset='paper', z_dim=384, ch=64, mult=(1, 1, 2, 4), n_res=2), 44_800_000, 32, 2e-4, 2500, ema=.999),     # 1.4 M steps of 32
+    ('cifar10_paper_scorevae', 'paper'): Recipe('cifar10', 32, dict(dpm='cifar10_dpm', preset='paper', z_dim=384, ch=64, mult=(1, 1, 2, 4), n_res=2), 44_800_000, 32, 2e-4, 2500, ema=.999),     # 1.4 M steps of 32; a half U-Net, where the paper's is a stack of convolutions
     ('cifar10_release_scorevae', 'paper'): Recipe('cifar10', 32, dict(dpm='cifar10_dpm', preset='release', z_dim=384, ch=64, mult=(1, 1, 2, 4), n_res=2), 45_056_000, 128, 2e-4, 5000, wd=.01),
-    ('celeba64_scorevae', 'paper'): Recipe('celeba64', 64, dict(dpm='celeba64_dpm', preset='paper', z_dim=512, ch=128, mult=(1, 1, 2, 2, 3), n_res=2, attn=(16,)), 76_800_000, 256, 1e-4, 5000, ema=.999)}
+    ('celeba64_paper_scorevae', 'paper'): Recipe('celeba64', 64, dict(dpm='celeba64_dpm', preset='paper', z_dim=512, ch=128, mult=(1, 1, 2, 2, 3), n_res=2, attn=(16,)), 76_800_000, 256, 1e-4, 5000, ema=.999)}
 
-# %% ../nbs/11_scorevae.ipynb #114c2195
+# %% ../nbs/11_scorevae.ipynb #164b2525
 CASES = {   # what differs from the row
     'release': {}, 'release, no log σ²': dict(log_norm=False), 'release, unbounded': dict(limit=None), 'paper': dict(preset='paper')}
+
+def _trained_on(prior, r, seed, out): run = load_run(train('mnist14_scorevae', replace(r, seed=seed, net=r.net | dict(dpm=str(prior.path))), out, log=lambda s: None)); return dict(dpm=run.dpm, enc=run.enc)
 
 def compare_cases(
     path,            # JSON to write
@@ -319,16 +329,20 @@ def compare_cases(
         for k, kw in CASES.items():
             run = load_run(train('mnist14_scorevae', replace(r, seed=seed, net=r.net | dict(dpm=str(own.path)) | kw), root/f'scorevae-{size}-{seed}-{list(CASES).index(k)}', **quiet))
             d['runs'][f'{k} {seed}'] = run.about['result'] | dict(skipped=run.about['steps_skipped'], case=k, seed=seed); log(f'{k}, seed {seed}: {run.about["result"]["test_noise_mse"]:.4f}')
-            if not kw: d['priors'] |= {f'{p} {seed}': _judged(dict(dpm=o.dpm, enc=run.enc), test, o.sched) | dict(prior=p, seed=seed) for p, o in priors.items()}
+            if not kw: d['priors'] |= {f'twice, trained on it {seed}': _judged(_trained_on(priors['twice'], r, seed, root/f'scorevae-{size}-{seed}-twice'), test, own.sched) | dict(prior='twice, trained on it', seed=seed)} | {f'{p} {seed}': _judged(dict(dpm=o.dpm, enc=run.enc), test, o.sched) | dict(prior=p, seed=seed) for p, o in priors.items()}
     write_json(path, d | dict(hardware=hardware(torch.device('cpu')), versions=versions()))
     return json.loads(Path(path).read_text())
 
-# %% ../nbs/11_scorevae.ipynb #abe56b67
+# %% ../nbs/11_scorevae.ipynb #66000b5f
+def code_noise(
+    n, d, seed=0, # how many codes, how wide; of the draw
+) -> Tensor:      # (n,d)
+    "Unit noise for codes, which shares nothing with noise for images of the same seed"
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(int(np.random.SeedSequence([seed, 1]).generate_state(1)[0])))      # a torch seed has 32 bits
+
 def prior_z(
-    enc,    # an encoder with a `config` of z_dim, whose training has paid for a KL
-    n,      # how many
-    seed=0, # of the draw, which shares nothing with noise for images of this seed
-) -> Tensor: # codes, where the encoder lives: (n,z_dim)
+    enc,       # an encoder with a `config` of z_dim, whose training has paid for a KL
+    n, seed=0, # how many; of the draw
+) -> Tensor:   # codes, where the encoder lives: (n,z_dim)
     "Codes of the prior, N(0,I)"
-    z = torch.randn(n, enc.config['z_dim'], generator=torch.Generator().manual_seed(seed + 2**32))
-    return z.to(next(enc.parameters()))
+    return code_noise(n, enc.config['z_dim'], seed).to(next(enc.parameters()))

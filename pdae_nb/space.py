@@ -25,7 +25,7 @@ from .weighting import w_pdae
 from .denoise import denoising_loss
 from .pdae import METHODS, GradientEstimator, decode, decoder_of, encode, learnt, pdae_denoiser
 from .diffae import step_seconds
-from .scorevae import PRESETS, Posterior
+from .scorevae import PRESETS, Posterior, kl_to_prior
 from .latent import ZStats, edit, encode_all, fit_probe, lerp, slerp, to_median
 from .metrics import auroc, features, frechet, judge_feats, lpips, ppl, psnr
 from .evaluate import EVALUATORS, coder_of, judged, noise_for, part_of, reconstruction_table, where
@@ -221,9 +221,9 @@ def _drawn(runs, images, eyes, n, steps, log):
     "label -> FID of its drawings, by its latent run or its prior, and of test codes decoded"
     real, out = features(eyes, images), {}
     for k, r in runs.items():
-        name = r.path if isinstance(r.enc, Posterior) else r.path.with_name(f'{r.path.name}_latent')
-        if not (name/'run.json').exists(): log(f'{k}: no latent run, no drawings'); continue
-        ws, nets = ways(name, where(r.enc)); out[k] = {w: fid_kid(real, drawn(f, nets, w, eyes, n, steps, log=log).f) for w, f in ws.items()}
+        latent = r.path.with_name(f'{r.path.name}_latent'); names = [r.path]*isinstance(r.enc, Posterior) + [latent]*(latent/'run.json').exists(); out[k] = {}
+        if not names: log(f'{k}: no latent run, no drawings'); out[k] = None; continue
+        for ws, nets in (ways(o, where(r.enc)) for o in names): out[k] |= {w: fid_kid(real, drawn(f, nets, w, eyes, n, steps, log=log).f) for w, f in ws.items()}
     return out
 
 # %% ../nbs/13d_space.ipynb #89143e6d
@@ -232,10 +232,12 @@ def _published(runs, x0, eyes, log):
     out, noise, zero = {}, noise_for(next(iter(runs.values())).enc, len(x0), 0), torch.zeros(len(x0), dtype=torch.long, device=x0.device)
     for k, r in runs.items():
         if not isinstance(r.enc, Posterior): continue
-        way = PRESETS[r.recipe['net']['preset']]['decode'] if hasattr(r, 'dpm') else lambda f, xT, sched: sample(f, xT, sched, 1); torch.manual_seed(0)
-        for how, z in {'mean': r.enc(x0), 'drawn': r.enc.dist(x0, zero).sample()}.items():
-            x = way(decode(r, z), noise, r.sched); off = (x - x0)/2; u = x.clamp(-1, 1)
-            out.setdefault(k, {})[how] = dict(l2=_mean(off.flatten(1).norm(dim=1)), rmse=off.square().mean().sqrt().item(), psnr=_mean(psnr(u, x0)), lpips=_mean(lpips(u, x0, eyes)), lpips_as_published=_mean(lpips((u + 1)/2, (x0 + 1)/2, eyes)), n=len(x0)); log(f'{k}, {how} code: done')
+        way = PRESETS[r.recipe['net'].get('preset', 'release')]['decode'] if hasattr(r, 'dpm') else lambda f, xT, sched: sample(f, xT, sched, 1)
+        kl = kl_to_prior(*r.enc.moments(x0, zero)).mean().item()
+        for how, mean in (('mean', True), ('drawn', False)):
+            with torch.random.fork_rng(): torch.manual_seed(0); z = r.enc(x0) if mean else r.enc.dist(x0, zero).sample(); torch.manual_seed(1); x = way(decode(r, z), noise, r.sched)
+            off = (x - x0)/2; u = x.clamp(-1, 1)
+            out.setdefault(k, {})[how] = dict(l2=_mean(off.flatten(1).norm(dim=1)), rmse=off.square().mean().sqrt().item(), psnr_clipped=_mean(psnr(u, x0)), lpips=_mean(lpips(u, x0, eyes)), lpips_01=_mean(lpips((u + 1)/2, (x0 + 1)/2, eyes)), kl=kl, n=len(x0)); log(f'{k}, {how} code: done')
     return out
 
 def _cost(runs, x0, steps, seconds):

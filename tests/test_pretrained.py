@@ -1,15 +1,15 @@
 """Published checkpoints: networks built from names and shapes give the published numbers, files of every format go in and out, hostile ones do nothing"""
-import io, json, os, pickle, zipfile
+import io, os, pickle, zipfile
 import numpy as np
 import pytest, torch
-from torch import nn
+
 from pdae_nb.files import load_run
 from pdae_nb.forward import Schedule
-from pdae_nb.latent import MLPSkipNet, ZStats
+from pdae_nb.latent import MLPSkipNet
 from pdae_nb.pdae import ConvEncoder, GradientEstimator, decoder_of, pdae_loss, reconstruct
 from pdae_nb.diffae import SemanticEncoder
-from pdae_nb.pretrained import as_run, card, convert, from_official, load_dpm, load_official, push_run, read_official, to_official
-from pdae_nb.sample import sample
+from pdae_nb.pretrained import as_run, convert, from_official, load_dpm, load_official, push_run, read_official, to_official
+
 from pdae_nb.unet import UNet
 from test_numerics import SCHED, fingerprint, inp, official_names, u
 
@@ -92,33 +92,49 @@ def lightning(d, path, monkeypatch):
 def test_pdae_at_its_real_size(tmp_path):
     "FFHQ-128: 177 M weights in half precision, by the published names and counts, in and out"
     with torch.device('meta'): G, enc = GradientEstimator(UNet(c=3, ch=128, mult=(1, 1, 2, 3, 4), size=128, attn=(16,)), 512), ConvEncoder(3, 128)
-    names = lambda net: {k: torch.full(v.shape, .01, dtype=torch.float16) for k, v in to_official(net).items()}
+    names = lambda net: {k: (torch.rand(v.shape)*.02).half() for k, v in to_official(net).items()}
     g, e = names(G), names(enc); assert (len(g), len(e)) == (744, 28) and sum(v.numel() for v in g.values()) == 177_140_870
     assert sum(v.numel() for k, v in g.items() if k.startswith(('shift_', 'label_emb'))) == 78_522_371
     torch.save(dict(step=500_000, ema_encoder=e, ema_decoder=g), tmp_path/'checkpoint.pt')
     run = load_official(tmp_path/'checkpoint.pt', **quiet)
-    assert run.G.dpm.config['attn'] == (16,) and run.G.dpm.config['size'] == 128 and run.enc.config['heads'] == 4 and run.about['images_seen'] == 500_000
-    assert all(float(p.detach().flatten()[0]) == pytest.approx(.01, abs=1e-4) for p in run.G.parameters())
+    assert run.G.dpm.config['attn'] == (16,) and run.G.dpm.config['size'] == 128 and run.enc.config['heads'] == 4 and run.about['steps'] == 500_000
+    back = to_official(run.G); assert all(torch.equal(back[k], v.float()) for k, v in g.items())
 
 def test_diffae_files(tmp_path, monkeypatch):
     enc, unet, net = SemanticEncoder(3, 32, (1, 2, 2), 32, 64, (16,)), UNet(c=3, ch=32, mult=(1, 2), size=32, dz=64, attn=(16,), dt=64, z_shift=False), MLPSkipNet(64, 32, 3)
-    auto, stats = to_official(unet) | to_official(enc), dict(conds_mean=torch.randn(1, 64), conds_std=torch.rand(1, 64) + .5)
+    auto, stats = state_of(unet) | state_of(enc), dict(conds_mean=torch.randn(1, 64), conds_std=torch.rand(1, 64) + .5)
     both = {f'ema_model.{k}': v for k, v in auto.items()} | {f'model.{k}': torch.zeros_like(v) for k, v in auto.items()} | dict(x_T=torch.zeros(32, 3, 32, 32))
     lightning(dict(state_dict=both, hyper_parameters=dict(model_conf=dict(image_size=32, num_heads=1))), tmp_path/'last.ckpt', monkeypatch)
     with pytest.raises(pickle.UnpicklingError): torch.load(tmp_path/'last.ckpt', weights_only=True)
     run = load_official(tmp_path/'last.ckpt')
-    for k, v in unet.state_dict().items(): assert torch.equal(v, run.unet.state_dict()[k])             # the average, not the raw zeros
-    lightning(dict(state_dict=both | stats | {f'ema_model.latent_net.{k}': v for k, v in to_official(net).items()}, hyper_parameters=dict(model_conf=dict(image_size=32))), tmp_path/'latent.ckpt', monkeypatch)
-    said = convert(str(tmp_path/'latent.ckpt'), str(tmp_path/'runs/faces_diffae_latent'), base='faces_diffae'); convert(str(tmp_path/'latent.ckpt'), str(tmp_path/'runs/faces_diffae'), 'autoencoder')
+    back = to_official(run.unet) | to_official(run.enc); assert all(torch.equal(back[k], v) for k, v in auto.items())             # the average, not the raw zeros
+    lightning(dict(state_dict=both | stats | {f'ema_model.latent_net.{k}': v for k, v in state_of(net).items()}, hyper_parameters=dict(model_conf=dict(image_size=32))), tmp_path/'latent.ckpt', monkeypatch)
+    said = convert(str(tmp_path/'latent.ckpt'), str(tmp_path/'runs/faces_diffae_latent'), base='faces_diffae'); convert(str(tmp_path/'latent.ckpt'), str(tmp_path/'runs/faces_diffae'), 'autoencoder', data='faces')
     latent, base = load_run(tmp_path/'runs/faces_diffae_latent'), load_run(tmp_path/'runs/faces_diffae'); assert set(said['parts']) == {'net', 'stats'} and torch.equal(latent.stats.mean, stats['conds_mean'][0])
     from pdae_nb.latent import draw
     assert draw(latent, base, torch.randn(2, 3, 32, 32), 2, z_steps=2).shape == (2, 3, 32, 32)
 
 def test_a_converted_pdae_is_a_run(tmp_path):
     G, enc = GradientEstimator(UNet(c=1, ch=8, mult=(1, 2), size=28, n_res=1, groups=8), 6), ConvEncoder(1, 28, 6, groups=8)
-    torch.save(dict(ema_encoder=to_official(enc), ema_decoder=to_official(G)), tmp_path/'c.pt')
-    convert(str(tmp_path/'c.pt'), str(tmp_path/'mine_pdae'), size=28); run = load_run(tmp_path/'mine_pdae'); x0 = torch.rand(2, 1, 28, 28)*2 - 1
+    torch.save(dict(ema_encoder=state_of(enc), ema_decoder=state_of(G)), tmp_path/'c.pt')
+    convert(str(tmp_path/'c.pt'), str(tmp_path/'mine_pdae'), size=28, groups=8)
+    with pytest.raises(ValueError, match='is there already'): convert(str(tmp_path/'c.pt'), str(tmp_path), size=28)
+    run = load_run(tmp_path/'mine_pdae'); x0 = torch.rand(2, 1, 28, 28)*2 - 1
     assert reconstruct(x0, run, 2)[1].shape == x0.shape and torch.isfinite(pdae_loss(run.enc, run.G, x0, run.sched))
+
+@pytest.mark.parametrize('kind, make, want', [('.pt', lambda n: dict(step=3, denoise_fn=n, ema_denoise_fn=n), 'dpm'), ('.pt', lambda n: n, 'dpm'), ('.safetensors', lambda n: n, 'dpm'), ('.pt', lambda n: dict(denoise_fn=n), 'dpm')])
+def test_files_of_a_dpm(tmp_path, kind, make, want):
+    from safetensors.torch import save_file
+    net, said = UNet(**small), []; (save_file if kind == '.safetensors' else torch.save)(make(state_of(net)), tmp_path/f'f{kind}'); run = load_official(tmp_path/f'f{kind}', size=32, log=said.append)
+    assert run.about['parts'] == [want] and ('no averaged weights' in ' '.join(said)) == (make(dict(a=1)) == dict(denoise_fn=dict(a=1))) and any('heads' in o for o in said) and any('noise table' in o for o in said)
+    with torch.no_grad(): np.testing.assert_allclose(fingerprint(run.dpm(X, T)), [.00864899, .448099, -.304033, -.169668, .423158, -.133011, .0911598, .173675], atol=1e-4)
+
+def test_statistics_and_heads(tmp_path):
+    torch.save(dict(mean=torch.arange(16.), std=torch.arange(1., 17.)), tmp_path/'stats.pt'); torch.save(dict(ema_latent_denoise_fn=state_of(MLPSkipNet(16, 32, 3))), tmp_path/'net.pt')
+    run = load_official(tmp_path/'net.pt', stats=tmp_path/'stats.pt', **quiet); assert torch.equal(run.stats.std, torch.arange(1., 17.)) and torch.equal(run.stats.denorm(torch.zeros(1, 16))[0], torch.arange(16.))
+    torch.save(dict(ema_classifier=dict(weight=torch.eye(3, 16), bias=torch.zeros(3))), tmp_path/'cls.pt'); head = load_official(tmp_path/'cls.pt', **quiet).head
+    assert torch.equal(head.probe(1, run.stats).w, torch.eye(3, 16)[1])
+    with pytest.raises(ValueError, match='no mean and standard deviation'): load_official(tmp_path/'net.pt', stats=tmp_path/'cls.pt', **quiet)
 
 # ---- hostile files
 class Runs:
@@ -166,8 +182,16 @@ def test_bombs(tmp_path):
     with pytest.raises(ValueError, match='is compressed'): load_official(tmp_path/'zip.pt')
     b = bytearray(saved(dict(a=torch.zeros(9)))); i = b.rfind(b'PK\1\2'); b[i + 24:i + 28] = (2**31).to_bytes(4, 'little'); (tmp_path/'liar.pt').write_bytes(b)     # a member that claims 2 GiB
     with pytest.raises(ValueError, match='claims to hold'): load_official(tmp_path/'liar.pt')
-    state = state_of(UNet(**small)); state['out.2.bias'] = torch.zeros(1).expand(10**12); torch.save(state, tmp_path/'stride.pt')
-    with pytest.raises(ValueError, match='bytes in a file of'): load_official(tmp_path/'stride.pt')
+    state = state_of(UNet(**small)); state['out.2.bias'] = torch.zeros(1).expand(10**12); torch.save(state, tmp_path/'stride.pt'); torch.save(dict(mean=torch.zeros(1).expand(10**10), std=torch.ones(1).expand(10**10)), tmp_path/'stats.pt')
+    for f in ('stride', 'stats'):
+        with pytest.raises(ValueError, match='bytes in a file of'): load_official(tmp_path/f'{f}.pt')
+    for shape in ((10**5, 1), (10**6, 0)):         # honest about its bytes, and asks for a network of many gigabytes
+        torch.save({f'layers.{i}.linear.weight': torch.zeros(shape) for i in range(3)}, tmp_path/'wide.pt')
+        with pytest.raises(ValueError, match='are missing'): load_official(tmp_path/'wide.pt', **quiet)
+    (tmp_path/'tail.pt').write_bytes((tmp_path/'zip.pt').read_bytes() + b'PK\5\6')                          # torch would unpack it, zipfile does not see an archive
+    with pytest.raises(ValueError, match='cannot be read safely'): load_official(tmp_path/'tail.pt')
+    (tmp_path/'array.pt').write_bytes(b'\x80\x02c__builtin__\nbytearray\nJ\xff\xff\xff\x7f\x85R.')
+    with pytest.raises(ValueError, match='it wants __builtin__.bytearray'): load_official(tmp_path/'array.pt')
 
 def test_a_lookalike_class_builds_nothing(tmp_path, monkeypatch):
     lightning(dict(state_dict={}, extra=Lookalike()), tmp_path/'f.ckpt', monkeypatch)
@@ -225,8 +249,8 @@ def test_a_run_travels_over_the_hub(tmp_path, monkeypatch):
     import huggingface_hub.constants as hub
     monkeypatch.setattr(hub, 'HF_HUB_CACHE', str(tmp_path)); monkeypatch.setattr(hub, 'HF_HUB_OFFLINE', True); api = StandIn(tmp_path)
     push_run('mnist_pdae', 'someone/digits-pdae', api=api); text = (api.at/'snapshots/0/README.md').read_text()
-    for o in ('license: apache-2.0', 'mnist', '256,000 images', '0.0153', "load_run('someone/digits-pdae')"): assert o in text
+    for o in ('license: apache-2.0', 'mnist', '256,000 images', f"{load_run('mnist_pdae').about['result']['test_noise_mse']:.4g}", 'PDAE', "load_run('someone/digits-pdae')"): assert o in text
     here, there = load_run('mnist_pdae'), load_run('someone/digits-pdae')
     for k, v in here.G.state_dict().items(): assert torch.equal(v, there.G.state_dict()[k])
-    with pytest.raises(FileNotFoundError, match='The Hub did not give it either'): load_run('someone/nothing')
+    with pytest.raises(FileNotFoundError, match='the Hub did not give it either'): load_run('someone/nothing')
     with pytest.raises(ValueError, match='user/name'): push_run('mnist_pdae', 'digits', api=api)
