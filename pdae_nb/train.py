@@ -7,7 +7,7 @@ __all__ = ['RECIPES', 'TASKS', 'Recipe', 'recipe', 'lr_at', 'optimiser', 'EMA', 
            'dpm_task', 'Judge', 'judge_task', 'hardware', 'versions', 'train', 'cached_run']
 
 # %% ../nbs/05_train.ipynb #9b2a2856
-import copy, importlib, json, math, os, platform, signal, time
+import copy, difflib, importlib, json, math, os, platform, signal, time
 from dataclasses import dataclass, asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,8 +71,9 @@ def recipe(
 ) -> Recipe:
     "The row of a run at a size (paper rows: Diff-AE Table 5)"
     size = size or os.environ.get('PDAE_NB_SIZE') or 'lesson'
-    if (name, size) not in RECIPES: raise ValueError(f'no recipe for {name!r} at size {size!r}; there are {", ".join("/".join(k) for k in sorted(RECIPES))}')
-    return RECIPES[name, size]
+    if (name, size) in RECIPES: return RECIPES[name, size]
+    near = [name] if any(name == n for n, _ in RECIPES) else difflib.get_close_matches(name, sorted({n for n, _ in RECIPES}), 8, .3)
+    raise ValueError(f'no recipe for {name!r} at size {size!r}; there are {", ".join("/".join(k) for k in sorted(RECIPES) if k[0] in near) or "none of a name like that"}')
 
 # %% ../nbs/05_train.ipynb #e88c6184
 def lr_at(
