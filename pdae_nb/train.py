@@ -12,8 +12,7 @@ from dataclasses import dataclass, asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable, NamedTuple
-import numpy as np
-import torch, torch.nn.functional as F
+import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 from .data import Images, load_images, batches, to_signed, show, cache_dir
