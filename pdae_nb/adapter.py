@@ -129,9 +129,13 @@ def look(
 
 # %% ../nbs/13e_adapter.ipynb #70617abb
 def _bytes(o):
-    "What all tensors in some containers would take, each once"
-    if torch.is_tensor(o): return {id(o): o.numel()*o.element_size()}
-    return {k: v for x in (o.values() if isinstance(o, dict) else o if isinstance(o, (list, tuple)) else ()) for k, v in _bytes(x).items()}
+    "What all tensors in some containers would take; each is looked at once, however often it is referred to"
+    todo, seen, total = [o], set(), 0
+    while todo:
+        if id(o := todo.pop()) in seen: continue
+        seen.add(id(o)); total += o.numel()*o.element_size() if torch.is_tensor(o) else 0
+        todo += o.values() if isinstance(o, dict) else o if isinstance(o, (list, tuple)) else ()
+    return total
 
 def read_official(
     path,     # file: .pt, .ckpt, .pkl (all of them torch's) or .safetensors
@@ -142,7 +146,7 @@ def read_official(
         if path.suffix == '.safetensors': return load_file(path)
         look(path)
         with torch.serialization.safe_globals(_NAMES), warnings.catch_warnings(action='ignore'): d = torch.load(path, map_location='cpu', weights_only=True)
-        if (held := sum(_bytes(d).values())) > 4*path.stat().st_size: raise ValueError(f'tensors of {held:,} bytes in a file of {path.stat().st_size:,}')
+        if (held := _bytes(d)) > 4*path.stat().st_size: raise ValueError(f'tensors of {held:,} bytes in a file of {path.stat().st_size:,}')
     except (PermissionError, MemoryError): raise
     except Exception as e: raise ValueError(f'{path} cannot be read safely: {(str(e).splitlines() or [type(e).__name__])[0][:200]}') from e
     if not isinstance(d, dict): raise ValueError(f'{path} holds a {type(d).__name__}, no dictionary of tensors')

@@ -238,8 +238,9 @@ def from_hub(
     try:
         path = get('run.json', 'config.json', 'model_index.json', 'scheduler_config.json', 'unet/config.json', 'scheduler/scheduler_config.json')
         if (path/'run.json').exists(): return get('run.json', 'sched.safetensors', *(f'{k}.safetensors' for k in _about(path)['parts']))
-        weights = [f'{"unet/" if (path/"unet/config.json").exists() else ""}diffusion_pytorch_model.{end}' for end in ('safetensors', 'bin')]
-        return path if all((path := get(w)) and not (path/w).exists() for w in weights) else path
+        for end in ('safetensors', 'bin'):
+            if ((path := get(w := f'{"unet/" if (path/"unet/config.json").exists() else ""}diffusion_pytorch_model.{end}'))/w).exists(): break
+        return path
     except Exception as e: raise FileNotFoundError(f'there is no {name} here, and the Hub did not give it either ({type(e).__name__}: {str(e).splitlines()[0][:120]})') from e
 
 from_hub.looks_like = lambda name: bool(re.fullmatch(r'[\w.-]+/[\w.-]+', str(name))) and not Path(name).parent.exists()

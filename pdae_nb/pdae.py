@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ENCODERS', 'RECIPES', 'METHODS', 'ConvEncoder', 'GradientEstimator', 'pdae_denoiser', 'pdae_loss', 'with_codes',
-           'encode', 'gap_ratio', 'pdae_result', 'pdae_task', 'restored', 'lerp_trajectories', 'as_x0', 'kind_of',
-           'net_of', 'learnt', 'decode', 'decoder_of', 'reconstruct']
+           'encode', 'gap_ratio', 'pdae_result', 'stand_on', 'pdae_task', 'restored', 'lerp_trajectories', 'as_x0',
+           'kind_of', 'net_of', 'learnt', 'decode', 'decoder_of', 'reconstruct']
 
 # %% ../nbs/09_pdae.ipynb #a89c774d
 import io, math
@@ -176,6 +176,17 @@ def pdae_result(
                 t=ts, gap_ratio=gap_ratio(G, z[:200], x0[:200], sched, ts, to_eps).tolist(), gap_images=min(200, len(x0)))
 
 # %% ../nbs/09_pdae.ipynb #2cd24b26
+def stand_on(
+    dpm,    # a run with a `dpm`, by name or path
+    images, # the data, `Images`
+    px,     # their height and width, pixels
+) -> tuple: # the run; channels and pixels as a dict
+    "The run of a frozen DPM, and the channels and pixels of images that fit it, or a clear sentence"
+    if not hasattr(base := load_run(dpm), 'dpm'): raise ValueError(f'{dpm!r} holds {sorted(base.about["parts"])}, no `dpm` to stand on')
+    have, want = {k: base.dpm.config[k] for k in ('c', 'size')}, dict(c=images.x.shape[1], size=px)
+    if have != want: raise ValueError(f'the frozen DPM is for images of {have}, the data are {want}; train one for these first, and name its folder as the DPM')
+    return base, want
+
 def pdae_task(
     r: Recipe,           # its row; `net` names the DPM, and says how wide the code is
     weight=w_pdae,       # as in `pdae_loss`
@@ -183,10 +194,7 @@ def pdae_task(
 ) -> Task:
     "An encoder and a gradient estimator, on a DPM that was trained before (PDAE Sec. 3.2)"
     images, test, net = load_images(r.data, 'train', r.px), load_images(r.data, 'test', r.px), dict(r.net)
-    base = load_run(dpm := net.pop('dpm'))
-    if not hasattr(base, 'dpm'): raise ValueError(f'{dpm!r} holds {sorted(base.about["parts"])}, no `dpm` to stand on')
-    sched, have, want = base.sched, {k: base.dpm.config[k] for k in ('c', 'size')}, dict(c=images.x.shape[1], size=r.px)
-    if have != want: raise ValueError(f'the frozen DPM is for images of {have}, the data are {want}; train one for these first, and name its folder as the DPM')
+    base, want = stand_on(net.pop('dpm'), images, r.px); sched = base.sched
     enc, G = ConvEncoder(**want, z_dim=net['z_dim'], groups=net.pop('groups', 32)), GradientEstimator(base.dpm, **net)
     noise = torch.randn(32, *images.x.shape[1:], generator=torch.Generator().manual_seed(r.seed))
     def loss_fn(x0, y): t = sched.rand_t(len(x0), x0.device); return pdae_loss(enc, G, x0, sched, weight, to_eps, t=t, reduce=None), t

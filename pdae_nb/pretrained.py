@@ -120,6 +120,7 @@ def place(
     if missing or left: raise ValueError(f'{what}: {len(missing)} tensors are missing ({", ".join(missing[:5])}) and {len(left)} are left over ({", ".join(map(str, list(left)[:5]))})')
     for k, v in net.state_dict().items():
         if v.shape != tensors[k].shape: raise ValueError(f'{what}: {k} has shape {tuple(tensors[k].shape)}, the network wants {tuple(v.shape)}')
+        if not (w := tensors[k]).is_meta and not w.isfinite().all(): raise ValueError(f'{what}: {(~w.isfinite()).sum()} of {w.numel()} numbers of {k} are NaN or infinite')
     net.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}, assign=True)       # a network without memory of its own takes these
 
 # %% ../nbs/14_pretrained.ipynb #3eba37dd
@@ -249,7 +250,8 @@ def load_official(
     parts = {}
     for s in found.values(): parts |= from_official(s, **said | {k: v for k, v in hints.items() if v is not None})
     if numbers and not {'unet', 'dpm', 'enc'} & set(parts): parts['stats'] = ZStats(torch.stack([numbers[0] - numbers[1], numbers[0] + numbers[1]]).float()); parts['stats'].mean.copy_(numbers[0]); parts['stats'].std.copy_(numbers[1])
-    if sched is None: sched = Schedule.constant() if 'net' in parts else Schedule.linear(); {'dpm', 'unet', 'net'} & set(parts) and log(f'no file says the noise table; taken as {sched}, of PDAE and Diff-AE: give sched=… if not')
+    guess, sched = sched is None, sched or (Schedule.constant() if 'net' in parts else Schedule.linear())
+    if guess and {'dpm', 'unet', 'net'} & set(parts): log(f'no file says the noise table; taken as {sched}, of PDAE and Diff-AE: give sched=… if not')
     about = dict(recipe=dict(data=data, net=dict(run=str(base) if base else None)), steps=d.get('global_step', d.get('step')), result=None, source=path.name)
     return SimpleNamespace(path=path, sched=sched, recipe=about['recipe'], about=dict(name=path.stem, parts=list(parts), **about), **parts)
 
@@ -320,7 +322,7 @@ def as_run(
     "A foreign DPM becomes a run in `cache_dir()`, named by its weights and its noise table; a run stays what it is"
     if not isinstance(source, nn.Module) and any((Path(o)/'run.json').exists() for o in (source, models_dir()/str(source))): return str(source)
     run = load_dpm(source, log=lambda s: print(s, file=sys.stderr))
-    if (run.path/'run.json').exists() if run.path else False: return str(run.path)
+    if run.path and (run.path/'run.json').exists(): return str(run.path)
     out = cache_dir()/'runs'/f'foreign-{fingerprint(run.dpm)}-{fingerprint(nn.ParameterList([nn.Parameter(run.sched.beta)]))}'/run.about['name']
     if not (out/'run.json').exists(): save_run(out, dict(dpm=run.dpm), run.sched, dict(recipe=None, result=None, source=run.about.get('source')), torch.float32)
     return str(out)

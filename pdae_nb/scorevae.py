@@ -27,7 +27,7 @@ from .train import TASKS, Recipe, Task, cached_run, hardware, recipe, train, ver
 from .gap import write_json
 from .guidance import guided
 from .weighting import w_likelihood
-from .pdae import METHODS, decode, decoder_of, restored
+from .pdae import METHODS, decode, decoder_of, restored, stand_on
 from .diffae import RECIPES, coded_mse, diffae_denoiser
 
 # %% ../nbs/11_scorevae.ipynb #3650a944
@@ -117,6 +117,11 @@ def bound(
 def w_bound(sched, t): "g²/2 as a weight on the noise of an evenly drawn time: nats (ScoreVAE L_β)"; return sched.T*w_likelihood(sched, t)
 def w_half(sched, t): "σ²/2: the published release's"; return torch.full_like(sched(t), .5)
 
+def _by_noise(decoder, enc, x0, sched, beta, weight, xi, reduce, **kw):
+    "`bound` for a code that is told by z -> denoiser"
+    loss = bound(enc, x0, lambda z: x0[0].numel()*denoising_loss(decoder(z), x0, sched, weight, reduce=None, **kw), beta, xi)
+    return loss if reduce is None else reduce(loss)
+
 def scorevae_loss(
     dpm,             # frozen, unconditional: (xt,t) -> eps
     enc: Posterior,  # encoder of noisy images
@@ -131,9 +136,7 @@ def scorevae_loss(
     **kw             # for `denoising_loss`: t, eps
 ) -> Tensor:         # scalar, or (B,)
     "weight·‖eps - eps_θ - to_eps(∇log q_t(z|x_t))‖² + β·KL (ScoreVAE L_β)"
-    rec = lambda z: x0[0].numel()*denoising_loss(scorevae_denoiser(dpm, enc, z, sched, log_norm), x0, sched, weight, reduce=None, **kw)
-    loss = bound(enc, x0, rec, beta, xi)
-    return loss if reduce is None else reduce(loss)
+    return _by_noise(lambda z: scorevae_denoiser(dpm, enc, z, sched, log_norm), enc, x0, sched, beta, weight, xi, reduce, **kw)
 
 # %% ../nbs/11_scorevae.ipynb #bab2c78c
 class TimeEncoder(Posterior):
@@ -244,8 +247,7 @@ def conditional_loss(
     xi=None, reduce=torch.mean, **kw # as in `scorevae_loss`
 ) -> Tensor:         # scalar, or (B,)
     "The paper's other rival: a conditional DPM as the VAE's decoder (ScoreVAE Sec. 3.2), which is Diff-AE with a KL"
-    loss = bound(enc, x0, lambda z: x0[0].numel()*denoising_loss(diffae_denoiser(unet, z), x0, sched, weight, reduce=None, **kw), beta, xi)
-    return loss if reduce is None else reduce(loss)
+    return _by_noise(lambda z: diffae_denoiser(unet, z), enc, x0, sched, beta, weight, xi, reduce, **kw)
 
 METHODS['dpm', 'enc'] = 'ScoreVAE', lambda run, z, **kw: scorevae_denoiser(run.dpm, run.enc, z, run.sched, **kw)
 METHODS['vae', 'enc'] = 'VAE', lambda run, z: vae_denoiser(run.vae, z, run.sched)
@@ -274,10 +276,7 @@ def scorevae_task(
 ) -> Task:
     "An encoder of noisy images on a DPM that was trained before (ScoreVAE Sec. 3.5)"
     images, test, net = load_images(r.data, 'train', r.px), load_images(r.data, 'test', r.px), dict(r.net)
-    base, p = load_run(dpm := net.pop('dpm')), PRESETS[net.pop('preset', 'release')]
-    if not hasattr(base, 'dpm'): raise ValueError(f'{dpm!r} holds {sorted(base.about["parts"])}, no `dpm` to stand on')
-    have, want = {k: base.dpm.config[k] for k in ('c', 'size')}, dict(c=images.x.shape[1], size=r.px)
-    if have != want: raise ValueError(f'the frozen DPM is for images of {have}, the data are {want}; train one for these first, and name its folder as the DPM')
+    (base, want), p = stand_on(net.pop('dpm'), images, r.px), PRESETS[net.pop('preset', 'release')]
     enc, prior, sched = TimeEncoder(**want, T=base.sched.T, **net), base.dpm.eval().requires_grad_(False), base.sched
     def loss_fn(x0, y): t = sched.rand_t(len(x0), x0.device); return scorevae_loss(prior, enc, x0, sched, p['beta'], p['weight'], t=t, reduce=None), t
     return Task(dict(dpm=prior, enc=enc), images, loss_fn, lambda parts: _judged(parts, test, sched), sched, lambda parts: _preview(parts, test, sched), twice=('enc',))

@@ -15,7 +15,7 @@ from torch import Tensor
 from .data import load_images, to_signed
 from .forward import add_noise
 from .sample import invert, sample
-from .files import fingerprint, load_run
+from .files import fingerprint
 from .train import RECIPES, TASKS, Recipe, Task, hardware, noise_mse, versions
 from .bench import race
 from .gap import write_json
@@ -23,7 +23,7 @@ from .weighting import w_pdae
 
 # %% ../nbs/13d_space.ipynb #fb9b1f5e
 from .denoise import denoising_loss
-from .pdae import METHODS, GradientEstimator, decode, decoder_of, encode, learnt, pdae_denoiser
+from .pdae import METHODS, GradientEstimator, decode, decoder_of, encode, learnt, pdae_denoiser, stand_on
 from .diffae import step_seconds
 from .scorevae import PRESETS, Posterior, kl_to_prior
 from .latent import ZStats, edit, encode_all, fit_probe, lerp, slerp, to_median
@@ -125,7 +125,7 @@ def label_task(
     r: Recipe, # its row; `net` names the DPM
 ) -> Task:
     "A gradient estimator that is told the class (PDAE Sec. 4.6)"
-    images, test, base = load_images(r.data, 'train', r.px), load_images(r.data, 'test', r.px), load_run(r.net['dpm'])
+    images, test = load_images(r.data, 'train', r.px), load_images(r.data, 'test', r.px); base, _ = stand_on(r.net['dpm'], images, r.px)
     if images.y is None or images.y.ndim > 1: raise ValueError(f'{r.data} has no classes to tell')
     G, sched, k = GradientEstimator(base.dpm, len(images.classes)), base.sched, len(images.classes)
     told = lambda G: lambda xt, t, y: pdae_denoiser(G, F.one_hot(y, k).to(xt), sched)(xt, t)

@@ -71,7 +71,7 @@ def test_the_librarys_names_are_the_published_ones():
 
 @pytest.mark.parametrize('change, said', [
     (lambda s: s.pop('out.2.bias'), r'1 tensors are missing \(out.2.bias\) and 0 are left over'), (lambda s: s.update(stray=torch.zeros(1)), r'0 tensors are missing \(\) and 1 are left over \(stray\)'),
-    (lambda s: s.update({'out.0.weight': torch.zeros(3)}), 'has shape'), (lambda s: s.update({'input_blocks.0.0.weight': torch.zeros(16, 3, 3, 3)}), 'no multiples'),
+    (lambda s: s.update({'out.0.weight': torch.zeros(3)}), 'has shape'), (lambda s: s['out.0.weight'].fill_(float('nan')), '32 of 32 numbers of up.out.0.weight are NaN'), (lambda s: s.update({'input_blocks.0.0.weight': torch.zeros(16, 3, 3, 3)}), 'no multiples'),
     (lambda s: [s.pop(k) for k in list(s) if k.startswith('input_blocks.2.')], 'no whole number of levels'), (lambda s: s.update({'input_blocks.1.0.emb_layers.1.weight': torch.zeros(32, 128)}), 'adds the time instead of scaling')])
 def test_what_does_not_fit_is_named(change, said):
     state = state_of(UNet(**small)); change(state)
@@ -119,8 +119,10 @@ def test_a_converted_pdae_is_a_run(tmp_path):
     torch.save(dict(ema_encoder=state_of(enc), ema_decoder=state_of(G)), tmp_path/'c.pt')
     convert(str(tmp_path/'c.pt'), str(tmp_path/'mine_pdae'), size=28, groups=8)
     with pytest.raises(ValueError, match='is there already'): convert(str(tmp_path/'c.pt'), str(tmp_path), size=28)
-    run = load_run(tmp_path/'mine_pdae'); x0 = torch.rand(2, 1, 28, 28)*2 - 1
-    assert reconstruct(x0, run, 2)[1].shape == x0.shape and torch.isfinite(pdae_loss(run.enc, run.G, x0, run.sched))
+    run = load_run(tmp_path/'mine_pdae'); x0, t = torch.rand(2, 1, 28, 28)*2 - 1, torch.tensor([2, 700])
+    fill_like = from_official(state_of(G), size=28, groups=8, lag=0)['G']
+    with torch.no_grad(): a, b = run.G(x0, t, run.enc(x0)), fill_like(x0, t - 1, run.enc(x0)); assert torch.allclose(a[0], b[0], atol=1e-5) and torch.allclose(a[1], b[1], atol=1e-5) and b[1].any()
+    seen, back = reconstruct(x0, run, 2); assert torch.equal(seen, x0) and not torch.equal(back, x0) and torch.isfinite(pdae_loss(run.enc, run.G, x0, run.sched))
 
 @pytest.mark.parametrize('kind, make, want', [('.pt', lambda n: dict(step=3, denoise_fn=n, ema_denoise_fn=n), 'dpm'), ('.pt', lambda n: n, 'dpm'), ('.safetensors', lambda n: n, 'dpm'), ('.pt', lambda n: dict(denoise_fn=n), 'dpm')])
 def test_files_of_a_dpm(tmp_path, kind, make, want):
@@ -177,6 +179,10 @@ def test_damaged_and_hostile_archives(tmp_path, data, said):
     with pytest.raises(ValueError, match=said): load_official(tmp_path/'f.pt')
 
 def test_bombs(tmp_path):
+    laughs = [torch.zeros(1)]
+    for _ in range(60): laughs = [laughs]*8                                                                # 8^60 ways to one tensor
+    torch.save(dict(state_dict=dict(a=laughs)), tmp_path/'laughs.pt')
+    with pytest.raises(ValueError, match='none of the networks|no weights'): load_official(tmp_path/'laughs.pt', **quiet)
     with zipfile.ZipFile(tmp_path/'zip.pt', 'w', zipfile.ZIP_DEFLATED) as z: z.writestr('archive/data.pkl', bytes(10**8))
     assert (tmp_path/'zip.pt').stat().st_size < 200_000
     with pytest.raises(ValueError, match='is compressed'): load_official(tmp_path/'zip.pt')
