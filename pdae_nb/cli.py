@@ -108,8 +108,7 @@ def cmd_sample(
         return dict(picture=_picture(x, out), **said)
     if hasattr(run, 'enc') or hasattr(run, 'G'): raise ValueError(f'{name} draws only what it is given a code for: sample its latent run, e.g. mnist_pdae_latent')
     clf = part_of(classifier, 'clf', device)[1] if classifier else None
-    run, net = dpm_of(name, device, labels=not clf); torch.manual_seed(seed)
-    classes = (clf or net).config.get('classes')
+    run, net = dpm_of(name, device, labels=not clf); torch.manual_seed(seed); classes = (clf or net).config.get('classes')
     if label is not None and not classes: raise ValueError(f'the run {name!r} knows no labels: give it a --classifier, e.g. mnist_classifier, or take a class-conditional run')
     y = as_labels(list(range(classes))*n if label is None else label, n*classes if label is None else n, classes, where(net))[:n] if classes else None
     def draw(xT, y):
@@ -186,14 +185,15 @@ def cmd_evaluate(
     judge:str='mnist_judge', # run with a classifier of clean images; for a DPM '' is none
     test_images:int=None,    # test images to measure on; else 10,000 for a DPM, 1000 if conditional, 2000 for a classifier, 100 for an autoencoder
     gap_images:int=None,     # test images for an autoencoder's gap; else 1000
+    calls:int=None,          # network calls that a row of FIDs of a latent run may cost; else no bound
     out:str=None,            # JSON to write; else data/results/NAME/SIZE.json
     device:str=None,         # cpu or cuda; else the GPU if there is one
 ):
     "Judge a run: a DPM, a class-conditional one, a classifier of noisy images, an autoencoder"
     run = load_run(name); f, size = evaluator_of(run), size_of(run); takes = inspect.signature(f).parameters
-    place = Path(out or results_path(run.about['name'], size)); given = dict(n=n, steps=steps, test_images=test_images, gap_images=gap_images)
+    place = Path(out or results_path(run.about['name'], size)); given = dict(n=n, steps=steps, test_images=test_images, gap_images=gap_images, calls=calls)
     given = {k: (v,) if isinstance(takes[k].default, tuple) else v for k, v in given.items() if v is not None and k in takes}
-    counts = {k: max(v) if isinstance(v, tuple) else v for k, v in ({k: takes[k].default for k in ('n', 'steps', 'test_images', 'gap_images') if k in takes} | given).items()}
+    counts = {k: max(v) if isinstance(v, tuple) else v for k, v in ({k: takes[k].default for k in ('n', 'steps', 'test_images', 'gap_images', 'calls') if k in takes} | given).items()}
     try: old = json.loads(place.read_text()).get('counts', dict.fromkeys(counts, 10**9)) if place.exists() else {}
     except (ValueError, AttributeError) as e: raise ValueError(f'{place} holds no results ({type(e).__name__}: {e}): name another file with --out, or delete it') from e
     if less := [f'{k} {old[k] if old[k] < 10**9 else "unknown"}, not {counts[k]}' for k in counts if counts[k] < old.get(k, 0)]: raise ValueError(f'{place} holds a larger measurement ({", ".join(less)}): name another file with --out, or delete it')

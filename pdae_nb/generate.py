@@ -23,12 +23,15 @@ from .metrics import features, frechet, frechet_inf, judge_feats, mmd, stats
 from .evaluate import EVALUATORS, coder_of, dpm_of, noise_for, part_of, size_of, where
 
 # %% ../nbs/13c_generate.ipynb #3febf884
-def _plain(run, net): return lambda n, seed, steps: (sample(net, noise_for(net, n, seed), run.sched, steps, clip=1.), torch.zeros(n, 0))
+def _drew(f, net, run, n, seed, steps):
+    "Samples, in bf16 as in training: half the time"
+    with torch.autocast(where(net).type, torch.bfloat16): return sample(f, noise_for(net, n, seed), run.sched, steps, clip=1.)
+def _plain(run, net): return lambda n, seed, steps: (_drew(net, net, run, n, seed, steps), torch.zeros(n, 0))
 
 def _by_codes(base, net, new, latent=False):
     "New codes, or those of test images, decoded in every way that the autoencoder has; `new`: (n, seed, steps) -> codes"
     where_to = where(net)
-    def way(codes, **kw): return lambda n, seed, steps: (sample(decode(base, z := codes(n, seed, steps).to(where_to), **kw), noise_for(net, n, seed), base.sched, steps, clip=1.), z.cpu())
+    def way(codes, **kw): return lambda n, seed, steps: (_drew(decode(base, z := codes(n, seed, steps).to(where_to), **kw), net, base, n, seed, steps), z.cpu())
     def old(n, seed, steps): z = encode_all(base.enc, load_images(base.recipe['data'], 'test', net.config['size'])); return z[(seed*n + torch.arange(n)) % len(z)]
     kind, quiet = kind_of(base) + (', latent DPM' if latent and isinstance(base.enc, Posterior) else ''), dict(window=(round(.3*base.sched.T), base.sched.T))
     if kind != 'PDAE': return {kind: way(new), f'{kind} + autoencoding': way(old)}
@@ -73,7 +76,7 @@ def drawn(
     log=print,      # where progress is told
 ) -> Drawn:         # of the first `n` images
     "Draw, keep, go on: the same call continues what an earlier one began"
-    key = f'2 {label} {steps} {chunk} {keep} {feats.name} {feats.key} {" ".join(map(fingerprint, nets))}'
+    key = f'3 {label} {steps} {chunk} {keep} {feats.name} {feats.key} {" ".join(map(fingerprint, nets))}'
     path = cache_dir()/f'drawn-{hashlib.sha256(key.encode()).hexdigest()[:20]}.safetensors'
     d = _kept(path)
     while not d or len(d.f) < n:
@@ -182,16 +185,18 @@ def evaluate_latent(
     device=None,             # cpu or cuda; else the GPU if there is one
     log=print,               # where progress is told
     chunk=250,               # images at a time
+    *,
+    calls=10**9,             # network calls that a row may cost at most, so that many steps get fewer images
 ) -> dict:                   # numbers, ready for JSON
     "FID of every way to draw, few-shot classes, and copies (PDAE Tables 2 and 3, Diff-AE Tables 3 and 4, Fig. 9)"
     (ways_, nets), (_, jury), run, t0 = ways(name, device), part_of(judge, 'judge', device), load_run(name), time.time()
     eyes, latent = judge_feats(jury, Path(judge).name), hasattr(run, 'stats')
     base, net = coder_of(run.recipe['net']['run'], device) if latent else dpm_of(name, device)
     if jury.config['c'] != net.config['c']: raise ValueError(f'{judge} looks at images of {jury.config["c"]} channels, {name} draws {net.config["c"]}')
-    got = {f'{w} {s}': drawn(f, nets, w, eyes, n, s, chunk=chunk, log=log) for s in steps for w, f in ways_.items()}
+    got = {f'{w} {s}': drawn(f, nets, w, eyes, min(n, calls//s), s, chunk=chunk, log=log) for s in steps for w, f in ways_.items()}
     real = features(eyes, load_images(base.recipe['data'], 'train', net.config['size']))
     d = dict(table={k: fid_kid(real, o.f) for k, o in got.items()}, feats=eyes.name, real=len(real))
-    if latent: d |= _about_codes(run, base, net, got[k := f'{kind_of(base)} {max(steps)}'], eyes) | dict(drawing=k)
+    if latent: k = max((f'{kind_of(base)} {s}' for s in steps), key=lambda k: len(got[k].f)); d |= _about_codes(run, base, net, got[k], eyes) | dict(drawing=k)
     return d | dict(run=run.about['name'], size=size_of(run), seconds=round(time.time() - t0), hardware=hardware(where(net)), versions=versions(), result=run.about['result'])
 
 EVALUATORS['net', 'stats'] = evaluate_latent

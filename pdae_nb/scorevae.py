@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PRESETS', 'TASKS', 'RECIPES', 'CASES', 'Posterior', 'LinearPosterior', 'score', 'scorevae_denoiser', 'kl_to_prior',
            'bound', 'w_bound', 'w_half', 'scorevae_loss', 'TimeEncoder', 'Mirror', 'BetaVAE', 'vae_denoiser',
-           'vae_loss', 'conditional_loss', 'scorevae_task', 'vae_task', 'compare_cases', 'code_noise', 'prior_z']
+           'vae_loss', 'conditional_loss', 'scorevae_task', 'conditional_task', 'vae_task', 'compare_cases',
+           'code_noise', 'prior_z']
 
 # %% ../nbs/11_scorevae.ipynb #17efeaa8
 import json, math, os
@@ -254,7 +255,7 @@ METHODS['vae', 'enc'] = 'VAE', lambda run, z: vae_denoiser(run.vae, z, run.sched
 
 # %% ../nbs/11_scorevae.ipynb #d4be9047
 def _judged(parts, images, sched, n=10_000, few=None):
-    "On held-out images: the KL, errors from random noise with mean and with drawn codes; for ScoreVAE also the noise error, and the bound in nats"
+    "On held-out images: the KL, errors from random noise with mean and with drawn codes; unless it is a VAE also the noise error, and the bound in nats"
     run = SimpleNamespace(sched=sched, about=dict(parts=parts), **parts); x0 = to_signed(images.x[:n]).to(next(run.enc.parameters()).device); few, zero = few or min(100, len(x0)//10), lambda o: torch.zeros(len(o), dtype=torch.long, device=o.device)
     stat = lambda k, v: {k: v.mean().item(), f'{k}_se': (v.std()/len(v)**.5).item()}; g = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -263,7 +264,7 @@ def _judged(parts, images, sched, n=10_000, few=None):
         for k, z in dict(mse_random=mu[:few], mse_drawn=drawn).items(): out |= stat(k, (restored(decode(run, z), x, sched, 20, seed=0) - x).square().flatten(1).mean(1)/4)
         if 'vae' in parts: return out
         loss = coded_mse(run, x0); t, eps, xi = torch.randperm(len(x0), generator=g)*sched.T//len(x0) + 1, torch.randn(x0.shape, generator=g), torch.randn(mu.shape, generator=g)
-        nats = torch.cat([scorevae_loss(run.dpm, run.enc, o, sched, 1., t=a.to(o.device), eps=b.to(o), xi=c.to(o), reduce=None) for o, a, b, c in zip(*(v.split(500) for v in (x0, t, eps, xi)))])
+        nats = torch.cat([_by_noise(lambda z: decode(run, z), run.enc, o, sched, 1., w_bound, c.to(o), None, t=a.to(o.device), eps=b.to(o)) for o, a, b, c in zip(*(v.split(500) for v in (x0, t, eps, xi)))])
     return out | dict(test_noise_mse=loss.mean().item(), standard_error=(loss.std()/len(loss)**.5).item()) | stat('bound', nats)
 
 def _preview(parts, images, sched):
@@ -281,6 +282,17 @@ def scorevae_task(
     def loss_fn(x0, y): t = sched.rand_t(len(x0), x0.device); return scorevae_loss(prior, enc, x0, sched, p['beta'], p['weight'], t=t, reduce=None), t
     return Task(dict(dpm=prior, enc=enc), images, loss_fn, lambda parts: _judged(parts, test, sched), sched, lambda parts: _preview(parts, test, sched), twice=('enc',))
 
+# %% ../nbs/11_scorevae.ipynb #2ec73a9e
+def conditional_task(
+    r: Recipe, # its row; `net` names the preset and gives what `UNet` and `TimeEncoder` take
+) -> Task:
+    "The conditional decoder, from scratch, with the encoder and the price of a `PRESETS` row (ScoreVAE Sec. 3.2)"
+    images, test, sched, net = load_images(r.data, 'train', r.px), load_images(r.data, 'test', r.px), Schedule.linear(), dict(r.net)
+    p, z_dim, shape = PRESETS[net.pop('preset', 'release')], net.pop('z_dim'), dict(c=images.x.shape[1], size=r.px)
+    enc, unet = TimeEncoder(**shape, z_dim=z_dim, **net), UNet(**shape, dz=z_dim, z_shift=False, **net)
+    def loss_fn(x0, y): t = sched.rand_t(len(x0), x0.device); return conditional_loss(unet, enc, x0, sched, p['beta'], p['weight'], t=t, reduce=None), t
+    return Task(dict(enc=enc, unet=unet), images, loss_fn, lambda parts: _judged(parts, test, sched), sched, lambda parts: _preview(parts, test, sched))
+
 # %% ../nbs/11_scorevae.ipynb #0b4eaeec
 def vae_task(
     r: Recipe, # its row; `net` is what `BetaVAE` takes
@@ -292,23 +304,25 @@ def vae_task(
     return Task(dict(vae=vae, enc=vae.enc), images, loss_fn, lambda parts: _judged(parts, test, sched), sched, lambda parts: _preview(parts, test, sched))
 
 # %% ../nbs/11_scorevae.ipynb #35dc3bd7
-TASKS |= dict(scorevae=scorevae_task, vae=vae_task)
+TASKS |= dict(scorevae=scorevae_task, vae=vae_task, conditional=conditional_task)
 _enc = dict(z_dim=64, ch=32, mult=(1, 2, 3), n_res=1, groups=8)
-_14 = dict(dpm='mnist14_dpm', preset='release', z_dim=32, ch=32, mult=(1, 2), n_res=1, groups=8)
+_14 = dict(preset='release', z_dim=32, ch=32, mult=(1, 2), n_res=1, groups=8)
 _tiny = dict(z_dim=16, ch=8, mult=(1, 2), n_res=1)
 RECIPES |= {
     ('mnist_scorevae', 'lesson'): Recipe('mnist', 28, dict(dpm='mnist_dpm', preset='release', **_enc), 256_000, 64, 1e-3, 200, .4, .999, clip=100.),   # data/models/mnist_scorevae/run.json
     ('mnist_paper_scorevae', 'lesson'): Recipe('mnist', 28, dict(dpm='mnist_dpm', preset='paper', **_enc), 256_000, 64, 1e-3, 200, .4, .999, clip=100.),   # data/models/mnist_paper_scorevae/run.json
     ('mnist_vae', 'lesson'): Recipe('mnist', 28, _enc, 976_000, 64, 1e-3, 200, .4, .999, clip=100.),   # data/models/mnist_vae/run.json
-    ('mnist14_scorevae', 'lesson'): Recipe('mnist', 14, _14, 32_000, 64, 2e-3, 100, .4, .995, clip=100.),   # for `compare_cases`
+    ('mnist14_scorevae', 'lesson'): Recipe('mnist', 14, dict(dpm='mnist14_dpm', **_14), 32_000, 64, 2e-3, 100, .4, .995, clip=100.),   # for `compare_cases`, as the next
+    ('mnist14_conditional', 'lesson'): Recipe('mnist', 14, _14, RECIPES['mnist14_dpm', 'lesson'].images + 32_000, 64, 2e-3, 100, .4, .995, clip=100.),
     **{(f'{d}_scorevae', 'smoke'): Recipe('digits', s, dict(dpm=f'{d.split("_")[0]}_dpm', preset=p, **_tiny), 512, 16, 2e-3, 5, ema=.99) for d, s, p in (('mnist', 28, 'release'), ('mnist14', 14, 'release'), ('mnist_paper', 28, 'paper'))},
-    ('mnist_vae', 'smoke'): Recipe('digits', 28, _tiny, 512, 16, 2e-3, 5, ema=.99),
+    ('mnist_conditional', 'lesson'): Recipe('mnist', 28, dict(preset='release', **_enc), 976_000, 64, 1e-3, 200, .4, .999, clip=100.),
+    **{(k, 'smoke'): Recipe('digits', s, _tiny, 512, 16, 2e-3, 5, ema=.99) for k, s in (('mnist_vae', 28), ('mnist_conditional', 28), ('mnist14_conditional', 14))},
     ('cifar10_paper_scorevae', 'paper'): Recipe('cifar10', 32, dict(dpm='cifar10_dpm', preset='paper', z_dim=384, ch=64, mult=(1, 1, 2, 4), n_res=2), 44_800_000, 32, 2e-4, 2500, ema=.999),     # 1.4 M steps of 32; a half U-Net, where the paper's is a stack of convolutions
     ('cifar10_release_scorevae', 'paper'): Recipe('cifar10', 32, dict(dpm='cifar10_dpm', preset='release', z_dim=384, ch=64, mult=(1, 1, 2, 4), n_res=2), 45_056_000, 128, 2e-4, 5000, wd=.01),
     ('celeba64_paper_scorevae', 'paper'): Recipe('celeba64', 64, dict(dpm='celeba64_dpm', preset='paper', z_dim=512, ch=128, mult=(1, 1, 2, 2, 3), n_res=2, attn=(16,)), 76_800_000, 256, 1e-4, 5000, ema=.999)}
 
 # %% ../nbs/11_scorevae.ipynb #164b2525
-CASES = {   # what differs from the row
+CASES = {   # what differs from the row; the first is also judged on other priors
     'release': {}, 'release, no log σ²': dict(log_norm=False), 'release, unbounded': dict(limit=None), 'paper': dict(preset='paper')}
 
 def _trained_on(prior, r, seed, out): run = load_run(train('mnist14_scorevae', replace(r, seed=seed, net=r.net | dict(dpm=str(prior.path))), out, log=lambda s: None)); return dict(dpm=run.dpm, enc=run.enc)
@@ -324,11 +338,12 @@ def compare_cases(
     quiet, test, d = dict(log=lambda s: None), load_images(r.data, 'test', r.px), dict(runs={}, priors={})
     own = cached_run('mnist14_dpm', size=size); priors = {'own': own} | {k: load_run(train('mnist14_dpm', replace(dr, images=int(f*dr.images)), root/f'mnist14_dpm-{size}-{k}', **quiet)) for k, f in (('half', .5), ('twice', 2))}
     d['dpm'] = {k: dict(images=o.about['images_seen'], noise_mse=coded_mse(o, to_signed(test.x[:10_000])).mean().item()) for k, o in priors.items()}
+    rows = {k: ('mnist14_scorevae', replace(r, net=r.net | dict(dpm=str(own.path)) | kw)) for k, kw in CASES.items()} | {'conditional decoder': ('mnist14_conditional', recipe('mnist14_conditional', size))}
     for seed in seeds:
-        for k, kw in CASES.items():
-            run = load_run(train('mnist14_scorevae', replace(r, seed=seed, net=r.net | dict(dpm=str(own.path)) | kw), root/f'scorevae-{size}-{seed}-{list(CASES).index(k)}', **quiet))
+        for i, (k, (name, row)) in enumerate(rows.items()):
+            run = load_run(train(name, replace(row, seed=seed), root/f'scorevae-{size}-{seed}-{i}', **quiet))
             d['runs'][f'{k} {seed}'] = run.about['result'] | dict(skipped=run.about['steps_skipped'], case=k, seed=seed); log(f'{k}, seed {seed}: {run.about["result"]["test_noise_mse"]:.4f}')
-            if not kw: d['priors'] |= {f'twice, trained on it {seed}': _judged(_trained_on(priors['twice'], r, seed, root/f'scorevae-{size}-{seed}-twice'), test, own.sched) | dict(prior='twice, trained on it', seed=seed)} | {f'{p} {seed}': _judged(dict(dpm=o.dpm, enc=run.enc), test, o.sched) | dict(prior=p, seed=seed) for p, o in priors.items()}
+            if k == 'release': d['priors'] |= {f'twice, trained on it {seed}': _judged(_trained_on(priors['twice'], r, seed, root/f'scorevae-{size}-{seed}-twice'), test, own.sched) | dict(prior='twice, trained on it', seed=seed)} | {f'{p} {seed}': _judged(dict(dpm=o.dpm, enc=run.enc), test, o.sched) | dict(prior=p, seed=seed) for p, o in priors.items()}
     write_json(path, d | dict(hardware=hardware(torch.device('cpu')), versions=versions()))
     return json.loads(Path(path).read_text())
 
