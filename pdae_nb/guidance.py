@@ -18,7 +18,7 @@ from .data import load_images, to_signed
 from .forward import Schedule, add_noise, at, score_to_eps
 from .denoise import Denoiser
 from .sample import sample
-from .unet import Down, UNet, norm
+from .unet import HalfUNet, norm
 from .train import RECIPES, TASKS, Recipe, Task
 from .gap import as_labels, bar, write_json
 
@@ -66,9 +66,8 @@ def guided(
     return denoiser
 
 # %% ../nbs/07_guidance.ipynb #3b0d0943
-class NoisyClassifier(nn.Module):
+class NoisyClassifier(HalfUNet):
     "log p_φ(y|x_t): the first half of a U-Net, its last feature map averaged, and a linear layer (PDAE Sec. 2.3)"
-    embed = UNet.embed
     def __init__(self,
         c=1,            # channels of the image
         ch=32,          # channels of the first feature map
@@ -79,11 +78,7 @@ class NoisyClassifier(nn.Module):
         groups=32,      # groups of each norm
         **kw            # for `Down`: n_res=2, attn, drop, heads, twice
     ):
-        super().__init__()
-        self.config = dict(c=c, ch=ch, mult=tuple(mult), size=size, classes=classes, groups=groups, **kw)
-        self.ch, dt = ch, 4*ch
-        self.time = nn.Sequential(nn.Linear(ch, dt), nn.SiLU(), nn.Linear(dt, dt))
-        self.down = Down(c, ch, mult, size, dt=dt, groups=groups, **kw)
+        super().__init__(c, ch, mult, size, groups=groups, **kw); self.config |= dict(classes=classes)
         self.out = nn.Sequential(norm(self.down.chs[-1], groups), nn.SiLU())
         self.head = nn.Linear(self.down.chs[-1], classes)
 
@@ -93,10 +88,7 @@ def forward(self: NoisyClassifier,
     xt: Tensor, # noisy images: float (B,c,size,size)
     t: Tensor,  # times in 0…T: (B,)
 ) -> Tensor:    # logits: (B,classes)
-    c, size = self.config['c'], self.config['size']
-    if xt.shape[1:] != (c, size, size): raise ValueError(f'this classifier was built for images (B,{c},{size},{size}), got {tuple(xt.shape)}')
-    h = self.down(xt, self.embed(t))[-1]
-    return self.head(self.out(h).mean((2, 3))).to(xt.dtype)
+    return self.head(self.out(self.deepest(xt, t)).mean((2, 3))).to(xt.dtype)
 
 # %% ../nbs/07_guidance.ipynb #0ddf2321
 @patch

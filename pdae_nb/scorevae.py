@@ -20,7 +20,7 @@ from .data import cache_dir, load_images, to_signed
 from .forward import Schedule, at, x0_to_eps
 from .denoise import Denoiser, denoising_loss
 from .sample import em_step, heun, karras_times, sample
-from .unet import Block, Down, UNet, norm
+from .unet import Block, HalfUNet, UNet, norm
 
 # %% ../nbs/11_scorevae.ipynb #56e128d5
 from .files import load_run
@@ -140,9 +140,8 @@ def scorevae_loss(
     return _by_noise(lambda z: scorevae_denoiser(dpm, enc, z, sched, log_norm), enc, x0, sched, beta, weight, xi, reduce, **kw)
 
 # %% ../nbs/11_scorevae.ipynb #bab2c78c
-class TimeEncoder(Posterior):
+class TimeEncoder(HalfUNet, Posterior):
     "e_φ(x_t,t) → μ, log σ²: the first half of a U-Net, flattened (ScoreVAE Secs 3.4, B.1)"
-    embed = UNet.embed
     def __init__(self,
         c=1,            # channels of the image
         ch=32,          # channels of the first feature map
@@ -156,11 +155,8 @@ class TimeEncoder(Posterior):
         groups=32,      # groups of each norm
         **kw            # for `Down`: n_res=2, attn, drop, heads
     ):
-        super().__init__()
-        self.config = dict(c=c, ch=ch, mult=tuple(mult), size=size, z_dim=z_dim, limit=limit, log_norm=log_norm, T=T, groups=groups, **kw); self.log_norm = log_norm
-        self.ch, dt, places = ch, 4*ch, (size//2**(len(mult) - 1))**2
-        self.time = nn.Sequential(nn.Linear(ch, dt), nn.SiLU(), nn.Linear(dt, dt))
-        self.down = Down(c, ch, mult, size, dt=dt, groups=groups, twice=True, **kw)
+        super().__init__(c, ch, mult, size, groups=groups, twice=True, **kw); self.log_norm, places = log_norm, (size//2**(len(mult) - 1))**2
+        self.config |= dict(z_dim=z_dim, limit=limit, log_norm=log_norm, T=T); del self.config['twice']        # it is always so
         self.out = nn.Sequential(norm(self.down.chs[-1], groups), nn.SiLU(), nn.Flatten())
         self.head = nn.Linear(self.down.chs[-1]*places, 2*z_dim)
     def moments(self,
@@ -168,14 +164,10 @@ class TimeEncoder(Posterior):
         t: Tensor,  # times in 0…T: int64 (B,)
     ) -> tuple:     # μ and log σ²: (B,z_dim) each
         "Mean and log variance of the code, given the noisy image"
-        self._check(xt, t)
-        mu, r = self.head(self.out(self.down(xt, self.embed(t))[-1])).to(xt.dtype).chunk(2, 1)
+        self._values(xt, t); mu, r = self.head(self.out(self.deepest(xt, t))).to(xt.dtype).chunk(2, 1)
         return mu, r if self.config['limit'] is None else self.config['limit']*torch.tanh(r/self.config['limit'])
-    def _check(self, xt, t):
-        c, size, T = (self.config[k] for k in ('c', 'size', 'T'))
-        if not xt.is_floating_point(): raise TypeError(f'xt must be float, pixel/127.5-1 when clean, got {xt.dtype}; see `to_signed`')
-        if t.shape[:1] not in ((1,), xt.shape[:1]): raise ValueError(f't of shape {tuple(t.shape)} for a batch of {len(xt)} images')
-        if xt.shape[1:] != (c, size, size): raise ValueError(f'this encoder was built for images (B,{c},{size},{size}), got {tuple(xt.shape)}')
+    def _values(self, xt, t):
+        T = self.config['T']
         if torch.compiler.is_compiling() or t.device.type != 'cpu': return         # looking would wait for the GPU
         if not 0 <= t.min() <= t.max() <= T: raise ValueError(f'times must be in 0…{T}, got {t.min()} … {t.max()}')
         if not xt.isfinite().all(): raise ValueError(f'{(~xt.isfinite()).sum()} of {xt.numel()} pixels are NaN or infinite')
