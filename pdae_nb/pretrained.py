@@ -286,7 +286,8 @@ def load_dpm(
         run = load_official(path, log=log, **hints) if path.is_file() else load_run(path if path.is_dir() else source)
         if not hasattr(run, 'dpm'): raise ValueError(f'{source} holds {", ".join(run.about["parts"])}, no DPM to stand on')
         run.dpm.requires_grad_(False); return run
-    name = 'in_memory' if alone else re.sub(r'\W+', '_', str(source).rstrip('/').split('/')[-1])
+    name, bad = 'in_memory' if alone else re.sub(r'\W+', '_', str(source).rstrip('/').split('/')[-1]), [k for k, v in net.state_dict().items() if not v.isfinite().all()]
+    if bad: raise ValueError(f'{source if not alone else name}: {bad[0]} holds numbers that are NaN or infinite')
     return SimpleNamespace(dpm=DiffusersUNet(net).eval().requires_grad_(False), sched=sched, recipe=None, path=path, about=dict(name=name, parts=['dpm'], recipe=None, result=None, source=name if alone else str(source)))
 
 # %% ../nbs/14_pretrained.ipynb #10dd25d3

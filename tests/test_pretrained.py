@@ -222,6 +222,12 @@ def test_a_diffusers_folder(unet2d, tmp_path, safe, pipe):
     with torch.no_grad(): assert torch.allclose(run.dpm(x, t), unet2d(x, t - 1).sample, atol=1e-5)
     np.testing.assert_allclose(run.sched.alpha_bar, Schedule.cosine().alpha_bar, atol=1e-4); assert not any(p.requires_grad for p in run.dpm.parameters())
 
+def test_nan_in_a_diffusers_model(unet2d, tmp_path):
+    import copy
+    bad = copy.deepcopy(unet2d); bad.conv_in.bias.data[3] = float('nan'); bad.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match='conv_in.bias holds numbers that are NaN'): load_dpm(tmp_path, **quiet)
+    with pytest.raises(ValueError, match='in_memory: conv_in.bias holds'): load_dpm(bad, **quiet)
+
 def test_pdae_trains_on_it(unet2d, tmp_path):
     from pdae_nb.adapter import DiffusersUNet
     torch.manual_seed(0); dpm = load_dpm(unet2d).dpm; before = {k: v.clone() for k, v in dpm.state_dict().items()}
