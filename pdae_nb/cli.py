@@ -216,20 +216,20 @@ def cmd_bench(
 
 # %% ../nbs/16_cli.ipynb #a1bfd776
 def cmd_study(
-    what:str='loss', # loss: PDAE's weights and coefficients; training: PDAE against Diff-AE, held-out loss on the way; scorevae: its loss, and other priors; space: all shipped autoencoders side by side
+    what:str='loss', # loss: PDAE's weights and coefficients; training: PDAE against Diff-AE, held-out loss on the way; scorevae: its loss, and other priors; space: all trained autoencoders side by side
     size:str=None,   # smoke or lesson; else $PDAE_NB_SIZE, else lesson
-    out:str=None,    # JSON to write; else data/results/mnist14_pdae/SIZE.json, mnist14_diffae, mnist14_scorevae or mnist_space
+    out:str=None,    # JSON to write; else data/results/mnist14_pdae/SIZE.json, mnist14_diffae, mnist14_scorevae or DATA_space
     seeds:int=3,     # how many
+    data:str='mnist',# for space: what the names of the runs begin with
 ):
     "Train small models, several seeds each, and compare them; the same command goes on"
     size = size or os.environ.get('PDAE_NB_SIZE') or 'lesson'
-    if what not in (places := dict(loss='mnist14_pdae', training='mnist14_diffae', scorevae='mnist14_scorevae', space='mnist_space')): raise ValueError(f'what must be one of {", ".join(places)}, got {what!r}')
+    if what not in (places := dict(loss='mnist14_pdae', training='mnist14_diffae', scorevae='mnist14_scorevae', space=f'{data}_space')): raise ValueError(f'what must be one of {", ".join(places)}, got {what!r}')
     path = Path(out or results_path(places[what], size))
     if what in ('training', 'scorevae'): (training_race if what == 'training' else compare_cases)(path, size, range(seeds)); return dict(written=str(path))
     if what == 'space' and size != 'lesson': raise ValueError(f'the shipped models are measured at size lesson, got {size!r}')
-    if what == 'space': evaluate_space(path); return dict(written=str(path))
-    d = study(path, size, range(seeds))
-    return dict(runs={k: o['own'] for k, o in d['runs'].items()}, written=str(path))
+    if what == 'space': evaluate_space(path, data); return dict(written=str(path))
+    d = study(path, size, range(seeds)); return dict(runs={k: o['own'] for k, o in d['runs'].items()}, written=str(path))
 
 # %% ../nbs/16_cli.ipynb #4a3d0b7e
 STAGES = dict(smoke=dict(samples=20, step=250), lesson=dict(samples=500), paper=dict(samples=1000, substeps=50))   # of `cmd_stages`
