@@ -57,7 +57,7 @@ def _on(name, r, dpm):
 
 def _looker(name, r, file):
     "What writes down the noise error on test images at each checkpoint"
-    if _task_of(name) not in [TASKS[k] for k in ('dpm', 'pdae', 'diffae', 'scorevae')]: raise ValueError(f'--look measures DPMs and autoencoders that predict noise, not {name!r}')
+    if _task_of(name) not in [TASKS[k] for k in ('dpm', 'pdae', 'diffae', 'scorevae', 'conditional')]: raise ValueError(f'--look measures DPMs and autoencoders that predict noise, not {name!r}')
     return held_out(file, to_signed(load_images(r.data, 'test', r.px).x[:2000]))
 
 # %% ../nbs/16_cli.ipynb #fa72d834
@@ -196,7 +196,7 @@ def cmd_evaluate(
     counts = {k: max(v) if isinstance(v, tuple) else v for k, v in ({k: takes[k].default for k in ('n', 'steps', 'test_images', 'gap_images', 'calls') if k in takes} | given).items()}
     try: old = json.loads(place.read_text()).get('counts', dict.fromkeys(counts, 10**9)) if place.exists() else {}
     except (ValueError, AttributeError) as e: raise ValueError(f'{place} holds no results ({type(e).__name__}: {e}): name another file with --out, or delete it') from e
-    if less := [f'{k} {old[k] if old[k] < 10**9 else "unknown"}, not {counts[k]}' for k in counts if counts[k] < old.get(k, 0)]: raise ValueError(f'{place} holds a larger measurement ({", ".join(less)}): name another file with --out, or delete it')
+    if less := [f'{k} {old[k] if old[k] < 10**9 else "unknown or unbounded"}, not {counts[k]}' for k in counts if counts[k] < old.get(k, 0)]: raise ValueError(f'{place} holds a larger measurement ({", ".join(less)}): name another file with --out, or delete it')
     if 'judge' in takes: given['judge'] = judge
     if 'path' in takes: given['path'] = place.with_name(f'{place.stem}-sums.json')
     d = f(name, device=device, **given) | dict(counts=counts)

@@ -186,13 +186,13 @@ def images_to_reach(
 
 # %% ../nbs/10_diffae.ipynb #94c79596
 def step_seconds(
-    rows,       # run name -> Recipe
+    rows,       # run name -> Recipe; what follows a space tells twins apart
     dev,        # device
     seconds=3., # about this long for each
 ) -> dict:      # run name -> seconds of a training step
     "Training steps of several runs, timed in turns"
     def stepper(name, r):
-        task = _task_of(name)(r)
+        task = _task_of(name.split()[0])(r)
         model = nn.ModuleDict({k: m for k, m in task.parts.items() if k not in within(task.parts)}).to(dev, memory_format=torch.channels_last).train()
         steps = fit(task.loss_fn, model.parameters(), batches(task.images, r.batch, 10**9, device=dev), r, EMA(model, r.ema))
         def step(): next(steps); _sync(dev)

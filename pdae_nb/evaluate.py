@@ -244,7 +244,7 @@ def reconstruction_table(
     ways=tuple(WAYS),# which ways to decode
 ) -> dict:           # '<method> <way> <steps>' -> n, and mean and standard error of mse, ssim, lpips, kept
     "The rows of PDAE's Table 1: every way to decode, for the run and for its DPM alone"
-    mark = ' '.join(fingerprint(o) for o in (*(getattr(run, k) for k in ('dpm', 'enc', 'G', 'unet', 'vae') if hasattr(run, k)), jury))
+    mark = ' '.join(fingerprint(o) for o in (*(getattr(run, k) for k in ('dpm', 'enc', 'G', 'unet', 'vae', 'decoder') if hasattr(run, k)), jury))
     sums, eyes = _sums(path, mark), judge_feats(jury)
     methods = ({'DPM': lambda o: run.dpm} if hasattr(run, 'dpm') else {}) | ({kind_of(run): lambda o: decoder_of(run, o)} if hasattr(run, 'enc') else {})
     keys = [(m, w, s) for s in steps for m in methods for w in ways if m != 'DPM' or w.startswith('inferred')]

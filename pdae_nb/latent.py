@@ -20,7 +20,7 @@ from .sample import invert, sample
 from .unet import timestep_embedding
 from .files import fingerprint, load_run, read_tensors, write_tensors
 from .train import RECIPES, TASKS, Recipe, Task
-from .pdae import decode, encode
+from .pdae import decode, encode, kind_of
 from .scorevae import code_noise
 
 # %% ../nbs/12_latent.ipynb #c298a079
@@ -167,14 +167,14 @@ def draw(
     steps=50,    # DDIM steps for the images
     *,
     z_steps=100, # DDIM steps for the codes
-    last=.3,     # last part of the steps, in which PDAE's shift is silent; fraction. Diff-AE has no such choice
+    last=.3,     # last part of the steps, in which PDAE's shift is silent; fraction. No other method has this choice
     seed=0,      # of the codes' noise
     clip=None,   # for the codes: see `sample_z`
     bs=100,      # images at a pass
 ) -> Tensor:     # images, like `xT`
     "New images in two stages: a code, then a picture of it (Diff-AE Sec. 5.7, PDAE Sec. 4.8)"
     check_codes(run, base)
-    kw = {} if hasattr(base, 'unet') else dict(window=(round(last*base.sched.T), base.sched.T))
+    kw = dict(window=(round(last*base.sched.T), base.sched.T)) if kind_of(base) == 'PDAE' else {}
     z = sample_z(run, len(xT), z_steps, clip=clip, seed=seed).to(xT)
     return torch.cat([sample(decode(base, c, **kw), x, base.sched, steps, clip=1.) for x, c in zip(xT.split(bs), z.split(bs))])
 

@@ -295,7 +295,7 @@ def net_of(
     run, # what `load_run` gives
 ):       # a network with `config`
     "The network that tells the geometry of a run's images"
-    return next(getattr(run, k) for k in ('dpm', 'unet', 'vae') if hasattr(run, k))
+    return next(getattr(run, k) for k in ('dpm', 'unet', 'vae', 'decoder') if hasattr(run, k))
 
 def learnt(
     run,  # what `load_run` gives

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'TASKS', 'RECIPES', 'CASES', 'Posterior', 'LinearPosterior', 'score', 'scorevae_denoiser', 'kl_to_prior',
-           'bound', 'w_bound', 'w_half', 'scorevae_loss', 'TimeEncoder', 'Mirror', 'BetaVAE', 'vae_denoiser',
-           'vae_loss', 'conditional_loss', 'scorevae_task', 'conditional_task', 'vae_task', 'compare_cases',
-           'code_noise', 'prior_z']
+           'bound', 'code_noise', 'w_bound', 'w_half', 'scorevae_loss', 'TimeEncoder', 'Mirror', 'BetaVAE',
+           'vae_denoiser', 'vae_loss', 'conditional_loss', 'scorevae_task', 'conditional_task', 'vae_task',
+           'compare_cases', 'prior_z']
 
 # %% ../nbs/11_scorevae.ipynb #17efeaa8
 import json, math, os
@@ -115,6 +115,12 @@ def bound(
     return rec(mu + (lv/2).exp()*(torch.randn_like(mu) if xi is None else xi)) + beta*kl_to_prior(mu, lv)
 
 # %% ../nbs/11_scorevae.ipynb #66e94047
+def code_noise(
+    n, d, seed=0, # how many codes, how wide; of the draw
+) -> Tensor:      # (n,d)
+    "Unit noise for codes, which shares nothing with noise for images of the same seed"
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(int(np.random.SeedSequence([seed, 1]).generate_state(1)[0])))      # a torch seed has 32 bits
+
 def w_bound(sched, t): "g²/2 as a weight on the noise of an evenly drawn time: nats (ScoreVAE L_β)"; return sched.T*w_likelihood(sched, t)
 def w_half(sched, t): "σ²/2: the published release's"; return torch.full_like(sched(t), .5)
 
@@ -243,6 +249,7 @@ def conditional_loss(
     return _by_noise(lambda z: diffae_denoiser(unet, z), enc, x0, sched, beta, weight, xi, reduce, **kw)
 
 METHODS['dpm', 'enc'] = 'ScoreVAE', lambda run, z, **kw: scorevae_denoiser(run.dpm, run.enc, z, run.sched, **kw)
+METHODS['decoder', 'enc'] = 'conditional decoder', lambda run, z: diffae_denoiser(run.decoder, z)
 METHODS['vae', 'enc'] = 'VAE', lambda run, z: vae_denoiser(run.vae, z, run.sched)
 
 # %% ../nbs/11_scorevae.ipynb #d4be9047
@@ -251,7 +258,7 @@ def _judged(parts, images, sched, n=10_000, few=None):
     run = SimpleNamespace(sched=sched, about=dict(parts=parts), **parts); x0 = to_signed(images.x[:n]).to(next(run.enc.parameters()).device); few, zero = few or min(100, len(x0)//10), lambda o: torch.zeros(len(o), dtype=torch.long, device=o.device)
     stat = lambda k, v: {k: v.mean().item(), f'{k}_se': (v.std()/len(v)**.5).item()}; g = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        mu, lv = map(torch.cat, zip(*(run.enc.moments(o, zero(o)) for o in x0.split(500)))); x, drawn = x0[:few], (mu + (lv/2).exp()*torch.randn(mu.shape, generator=g).to(mu))[:few]
+        mu, lv = map(torch.cat, zip(*(run.enc.moments(o, zero(o)) for o in x0.split(500)))); x, drawn = x0[:few], (mu + (lv/2).exp()*code_noise(*mu.shape).to(mu))[:few]
         out = stat('kl', kl_to_prior(mu, lv)) | dict(test_images=len(x0), mse_images=few)
         for k, z in dict(mse_random=mu[:few], mse_drawn=drawn).items(): out |= stat(k, (restored(decode(run, z), x, sched, 20, seed=0) - x).square().flatten(1).mean(1)/4)
         if 'vae' in parts: return out
@@ -283,7 +290,7 @@ def conditional_task(
     p, z_dim, shape = PRESETS[net.pop('preset', 'release')], net.pop('z_dim'), dict(c=images.x.shape[1], size=r.px)
     enc, unet = TimeEncoder(**shape, z_dim=z_dim, **net), UNet(**shape, dz=z_dim, z_shift=False, **net)
     def loss_fn(x0, y): t = sched.rand_t(len(x0), x0.device); return conditional_loss(unet, enc, x0, sched, p['beta'], p['weight'], t=t, reduce=None), t
-    return Task(dict(enc=enc, unet=unet), images, loss_fn, lambda parts: _judged(parts, test, sched), sched, lambda parts: _preview(parts, test, sched))
+    return Task(dict(enc=enc, decoder=unet), images, loss_fn, lambda parts: _judged(parts, test, sched), sched, lambda parts: _preview(parts, test, sched))
 
 # %% ../nbs/11_scorevae.ipynb #0b4eaeec
 def vae_task(
@@ -344,12 +351,6 @@ def compare_cases(
     return json.loads(Path(path).read_text())
 
 # %% ../nbs/11_scorevae.ipynb #66000b5f
-def code_noise(
-    n, d, seed=0, # how many codes, how wide; of the draw
-) -> Tensor:      # (n,d)
-    "Unit noise for codes, which shares nothing with noise for images of the same seed"
-    return torch.randn(n, d, generator=torch.Generator().manual_seed(int(np.random.SeedSequence([seed, 1]).generate_state(1)[0])))      # a torch seed has 32 bits
-
 def prior_z(
     enc,       # an encoder with a `config` of z_dim, whose training has paid for a KL
     n, seed=0, # how many; of the draw

@@ -25,11 +25,11 @@ from .weighting import w_pdae
 from .denoise import denoising_loss
 from .pdae import METHODS, GradientEstimator, decode, decoder_of, encode, kind_of, learnt, net_of, pdae_denoiser, stand_on
 from .diffae import step_seconds
-from .scorevae import PRESETS, Posterior, kl_to_prior
+from .scorevae import PRESETS, Posterior, code_noise, kl_to_prior
 from .latent import ZStats, edit, encode_all, fit_probe, lerp, slerp, to_median
 from .metrics import auroc, features, frechet, judge_feats, lpips, ppl, psnr
 from .evaluate import EVALUATORS, coder_of, dpm_of, judged, noise_for, part_of, reconstruction_table, where
-from .generate import drawn, fid_kid, ways
+from .generate import drawn, fid_kid, shuffled, ways
 
 # %% ../nbs/13d_space.ipynb #960d6efb
 def _bend(
@@ -116,7 +116,7 @@ def manipulation_fid(
     "Manipulated against positive and negative, and the untouched against both (Diff-AE Table 9)"
     some, x = images[((images.y == a) | (images.y == b)).nonzero()[:, 0]], to_signed(held.x[held.y == a][:n]).to(where(run.enc))
     has = some.y == b; z = encode_all(run.enc, some).to(x); probe = fit_probe(z, has, ZStats(z), C=1e-3); s = to_median(encode(run.enc, x), probe, z[has])
-    new = torch.cat([edit(run, c, probe, [k], steps)[0] for c, k in zip(x.split(50), s.split(50))])
+    with torch.autocast(x.device.type, torch.bfloat16): new = torch.cat([edit(run, c, probe, [k], steps)[0] for c, k in zip(x.split(50), s.split(50))]).float()
     neg, pos = features(eyes, some[~has]), features(eyes, some[has]); fd = lambda o, real: frechet(real, features(eyes, o.clamp(-1, 1)))
     return dict(untouched_positive=fd(x, pos), pushed_positive=fd(new, pos), pushed_negative=fd(new, neg), untouched_negative=fd(x, neg), n=len(x), s=s.mean().item()), new
 
@@ -201,48 +201,56 @@ def _rough(run, x1, x2, eyes, steps):
     (a, b), path, draw = walks(run, x1, x2, steps); v = ppl(draw, a, b, partial(lpips, net=eyes), path=path, t=torch.linspace(.01, .98, len(x1))); return [*_mean(v), v.median().item()]
 
 # %% ../nbs/13d_space.ipynb #5a97a2a6
+def _prints(run): return [fingerprint(getattr(run, p)) for p in run.about['parts']]
+
 def _restored(run, x0, y, jury, steps, log):
     "way -> numbers of `reconstruction_table`"
     name = kind_of(run) if hasattr(run, 'enc') else 'DPM'; d = reconstruction_table(run, x0, y, jury, None, (steps,), log=log, ways=('random, DDIM', 'inferred, DDIM'))
     return {k.split()[-3].rstrip(','): v for k, v in d.items() if k.startswith(name)}
 
-def _drawn(run, images, eyes, n, steps, log):
-    "way -> FID: of a DPM's samples, of codes from a latent run or a prior, of test codes decoded; None if it has no way to draw"
+def _drawn(run, old, images, eyes, n, steps, log):
+    "way -> FID: of a DPM's samples, of codes from a latent run or a prior, of test codes decoded; what `old` holds of the same weights is taken from it"
     latent = run.path.with_name(f'{run.path.name}_latent'); names = [run.path]*(not hasattr(run, 'enc') or isinstance(run.enc, Posterior)) + [latent]*(latent/'run.json').exists()
-    real = features(eyes, images) if names else None
-    return {w: fid_kid(real, drawn(f, nets, w, eyes, n, steps, log=log).f) for ws, nets in (ways(o, where(net_of(run))) for o in names) for w, f in ws.items() if w != 'DDIM' or not hasattr(run, 'enc')} or None
+    real, out, mine = None, {}, set(_prints(run))
+    for ws, nets in (ways(o, where(net_of(run))) for o in names):
+        if not mine <= set(map(fingerprint, nets)): raise ValueError(f'{latent} draws codes for another autoencoder than {run.path}')
+        mark = ' '.join(map(fingerprint, nets))
+        for w, f in ws.items():
+            if w == 'DDIM' and hasattr(run, 'enc'): continue                  # has a row of its own
+            if old.get(w, {}).get('weights') == mark: out[w] = old[w]; continue
+            real = features(eyes, images) if real is None else real; out[w] = fid_kid(real, drawn(f, nets, w, eyes, n, steps, log=log).f) | dict(weights=mark)
+    return out or None
 
 def _published(run, x0, eyes):
     "code -> ScoreVAE's definitions of error: L2, RMSE, PSNR, LPIPS (ScoreVAE Tables 1, 2); None if the code is not random"
     if not isinstance(getattr(run, 'enc', None), Posterior): return None
-    way = PRESETS[run.recipe['net'].get('preset', 'release')]['decode'] if hasattr(run, 'dpm') else lambda f, xT, sched: sample(f, xT, sched, 1)
-    out, noise, zero = {}, noise_for(run.enc, len(x0), 0), torch.zeros(len(x0), dtype=torch.long, device=x0.device); kl = kl_to_prior(*run.enc.moments(x0, zero)).mean().item()
+    way = PRESETS[run.recipe['net'].get('preset', 'release')]['decode'] if not hasattr(run, 'vae') else lambda f, xT, sched: sample(f, xT, sched, 1)
+    out, noise, zero = {}, noise_for(run.enc, len(x0), 0), torch.zeros(len(x0), dtype=torch.long, device=x0.device); mu, lv = run.enc.moments(x0, zero); kl = kl_to_prior(mu, lv).mean().item()
     for how, mean in (('mean', True), ('drawn', False)):
-        with torch.random.fork_rng(): torch.manual_seed(0); z = run.enc(x0) if mean else run.enc.dist(x0, zero).sample(); torch.manual_seed(1); x = way(decode(run, z), noise, run.sched)
+        with torch.random.fork_rng(): torch.manual_seed(1); x = way(decode(run, mu if mean else mu + (lv/2).exp()*code_noise(*mu.shape).to(mu)), noise, run.sched)
         off = (x - x0)/2; u = x.clamp(-1, 1)
         out[how] = dict(l2=_mean(off.flatten(1).norm(dim=1)), rmse=off.square().mean().sqrt().item(), psnr_clipped=_mean(psnr(u, x0)), lpips=_mean(lpips(u, x0, eyes)), lpips_01=_mean(lpips((u + 1)/2, (x0 + 1)/2, eyes)), kl=kl, n=len(x0))
     return out
 
 def _cost(run, yard, x0, steps, seconds):
     "Weights that learn; seconds of a training step and of one reconstruction, and how many times those of the run `yard`, timed in turns with it"
-    both = {o.about['name']: o for o in (yard, run)}; step = step_seconds({k: Recipe(**o.recipe) for k, o in both.items()}, x0.device, seconds)
-    back = race({k: (lambda o=o: sample(decoder_of(o, x0), torch.randn_like(x0), o.sched, steps)) for k, o in both.items()}, seconds); me, it = run.about['name'], yard.about['name']
-    return dict(weights=learnt(run), images=run.about['images_seen'], batch=run.recipe['batch'], step=step[me], step_ratio=step[me]/step[it], reconstruction=back[me]/len(x0), reconstruction_ratio=back[me]/back[it], yard=it)
+    both = {f'{o.about["name"]} {i}': o for i, o in enumerate([yard] if run is yard else [yard, run])}; step = step_seconds({k: Recipe(**o.recipe) for k, o in both.items()}, x0.device, seconds)
+    back = race({k: (lambda o=o: sample(decoder_of(o, x0), torch.randn_like(x0), o.sched, steps)) for k, o in both.items()}, seconds); it, me = list(both)[0], list(both)[-1]
+    return dict(weights=learnt(run), images=run.about['images_seen'], batch=run.recipe['batch'], step=step[me], step_ratio=step[me]/step[it], reconstruction=back[me]/len(x0), reconstruction_ratio=back[me]/back[it], yard=yard.about['name'], hardware=hardware(x0.device))
 
 # %% ../nbs/13d_space.ipynb #94c6922a
 PAIRS = dict(mnist=[(4, 9), (3, 8), (1, 7), (5, 6), (7, 9)], cifar10=[(3, 5), (4, 7), (1, 9), (0, 8)])   # classes that are easily taken for one another, for `evaluate_space`
 TIMES = list(range(100, 1001, 100))                # at which its `nonlinearity` looks
 RIVALS = {'DDIM': 'dpm', 'PDAE': 'pdae', 'ScoreVAE': 'scorevae', 'ScoreVAE, paper': 'paper_scorevae', 'Diff-AE': 'diffae', 'beta-VAE': 'vae'}   # label -> what follows the data in a run's name
 
-def _pushed(run, images, test, eyes, n, steps):
-    with torch.autocast(where(run.enc).type, torch.bfloat16): return {f'{a} to {b}': manipulation_fid(run, images, test, a, b, eyes, n, steps)[0] for a, b in PAIRS.get(run.recipe['data'], [])}
+def _pushed(run, images, test, eyes, n, steps): return {f'{a} to {b}': manipulation_fid(run, images, test, a, b, eyes, n, steps)[0] for a, b in PAIRS.get(run.recipe['data'], [])}
 
 def _measures(yard, images, test, jury, eyes, n, steps, fid_images, seconds, log):
     "name -> what measures it of a run; the first three want an encoder"
     if 2*n > len(test): raise ValueError(f'{2*n} test images are needed, got {len(test)}')
     x = lambda r, k=n, o=0: to_signed(test.x[o:o + k]).to(where(net_of(r))); z = lambda r, o: encode_all(r.enc, o)
     return dict(nonlinearity=lambda r: nonlinearity(r, x(r), x(r, n, n), TIMES), legible=lambda r: _legible(z(r, images[:10_000]), z(r, test), images, test), manipulation=lambda r: _pushed(r, images, test, eyes, n, steps),
-                ppl=lambda r: _rough(r, x(r), x(r, n, n), eyes, steps), restored=lambda r: _restored(r, x(r), test.y[:n].to(where(net_of(r))), jury, steps, log), drawn=lambda r: _drawn(r, images, eyes, fid_images, steps, log),
+                ppl=lambda r: _rough(r, x(r), x(r, n, n), eyes, steps), restored=lambda r: _restored(r, x(r), test.y[:n].to(where(net_of(r))), jury, steps, log), drawn=lambda r, old: _drawn(r, old or {}, images, eyes, fid_images, steps, log),
                 published=lambda r: _published(r, x(r, max(2, n//4)), eyes), cost=lambda r: _cost(r, yard, x(r, 16), steps, seconds))
 
 # %% ../nbs/13d_space.ipynb #b30c84fc
@@ -252,7 +260,7 @@ def _begun(path, about, weights):
     try: d = json.loads(path.read_text()); old, rows = d['about'], d['rows']
     except (ValueError, KeyError, TypeError) as e: raise ValueError(f'{path} holds no measurement of codes ({type(e).__name__}: {e}); choose another path, or delete it') from e
     other = [k for k in weights if k in rows and rows[k]['weights'] != weights[k]]
-    if other or old != json.loads(json.dumps(about)): raise ValueError(f'{path} holds a measurement of other {"weights of " + ", ".join(other) if other else "counts, or by another judge"}; choose another path, or delete it')
+    if other or old != json.loads(json.dumps(about)): raise ValueError(f'{path} holds a measurement of other {"weights of " + ", ".join(other) if other else "counts, or by another judge or yardstick"}; choose another path, or delete it')
     return d
 
 # %% ../nbs/13d_space.ipynb #bae51de4
@@ -272,18 +280,18 @@ def evaluate_space(
     if isinstance(names, str): judge, names = judge or f'{names}_judge', {k: f'{names}_{v}' for k, v in RIVALS.items() if (models_dir()/f'{names}_{v}/run.json').exists()}
     if not names: raise ValueError(f'nothing of these data is trained: {models_dir()} holds no runs to compare')
     judge = judge or 'mnist_judge'; runs = {k: (coder_of if hasattr(load_run(v), 'enc') else dpm_of)(v, device)[0] for k, v in names.items()}
-    (_, jury), path, yard, print_of = part_of(judge, 'judge', device), Path(path), next(iter(runs.values())), lambda r: ' '.join(fingerprint(getattr(r, p)) for p in r.about['parts'])
-    about = dict(judge=Path(judge).name, judge_weights=fingerprint(jury), n=n, steps=steps, fid_images=fid_images, t=TIMES); d = _begun(path, about, weights := {k: print_of(r) for k, r in runs.items()})
-    images, test = (load_images(yard.recipe['data'], s, net_of(yard).config['size']) for s in ('train', 'test'))
+    (_, jury), path, yard, weights = part_of(judge, 'judge', device), Path(path), next(iter(runs.values())), {k: ' '.join(_prints(r)) for k, r in runs.items()}
+    about = dict(judge=Path(judge).name, weights=fingerprint(jury), yard=next(iter(weights.values())), n=n, steps=steps, fid_images=fid_images, t=TIMES); d = _begun(path, about, weights)
+    images, test = (load_images(yard.recipe['data'], s, net_of(yard).config['size']) for s in ('train', 'test')); test = test if test.y is None else shuffled(test)
     if images.y is None or images.y.ndim != 1: raise ValueError(f'{yard.recipe["data"]} has no classes; this measures codes by classes')
     def keep(label, name, f):
         row, t0 = d['rows'].setdefault(label, dict(weights=weights.get(label))), time.time()
-        if row.get(name) is not None or (v := f()) is None: return
+        if (v := f(old := row.get(name))) is None or v == old: return
         row[name] = v; d.update(hardware=hardware(where(net_of(yard))), versions=versions(), seconds=round(d['seconds'] + time.time() - t0, 1)); write_json(path, d); log(f'{label}, {name}: done')
     for name, f in _measures(yard, images, test, jury, judge_feats(jury, Path(judge).name), n, steps, fid_images, seconds, log).items():
         for k, r in runs.items():
-            if hasattr(r, 'enc') or name not in ('nonlinearity', 'legible', 'manipulation'): keep(k, name, lambda: f(r))
+            if hasattr(r, 'enc') or name not in ('nonlinearity', 'legible', 'manipulation'): keep(k, name, (lambda old: f(r, old)) if name == 'drawn' else lambda old: old or f(r))
     for w in sorted({r['legible']['width'] for k, r in d['rows'].items() if k in runs and 'legible' in r}):
-        keep(f'PCA, {w}', 'legible', lambda: (lambda of: _legible(of(images.x[:10_000]), of(test.x), images, test))(pca(images.x, w)))
-    keep('pixels', 'legible', lambda: _legible(to_signed(images.x[:10_000]).flatten(1), to_signed(test.x).flatten(1), images, test))
+        keep(f'PCA, {w}', 'legible', lambda old: old or (lambda of: _legible(of(images.x[:10_000]), of(test.x), images, test))(pca(images.x, w)))
+    keep('pixels', 'legible', lambda old: old or _legible(to_signed(images.x[:10_000]).flatten(1), to_signed(test.x).flatten(1), images, test))
     return json.loads(path.read_text())

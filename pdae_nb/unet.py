@@ -217,7 +217,7 @@ class HalfUNet(nn.Module):
         **kw               # for `Down`
     ):
         super().__init__()
-        self.config, self.ch, self.dt, self.lag = dict(c=c, ch=ch, mult=tuple(mult), size=size, **kw), ch, dt or 4*ch, lag
+        self.config, self.ch, self.dt, self.lag = dict(c=c, ch=ch, mult=tuple(mult), size=size, **kw) | {k: v for k, v in dict(dt=dt, lag=lag).items() if v}, ch, dt or 4*ch, lag
         self.time = nn.Sequential(nn.Linear(ch, self.dt), nn.SiLU(), nn.Linear(self.dt, self.dt))
         self.down = Down(c, ch, tuple(mult), size, dt=self.dt, **kw)
     def embed(self,
