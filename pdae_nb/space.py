@@ -158,7 +158,7 @@ def truncation(
     y, xT = torch.arange(n, device=where(run.G)) % run.G.z_dim, noise_for(run.dpm, n, 0); out = dict(scale=list(scales), accuracy=[], fid=[], n=n)
     for s in scales:
         parts = zip(xT.split(100), F.one_hot(y, run.G.z_dim).to(xT).split(100))
-        x = torch.cat([sample(pdae_denoiser(run.G, z, run.sched, scale=s), o, run.sched, steps, clip=1.) for o, z in parts])
+        with torch.autocast(xT.device.type, torch.bfloat16): x = torch.cat([sample(pdae_denoiser(run.G, z, run.sched, scale=s), o, run.sched, steps, clip=1.) for o, z in parts]).float()
         out['accuracy'].append((judged(jury, x).argmax(1) == y).double().mean().item()); out['fid'].append(frechet(real, features(eyes, x)))
     return out
 
