@@ -90,6 +90,14 @@ def test_pdae_does_what_the_readme_says():
     assert f'{percent(of("PDAE random, DDIM 20", "kept"))} of {d["table"]["PDAE random, DDIM 20"]["n"]} test digits' in README and f'error of {of("PDAE random, DDIM 20"):.4f} (pixels' in README
     assert f'{of("PDAE inferred, DDIM 100"):.1e} in 100 DDIM steps, where the model alone loses {of("DPM inferred, DDIM 100"):.1e}, and {of("PDAE inferred, DPM++ 20"):.1e} in 20 steps of DPM-Solver++' in README
 
+def test_diff_ae_needs_what_the_readme_says():
+    from pdae_nb.diffae import images_to_reach, looks
+    pdae, diffae, dpm = (json.loads((ROOT/f'data/models/mnist_{k}/run.json').read_text()) for k in ('pdae', 'diffae', 'dpm')); way = looks(ROOT/'data/results/mnist_diffae/training.jsonl')
+    assert f'as many images in all ({diffae["images_seen"]:,})' in README and diffae['images_seen'] == pdae['images_seen'] + dpm['images_seen']
+    assert 'a noise MSE of {:.4f} on test digits, PDAE at {:.4f}, the DPM alone at {:.4f}'.format(*(o['result']['test_noise_mse'] for o in (diffae, pdae, dpm))) in README
+    there = int(re.search(r'where PDAE ends after ([\d,]+) images', README)[1].replace(',', '')); assert abs(there/images_to_reach(way['seen'], way['noise_mse'], pdae['result']['test_noise_mse']) - 1) < .05        # the page asks PDAE on the 2,000 images of the curve
+    assert f'PDAE needed {pdae["images_seen"]/there:.0%} of them'.replace('%', ' %') in README and f'with its DPM\'s {diffae["images_seen"]/there:.0%}'.replace('%', ' %') in README
+
 def test_the_latent_model_took_what_the_readme_says():
     run = json.loads((ROOT/'data/models/mnist_pdae_latent/run.json').read_text()); base = json.loads((ROOT/'data/models/mnist_pdae/run.json').read_text())
     assert f'a DPM over the {base["recipe"]["net"]["z_dim"]} numbers, {run["seconds"]/60:.0f} minutes of training' in README
