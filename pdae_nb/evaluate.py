@@ -25,7 +25,7 @@ from .train import RECIPES, fit, hardware, noise_mse, versions
 from .bench import _sync, gflops, race
 from .gap import FIG1_TIMES, compare_losses, gap_curve, write_json
 from .guidance import classifier_accuracy, scale_sweep
-from .pdae import ConvEncoder, GradientEstimator, as_x0, decoder_of, kind_of, net_of, pdae_loss, restored
+from .pdae import ConvEncoder, GradientEstimator, as_x0, decoder_of, kind_of, net_of, pdae_loss, restored, weights_of
 from .diffae import conditioned
 from .metrics import judge_feats, lpips, mse, ssim
 
@@ -244,7 +244,7 @@ def reconstruction_table(
     ways=tuple(WAYS),# which ways to decode
 ) -> dict:           # '<method> <way> <steps>' -> n, and mean and standard error of mse, ssim, lpips, kept
     "The rows of PDAE's Table 1: every way to decode, for the run and for its DPM alone"
-    mark = ' '.join(fingerprint(o) for o in (*(getattr(run, k) for k in ('dpm', 'enc', 'G', 'unet', 'vae', 'decoder') if hasattr(run, k)), jury))
+    mark = ' '.join([*weights_of(run), fingerprint(jury)])
     sums, eyes = _sums(path, mark), judge_feats(jury)
     methods = ({'DPM': lambda o: run.dpm} if hasattr(run, 'dpm') else {}) | ({kind_of(run): lambda o: decoder_of(run, o)} if hasattr(run, 'enc') else {})
     keys = [(m, w, s) for s in steps for m in methods for w in ways if m != 'DPM' or w.startswith('inferred')]

@@ -87,7 +87,9 @@ def drawn(
     path = cache_dir()/f'drawn-{hashlib.sha256(key.encode()).hexdigest()[:20]}.safetensors'
     d = _kept(path)
     while not d or len(d.f) < n:
-        with torch.no_grad(): x, z = way(chunk, len(d.f)//chunk if d else 0, steps); new = Drawn(feats(x).float().cpu(), z.float(), to_uint8(x).cpu())
+        with torch.no_grad(): x, z = way(chunk, len(d.f)//chunk if d else 0, steps)
+        if bad := (~x.isfinite()).flatten(1).any(1).sum(): raise ValueError(f'{label}, {steps} steps: {bad} of {len(x)} images have NaN or infinite pixels')
+        with torch.no_grad(): new = Drawn(feats(x).float().cpu(), z.float(), to_uint8(x).cpu())
         d = Drawn(*map(torch.cat, zip(d, new))) if d else new
         d = d._replace(x=d.x[:keep]); write_tensors(path, d._asdict()); log(f'{label}, {steps} steps: {len(d.f)} of {n}')
     return Drawn(d.f[:n], d.z[:n], d.x[:n])
@@ -174,11 +176,11 @@ def memorisation(
     return {k: nearer_share(nearest(of(d)[:m], of(train))[0], nearest(of(test)[:m], of(train))[0]) for k, of in spaces.items()}
 
 # %% ../nbs/13c_generate.ipynb #82b63603
-def _about_codes(run, base, net, d, eyes, ns):
+def _about_codes(run, base, net, d, real, eyes, ns):
     "What the one drawing says of few labels and of copies"
     norm = lambda z: run.stats.norm(z.to(run.stats.mean)).cpu()
-    def seen(split): im = shuffled(load_images(base.recipe['data'], split, net.config['size'])); return im.y, Drawn(features(eyes, im), encode_all(base.enc, im), im.x)
-    (y, train), (_, test) = seen('train'), seen('test')
+    images, held = (load_images(base.recipe['data'], s, net.config['size']) for s in ('train', 'test')); held, y = shuffled(held), images.y
+    train, test = Drawn(real, encode_all(base.enc, images), images.x), Drawn(features(eyes, held), encode_all(base.enc, held), held.x)
     out = dict(floor={str(n): fid_kid(train.f, test.f[:n]) for n in sorted(ns)}, copies=memorisation(*(o._replace(z=norm(o.z)) for o in (d, train, test))))
     if y is not None and y.ndim == 1 and (y.bincount() >= 100).all(): out['few_shot'] = few_shot(d, train.z, train.f, y, run.stats.cpu(), range(int(y.max()) + 1))
     return out
@@ -204,8 +206,7 @@ def evaluate_latent(
     got = {f'{w} {s}': drawn(f, nets, w, eyes, min(n, calls//s), s, chunk=chunk, log=log) for s in steps for w, f in ways_.items()}
     real = features(eyes, load_images(base.recipe['data'], 'train', net.config['size']))
     d = dict(table={k: fid_kid(real, o.f) for k, o in got.items()}, feats=eyes.name, real=len(real))
-    w = next(k for k in ways_ if latent <= (k != 'DDIM')); s = max(steps, key=lambda s: (len(got[f'{w} {s}'].f), s))
-    if latent: d |= _about_codes(run, base, net, got[f'{w} {s}'], eyes, {len(o.f) for o in got.values()}) | dict(drawing=f'{w} {s}')
+    if latent: k = max((k for k in got if k.rsplit(' ', 1)[0] == next(w for w in ways_ if w != 'DDIM')), key=lambda k: (len(got[k].f), int(k.split()[-1]))); d |= _about_codes(run, base, net, got[k], real, eyes, {len(o.f) for o in got.values()}) | dict(drawing=k)
     return d | dict(run=run.about['name'], size=size_of(run), seconds=round(time.time() - t0), hardware=hardware(where(net)), versions=versions(), result=run.about['result'])
 
 EVALUATORS['net', 'stats'] = evaluate_latent

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ENCODERS', 'RECIPES', 'METHODS', 'ConvEncoder', 'GradientEstimator', 'pdae_denoiser', 'pdae_loss', 'with_codes',
            'encode', 'gap_ratio', 'pdae_result', 'stand_on', 'pdae_task', 'restored', 'lerp_trajectories', 'as_x0',
-           'kind_of', 'net_of', 'learnt', 'decode', 'decoder_of', 'reconstruct']
+           'kind_of', 'net_of', 'weights_of', 'learnt', 'decode', 'decoder_of', 'reconstruct']
 
 # %% ../nbs/09_pdae.ipynb #a89c774d
 import io, math
@@ -18,7 +18,7 @@ from .forward import Schedule, shift_to_eps
 from .denoise import Denoiser, denoising_loss
 from .sample import invert, sample
 from .unet import Attention, Up, norm
-from .files import build, load_run, spec_of
+from .files import build, fingerprint, load_run, spec_of
 from .train import RECIPES, TASKS, Recipe, Task, noise_mse
 from .gap import gap_curve
 from .guidance import guided
@@ -296,6 +296,12 @@ def net_of(
 ):       # a network with `config`
     "The network that tells the geometry of a run's images"
     return next(getattr(run, k) for k in ('dpm', 'unet', 'vae', 'decoder') if hasattr(run, k))
+
+def weights_of(
+    run,    # what `load_run` gives
+) -> list:  # a few letters for each part, in a fixed order
+    "Which weights these are"
+    return [fingerprint(getattr(run, k)) for k in sorted(run.about['parts'], key=str.lower)]
 
 def learnt(
     run,  # what `load_run` gives

@@ -23,7 +23,7 @@ from .weighting import w_pdae
 
 # %% ../nbs/13d_space.ipynb #8775ebc6
 from .denoise import denoising_loss
-from .pdae import METHODS, GradientEstimator, decode, decoder_of, encode, kind_of, learnt, net_of, pdae_denoiser, stand_on
+from .pdae import METHODS, GradientEstimator, decode, decoder_of, encode, kind_of, learnt, net_of, pdae_denoiser, stand_on, weights_of
 from .diffae import step_seconds
 from .scorevae import PRESETS, Posterior, code_noise, kl_to_prior
 from .latent import ZStats, edit, encode_all, fit_probe, lerp, slerp, to_median
@@ -201,8 +201,6 @@ def _rough(run, x1, x2, eyes, steps):
     (a, b), path, draw = walks(run, x1, x2, steps); v = ppl(draw, a, b, partial(lpips, net=eyes), path=path, t=torch.linspace(.01, .98, len(x1))); return [*_mean(v), v.median().item()]
 
 # %% ../nbs/13d_space.ipynb #5a97a2a6
-def _prints(run): return [fingerprint(getattr(run, p)) for p in run.about['parts']]
-
 def _restored(run, x0, y, jury, steps, log):
     "way -> numbers of `reconstruction_table`"
     name = kind_of(run) if hasattr(run, 'enc') else 'DPM'; d = reconstruction_table(run, x0, y, jury, None, (steps,), log=log, ways=('random, DDIM', 'inferred, DDIM'))
@@ -211,7 +209,7 @@ def _restored(run, x0, y, jury, steps, log):
 def _drawn(run, old, images, eyes, n, steps, log):
     "way -> FID: of a DPM's samples, of codes from a latent run or a prior, of test codes decoded; what `old` holds of the same weights is taken from it"
     latent = run.path.with_name(f'{run.path.name}_latent'); names = [run.path]*(not hasattr(run, 'enc') or isinstance(run.enc, Posterior)) + [latent]*(latent/'run.json').exists()
-    real, out, mine = None, {}, set(_prints(run))
+    real, out, mine = None, {}, set(weights_of(run))
     for ws, nets in (ways(o, where(net_of(run))) for o in names):
         if not mine <= set(map(fingerprint, nets)): raise ValueError(f'{latent} draws codes for another autoencoder than {run.path}')
         mark = ' '.join(map(fingerprint, nets))
@@ -257,9 +255,9 @@ def _measures(yard, images, test, jury, eyes, n, steps, fid_images, seconds, log
 def _begun(path, about, weights):
     "What an earlier call has measured, if it was of the same runs"
     if not path.exists(): return dict(about=about, rows={}, seconds=0)
-    try: d = json.loads(path.read_text()); old, rows = d['about'], d['rows']
-    except (ValueError, KeyError, TypeError) as e: raise ValueError(f'{path} holds no measurement of codes ({type(e).__name__}: {e}); choose another path, or delete it') from e
-    other = [k for k in weights if k in rows and rows[k]['weights'] != weights[k]]
+    try: d = json.loads(path.read_text()); old, had, _ = d['about'], {k: v['weights'] for k, v in d['rows'].items()}, d['seconds'] + 0
+    except (ValueError, KeyError, TypeError, AttributeError) as e: raise ValueError(f'{path} holds no measurement of codes ({type(e).__name__}: {e}); choose another path, or delete it') from e
+    other = [k for k in weights if k in had and had[k] != weights[k]]
     if other or old != json.loads(json.dumps(about)): raise ValueError(f'{path} holds a measurement of other {"weights of " + ", ".join(other) if other else "counts, or by another judge or yardstick"}; choose another path, or delete it')
     return d
 
@@ -280,7 +278,7 @@ def evaluate_space(
     if isinstance(names, str): judge, names = judge or f'{names}_judge', {k: f'{names}_{v}' for k, v in RIVALS.items() if (models_dir()/f'{names}_{v}/run.json').exists()}
     if not names: raise ValueError(f'nothing of these data is trained: {models_dir()} holds no runs to compare')
     judge = judge or 'mnist_judge'; runs = {k: (coder_of if hasattr(load_run(v), 'enc') else dpm_of)(v, device)[0] for k, v in names.items()}
-    (_, jury), path, yard, weights = part_of(judge, 'judge', device), Path(path), next(iter(runs.values())), {k: ' '.join(_prints(r)) for k, r in runs.items()}
+    (_, jury), path, yard, weights = part_of(judge, 'judge', device), Path(path), next(iter(runs.values())), {k: ' '.join(weights_of(r)) for k, r in runs.items()}
     about = dict(judge=Path(judge).name, weights=fingerprint(jury), yard=next(iter(weights.values())), n=n, steps=steps, fid_images=fid_images, t=TIMES); d = _begun(path, about, weights)
     images, test = (load_images(yard.recipe['data'], s, net_of(yard).config['size']) for s in ('train', 'test')); test = test if test.y is None else shuffled(test)
     if images.y is None or images.y.ndim != 1: raise ValueError(f'{yard.recipe["data"]} has no classes; this measures codes by classes')

@@ -95,6 +95,7 @@ def test_diff_ae_needs_what_the_readme_says():
     pdae, diffae, dpm = (json.loads((ROOT/f'data/models/mnist_{k}/run.json').read_text()) for k in ('pdae', 'diffae', 'dpm')); way = looks(ROOT/'data/results/mnist_diffae/training.jsonl')
     assert f'as many images in all ({diffae["images_seen"]:,})' in README and diffae['images_seen'] == pdae['images_seen'] + dpm['images_seen']
     assert 'a noise MSE of {:.4f} on test digits, PDAE at {:.4f}, the DPM alone at {:.4f}'.format(*(o['result']['test_noise_mse'] for o in (diffae, pdae, dpm))) in README
+    assert f'Diff-AE\'s in {diffae["seconds"]/60:.0f} minutes' in README and diffae['hardware'].startswith('2 CPU cores')
     there = int(re.search(r'where PDAE ends after ([\d,]+) images', README)[1].replace(',', '')); assert abs(there/images_to_reach(way['seen'], way['noise_mse'], pdae['result']['test_noise_mse']) - 1) < .05        # the page asks PDAE on the 2,000 images of the curve
     assert f'PDAE needed {pdae["images_seen"]/there:.0%} of them'.replace('%', ' %') in README and f'with its DPM\'s {diffae["images_seen"]/there:.0%}'.replace('%', ' %') in README
 
