@@ -195,7 +195,7 @@ def evaluate_latent(
     log=print,               # where progress is told
     chunk=250,               # images at a time
     *,
-    calls=10**9,             # network calls that a row may cost, so that many steps get fewer images; whole chunks
+    calls=10**9,             # network calls that a row may cost: more steps get fewer images, in whole chunks; the fewest steps get all `n`
 ) -> dict:                   # numbers, ready for JSON
     "FID of every way to draw, few-shot classes, and copies (PDAE Tables 2 and 3, Diff-AE Tables 3 and 4, Fig. 9)"
     (ways_, nets), (_, jury), run, t0 = ways(name, device), part_of(judge, 'judge', device), load_run(name), time.time()
@@ -203,7 +203,7 @@ def evaluate_latent(
     base, net = coder_of(run.recipe['net']['run'], device) if latent else dpm_of(name, device)
     if jury.config['c'] != net.config['c']: raise ValueError(f'{judge} looks at images of {jury.config["c"]} channels, {name} draws {net.config["c"]}')
     if (few := min(n, calls//max(steps))) < 20: raise ValueError(f'a row of {few} images is too short for FIDs: n is {n}, and {calls:,} calls are {calls//max(steps)} images of {max(steps)} steps')
-    got = {f'{w} {s}': drawn(f, nets, w, eyes, min(n, calls//s), s, chunk=chunk, log=log) for s in steps for w, f in ways_.items()}
+    got = {f'{w} {s}': drawn(f, nets, w, eyes, n if s == min(steps) else min(n, calls//s), s, chunk=chunk, log=log) for s in steps for w, f in ways_.items()}
     real = features(eyes, load_images(base.recipe['data'], 'train', net.config['size']))
     d = dict(table={k: fid_kid(real, o.f) for k, o in got.items()}, feats=eyes.name, real=len(real))
     if latent: k = max((k for k in got if k.rsplit(' ', 1)[0] == next(w for w in ways_ if w != 'DDIM')), key=lambda k: (len(got[k].f), int(k.split()[-1]))); d |= _about_codes(run, base, net, got[k], real, eyes, {len(o.f) for o in got.values()}) | dict(drawing=k)

@@ -46,7 +46,7 @@ def test_latent_runs_of_random_codes_are_judged_and_drawn(runs, kind, name):
     assert main(['sample', str(runs[f'{kind}_latent']), '--n', '2', '--steps', '2', '--out', str(runs['dpm'].parent/'x.png')]) == 0
 
 def test_equal_work(runs):
-    d = evaluate_latent(runs['dpm'], 60, (1, 3), runs['judge'], chunk=20, calls=60, **quiet); assert {k: v['n'] for k, v in d['table'].items()} == {'DDIM 1': 60, 'DDIM 3': 20}
+    d = evaluate_latent(runs['dpm'], 90, (1, 3), runs['judge'], chunk=20, calls=60, **quiet); assert {k: v['n'] for k, v in d['table'].items()} == {'DDIM 1': 90, 'DDIM 3': 20}
     with pytest.raises(ValueError, match='a row of 19 images is too short for FIDs'): evaluate_latent(runs['dpm'], 60, (1, 3), runs['judge'], calls=59, **quiet)
 
 def test_a_drawing_of_nan_is_not_kept(runs):
