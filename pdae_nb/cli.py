@@ -185,7 +185,7 @@ def cmd_evaluate(
     judge:str='mnist_judge', # run with a classifier of clean images; for a DPM '' is none
     test_images:int=None,    # test images to measure on; else 10,000 for a DPM, 1000 if conditional, 2000 for a classifier, 100 for an autoencoder
     gap_images:int=None,     # test images for an autoencoder's gap; else 1000
-    calls:int=None,          # network calls that a row of FIDs of a latent run may cost; else no bound
+    calls:int=None,          # network calls that a row of FIDs of a latent run may cost, but for the fewest steps; else no bound
     out:str=None,            # JSON to write; else data/results/NAME/SIZE.json
     device:str=None,         # cpu or cuda; else the GPU if there is one
 ):

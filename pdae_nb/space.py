@@ -94,7 +94,7 @@ def probe_auroc(
     test: Tensor,  # codes of test images: (M,D)
     y: Tensor,     # which training images have each attribute: bool (N,A)
     yt: Tensor,    # the same of the test images: (M,A)
-    Cs=(1e-4, 1e-3, 1e-2, 1e-1), # inverse strengths of the probes' penalty, of which the last fifth of the training images chooses one
+    Cs=(1e-4, 1e-3, .01, .1, 1., 10., 100., 1e3), # inverse strengths of the probes' penalty, of which the last fifth of the training images chooses one
 ) -> tuple:        # AUROC of each attribute, None where a class is missing; the C chosen; logits of the attributes that have both: (M,≤A)
     "What a linear probe can read off a code (Diff-AE App. E, Table 8)"
     n = len(train)*4//5; ok = [k for k in range(y.shape[1]) if all(0 < int(v.sum()) < len(v) for v in (y[:n, k], y[n:, k], yt[:, k]))]
@@ -153,13 +153,14 @@ def truncation(
     scales=(0., .5, 1., 1.5, 2., 2.5, 3.), # PDAE Fig. 9
     n=500,      # samples for each
     steps=20,   # DDIM steps
-) -> dict:      # scale, accuracy, fid; n
+) -> dict:      # scale, accuracy, fid and its standard error; n
     "Accuracy against FID as the label speaks louder: the truncation-like effect (PDAE Fig. 9)"
-    y, xT = torch.arange(n, device=where(run.G)) % run.G.z_dim, noise_for(run.dpm, n, 0); out = dict(scale=list(scales), accuracy=[], fid=[], n=n)
+    y, xT = torch.arange(n, device=where(run.G)) % run.G.z_dim, noise_for(run.dpm, n, 0); out = dict(scale=list(scales), accuracy=[], fid=[], fid_error=[], n=n)
     for s in scales:
         parts = zip(xT.split(100), F.one_hot(y, run.G.z_dim).to(xT).split(100))
         with torch.autocast(xT.device.type, torch.bfloat16): x = torch.cat([sample(pdae_denoiser(run.G, z, run.sched, scale=s), o, run.sched, steps, clip=1.) for o, z in parts]).float()
-        out['accuracy'].append((judged(jury, x).argmax(1) == y).double().mean().item()); out['fid'].append(frechet(real, features(eyes, x)))
+        out['accuracy'].append((judged(jury, x).argmax(1) == y).double().mean().item())
+        for k, v in zip(('fid', 'fid_error'), fid_kid(real, features(eyes, x))['fid']): out[k].append(v)
     return out
 
 def evaluate_label(

@@ -26,13 +26,14 @@ def timestep_embedding(
 
 # %% ../nbs/04_unet.ipynb #16c50fe3
 class GroupNorm(nn.GroupNorm):
-    "torch's GroupNorm, which also trains on top of frozen features"
+    "torch's GroupNorm, with the copies that a CPU wants"
     def forward(self,
         x: Tensor, # features: (B,c,H,W)
     ) -> Tensor:   # like `x`
         "γ·(h - mean)/deviation + β, group by group"
-        frozen = torch.is_grad_enabled() and self.weight.requires_grad and not x.requires_grad
-        return super().forward(x.contiguous() if frozen else x)  # channels_last would crash the backward of torch 2.13 on a CPU
+        if not x.is_cpu: return super().forward(x)
+        last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 # %% ../nbs/04_unet.ipynb #de4c78cf
 def norm(

@@ -7,6 +7,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT/'README.md').read_text()
 ENV = os.environ | dict(PDAE_NB_SIZE='smoke', MPLBACKEND='Agg', OMP_NUM_THREADS='2', HF_HUB_OFFLINE='1')
 
+def percent(v): return f'{v:.1%}'.replace('%', ' %')
 def blocks(kind): return re.findall(rf'^```{kind}\n(.*?)^```', README, re.M | re.S)
 
 def test_python_stands_by_line_20():
@@ -68,7 +69,6 @@ def test_numbers_are_those_of_the_run():
 def test_the_critical_stage_is_the_one_measured():
     d = json.loads((ROOT/'data/results/critical_stage_ddim/lesson.json').read_text()); f, about = d['shortest'], d['about']
     a, b = f['window']
-    percent = lambda v: f'{v:.1%}'.replace('%', ' %')
     assert f'{a} < t ≤ {b}, {percent(f["accuracy"])} of {f["samples"]} samples' in README
     assert f'{percent(f["full"])} when guided throughout and {percent(f["none"])} when never' in README
     assert f'keeps {f["share"]:.0%}'.replace('%', ' %') in README and f'scale {about["scale"]:g})' in README and f'{about["T"]//about["step"]*about["substeps"]} steps' in README
@@ -83,7 +83,7 @@ def test_the_twin_gains_what_the_readme_says():
 
 def test_pdae_does_what_the_readme_says():
     run, d = (json.loads((ROOT/'data'/p).read_text()) for p in ('models/mnist_pdae/run.json', 'results/mnist_pdae/lesson.json'))
-    of, percent = lambda k, m='mse': d['table'][k][m][0], lambda v: f'{v:.1%}'.replace('%', ' %')
+    of = lambda k, m='mse': d['table'][k][m][0]
     left = {t: a/b for t, a, b in zip(d['gap']['t'], d['gap']['pdae']['mean'], d['gap']['dpm']['mean'])}; best = min(left, key=left.get)
     assert f'writes {run["recipe"]["net"]["z_dim"]} numbers' in README and f'in {run["images_seen"]:,} images and {run["seconds"]/60:.0f} minutes' in README
     assert f'up to {100*(1 - left[best]):.0f} % of the gap ({d["gap"]["images"]:,} test digits, t = {best})' in README
@@ -102,3 +102,13 @@ def test_diff_ae_needs_what_the_readme_says():
 def test_the_latent_model_took_what_the_readme_says():
     run = json.loads((ROOT/'data/models/mnist_pdae_latent/run.json').read_text()); base = json.loads((ROOT/'data/models/mnist_pdae/run.json').read_text())
     assert f'a DPM over the {base["recipe"]["net"]["z_dim"]} numbers, {run["seconds"]/60:.0f} minutes of training' in README
+
+def test_the_methods_stand_side_by_side_as_measured():
+    d = json.loads((ROOT/'data/results/mnist_space/lesson.json').read_text()); pm = lambda v, f: '–' if v is None else f'{v[0]:{f}} ± {v[1]:{f}}'; rows = {k: r for k, r in d['rows'].items() if 'cost' in r}
+    assert f'in {d["about"]["steps"]} steps: {d["about"]["n"]} test digits' in README and f'FID of {d["about"]["fid_images"]:,} drawn digits' in README
+    for k, r in rows.items():
+        o, c, own = r['restored'], r['cost'], [v['fid'] for w, v in r['drawn'].items() if '+' not in w and 'to the end' not in w]
+        assert f'| {k} | {pm(o.get("random", {}).get("mse"), ".4f")} | {pm(o["inferred"]["mse"], ".5f")} | {pm(r.get("legible", {}).get("accuracy"), ".1%")} | {" / ".join(pm(v, ".1f") for v in own)} | {c["images"]:,} | {c["step_ratio"]:.1f} | {c["reconstruction_ratio"]:.1f} |' in README
+    assert set(rows) >= {'DDIM', 'PDAE', 'Diff-AE'}
+    t = json.loads((ROOT/'data/results/mnist_label_pdae/lesson.json').read_text())['truncation']; at = dict(zip(t['scale'], t['accuracy']))
+    assert f'obeys in {percent(at[0])} of {t["n"]} samples at scale 0 (it is not heard), {percent(at[1])} at scale 1 and {percent(at[3])} at scale 3; the best FID is at scale {min(zip(t["fid"], t["scale"]))[1]:g}' in README
