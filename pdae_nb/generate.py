@@ -206,7 +206,9 @@ def evaluate_latent(
     got = {f'{w} {s}': drawn(f, nets, w, eyes, n if s == min(steps) else min(n, calls//s), s, chunk=chunk, log=log) for s in steps for w, f in ways_.items()}
     real = features(eyes, load_images(base.recipe['data'], 'train', net.config['size']))
     d = dict(table={k: fid_kid(real, o.f) for k, o in got.items()}, feats=eyes.name, real=len(real))
-    if latent: k = max((k for k in got if k.rsplit(' ', 1)[0] == next(w for w in ways_ if w != 'DDIM')), key=lambda k: (len(got[k].f), int(k.split()[-1]))); d |= _about_codes(run, base, net, got[k], real, eyes, {len(o.f) for o in got.values()}) | dict(drawing=k)
+    if latent:
+        own = next(w for w in ways_ if w != 'DDIM'); k = max((f'{own} {s}' for s in sorted(steps, reverse=True)), key=lambda k: len(got[k].f))      # the largest drawing, of the most steps
+        d |= _about_codes(run, base, net, got[k], real, eyes, {len(o.f) for o in got.values()}) | dict(drawing=k)
     return d | dict(run=run.about['name'], size=size_of(run), seconds=round(time.time() - t0), hardware=hardware(where(net)), versions=versions(), result=run.about['result'])
 
 EVALUATORS['net', 'stats'] = evaluate_latent

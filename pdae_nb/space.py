@@ -155,6 +155,7 @@ def truncation(
     steps=20,   # DDIM steps
 ) -> dict:      # scale, accuracy, fid and its standard error; n
     "Accuracy against FID as the label speaks louder: the truncation-like effect (PDAE Fig. 9)"
+    if n < 20: raise ValueError(f'an FID with its error needs at least 20 samples for each scale, got {n}')
     y, xT = torch.arange(n, device=where(run.G)) % run.G.z_dim, noise_for(run.dpm, n, 0); out = dict(scale=list(scales), accuracy=[], fid=[], fid_error=[], n=n)
     for s in scales:
         parts = zip(xT.split(100), F.one_hot(y, run.G.z_dim).to(xT).split(100))
