@@ -10,7 +10,7 @@ demo: $(VENV)/.ready   ## sample, invert and reconstruct digits with the shipped
 test: $(VENV)/.ready   ## everything a clean checkout must pass
 	$(BIN)/python .ci/sync_settings.py --check
 	PATH="$(abspath $(BIN)):$$PATH" sh .ci/check_export
-	$(BIN)/python -m pytest -q --durations=8 tests
+	$(BIN)/python -m pytest -q --durations=8 -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true tests
 
 lab: $(VENV)/.ready    ## the lessons, in JupyterLab
 	MPLBACKEND= $(BIN)/jupyter-lab nbs/index.ipynb

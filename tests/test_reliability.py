@@ -2,7 +2,7 @@
 
 One process imports torch and forks a child for every run below (`python tests/test_reliability.py` is that process), so that a run costs what its steps cost.
 A child can be told to kill itself at a named moment (`kill=('half', 2)`: when the second file is half written), or be killed from here at any moment."""
-import itertools, json, os, random, shutil, signal, subprocess, sys, time
+import itertools, json, os, random, select, shutil, signal, subprocess, sys, time
 from functools import cache, partial
 from pathlib import Path
 
@@ -107,11 +107,14 @@ def fork(job):
     finally: os._exit(status)
 
 def serve():
-    import tempfile, torch
+    import tempfile, threading, torch
+    from tqdm import tqdm
     torch.set_num_threads(1)
+    tqdm.monitor_interval = 0; tqdm.set_lock(threading.RLock())           # no thread of tqdm's, and no lock that a killed child could take with it
     import pdae_nb.train as T
     T.load_images = cache(T.load_images)                                  # the children find the digits in memory
     with tempfile.TemporaryDirectory() as d: T.train(NAME, small(images=16), d, task, log=lambda s: None)   # … and all lazy imports done
+    if (tasks := Path('/proc/self/task')).exists() and (n := len(list(tasks.iterdir()))) > 1: sys.exit(f'{n} threads: a child could inherit a lock that nobody will open')
     print('ready', flush=True)
     for line in sys.stdin:
         job = json.loads(line)
@@ -131,13 +134,19 @@ from pdae_nb.sample import invert_exactly, sample, trajectory
 from pdae_nb.train import EMA, NonFinite, Recipe, fit, recipe, train
 from pdae_nb.unet import UNet
 
-ENV = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='', PYTHONHASHSEED='0', MPLBACKEND='Agg')
+ENV = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='', PYTHONHASHSEED='0', MPLBACKEND='Agg', ARROW_DEFAULT_MEMORY_POOL='system', PYTHONFAULTHANDLER='1')
 
 class Server:
     def __init__(self, log):
         self.log, self.p = str(log), subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENV, cwd=ROOT)
-        assert self.p.stdout.readline() == 'ready\n'
-    def ask(self, **job): print(json.dumps(job), file=self.p.stdin, flush=True); return int(self.p.stdout.readline())
+        assert self.answer('start') == 'ready\n'
+    def answer(self, job, pid=None):
+        "Its next line; if none comes, the stacks of whoever hangs go to the log and to stderr, and all later runs fail at once"
+        if not select.select([self.p.stdout], [], [], 300)[0]:
+            for p in filter(None, (pid, self.p.pid)): os.kill(p, signal.SIGABRT); time.sleep(1)
+            raise TimeoutError(f'no answer to {job} for 300 s. {Path(self.log).read_text() if Path(self.log).exists() else ""}')
+        return self.p.stdout.readline()
+    def ask(self, **job): print(json.dumps(job), file=self.p.stdin, flush=True); return int(self.answer(job, job.get('wait')))
     def start(self, job='train', log=None, **kw): return self.ask(job=job, log=log or self.log, **{k: str(v) if isinstance(v, Path) else v for k, v in kw.items()})
     def wait(self, pid): return os.waitstatus_to_exitcode(self.ask(wait=pid))
     def run(self, job='train', **kw):
