@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 # %% ../nbs/05b_bench.ipynb #4a26bdc4
 from .forward import Schedule
 from .denoise import denoising_loss
-from .unet import UNet
+from .unet import UNet, autocast, bf16_pays
 from .train import RECIPES, EMA, fit, hardware, recipe, versions
 
 # %% ../nbs/05b_bench.ipynb #4961f4e4
@@ -93,7 +93,7 @@ def _workload(config, bs, dev, *, ours=True, compile=False):
     steps = fit(lambda x0, y: denoising_loss(net, x0, sched), net.parameters(), iter(lambda: (x, None), 0), r, ema, amp=ours)
     def train(): next(steps); _sync(dev)
     def forward():
-        with torch.no_grad(), torch.autocast(dev.type, torch.bfloat16, enabled=ours): net(x, t)
+        with torch.no_grad(), autocast(dev, ours): net(x, t)
         _sync(dev)
     return SimpleNamespace(train=train, forward=forward, gflops=counted)
 
@@ -110,9 +110,9 @@ def bench_speed(
     geometries=None, # name -> keyword arguments of the U-Net; None takes the lesson's and the CelebA-64 one
     cold=True,     # also time a cold start, in new processes
 ) -> dict:         # numbers, ready for JSON
-    "Speed as ratios within one run: our defaults (bf16 autocast, channels_last) against plain fp32, and both against the machine's peak"
+    "Speed as ratios within one run: our defaults (channels_last, and bf16 autocast where it pays) against plain fp32, and both against the machine's peak"
     dev, t0 = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu')), time.time()
-    tops = {k: peak(dev, dt, seconds) for k, dt in (('fp32', torch.float32), ('ours', torch.bfloat16))}
+    tops = {k: peak(dev, dt, seconds) for k, dt in (('fp32', torch.float32), ('ours', torch.bfloat16 if bf16_pays(dev) else torch.float32))}
     d = dict(hardware=hardware(dev), versions=versions(), peak_gflops=tops, seed=0)
     for name, config in (geometries or GEOMETRIES).items():
         bs = 128 if dev.type == 'cuda' else 64 if config['size'] < 64 else 4

@@ -16,6 +16,7 @@ from fastcore.script import anno_parser
 # %% ../nbs/16_cli.ipynb #9d4fef79
 from .data import load_images, mnist_or_digits, show, to_signed
 from .sample import belm_step, ddim_step, dpmpp_step, round_trip, sample, trajectory
+from .unet import autocast, bf16_pays
 from .files import Stopped, fingerprint, load_run
 from .train import TASKS, _task_of, hardware, recipe, train as train_run, versions
 from .bench import bench_speed
@@ -258,8 +259,8 @@ def cmd_stages(
     parts.config = net.config
     y, path = torch.arange(n, device=dev) % nets['clf'].config['classes'], Path(out or results_path(f'critical_stage_{sampler}', size))
     store = path if path.exists() else path.with_name(f'{path.stem}.part.json')            # a map comes to its place when it is whole
-    about = dict(dpm=str(dpm), classifier=str(clf), judge=str(judge), weights={k: fingerprint(v) for k, v in dict(dpm=net, **nets).items()}, bf16=True)
-    with torch.autocast(dev.type, torch.bfloat16):
+    about = dict(dpm=str(dpm), classifier=str(clf), judge=str(judge), weights={k: fingerprint(v) for k, v in dict(dpm=net, **nets).items()}, bf16=bf16_pays(dev))
+    with autocast(dev):
         cells = stage_grid(parts, nets['clf'], nets['judge'], noise_for(net, n, 0), y, run.sched, path=store, about=about, scale=scale, eta=float(sampler == 'ddpm'), **row)
     d = json.loads(store.read_text())
     found = dict(shortest=shortest_window(cells), calls=grid_calls(run.sched, d['about']['step'], d['about']['substeps']), hardware=hardware(dev), versions=versions())

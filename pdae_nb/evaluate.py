@@ -19,7 +19,7 @@ from .denoise import loss_curve
 from .sample import dpmpp_step, invert, round_trip, sample, snr_times
 
 # %% ../nbs/13b_evaluate.ipynb #37a9fb13
-from .unet import UNet
+from .unet import UNet, autocast
 from .files import fingerprint, load_run
 from .train import RECIPES, fit, hardware, noise_mse, versions
 from .bench import _sync, gflops, race
@@ -317,7 +317,7 @@ def bench_pdae(
         apart = lambda xt, t, z: (dpm(xt, t), whole(xt, t, z)); apart.dpm = dpm
         def forward(f):
             def g():
-                with torch.no_grad(), torch.autocast(dev.type, torch.bfloat16): f()
+                with torch.no_grad(), autocast(dev): f()
                 _sync(dev)
             return g
         def train(G, params):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from .data import cache_dir, load_images, to_signed, to_uint8
 from .sample import sample
+from .unet import autocast
 from .files import fingerprint, load_run, read_tensors, write_tensors
 from .train import hardware, versions
 from .pdae import decode, kind_of
@@ -31,8 +32,8 @@ def shuffled(
 
 # %% ../nbs/13c_generate.ipynb #3febf884
 def _drew(f, net, run, n, seed, steps):
-    "Samples, in bf16 as in training: half the time"
-    with torch.autocast(where(net).type, torch.bfloat16): return sample(f, noise_for(net, n, seed), run.sched, steps, clip=1.)
+    "Samples, in bf16 if that is faster, as in training"
+    with autocast(where(net)): return sample(f, noise_for(net, n, seed), run.sched, steps, clip=1.)
 def _plain(run, net): return lambda n, seed, steps: (_drew(net, net, run, n, seed, steps), torch.zeros(n, 0))
 
 def _by_codes(base, net, new, latent=False):
@@ -78,7 +79,7 @@ def drawn(
     n,              # how many images are wanted
     steps,          # DDIM steps
     *,
-    chunk=250,      # images at a time
+    chunk=50,       # images at a time; more are slower on a CPU
     keep=1000,      # images to keep as pixels
     log=print,      # where progress is told
 ) -> Drawn:         # of the first `n` images
@@ -91,7 +92,8 @@ def drawn(
         if bad := (~x.isfinite()).flatten(1).any(1).sum(): raise ValueError(f'{label}, {steps} steps: {bad} of {len(x)} images have NaN or infinite pixels')
         with torch.no_grad(): new = Drawn(feats(x).float().cpu(), z.float(), to_uint8(x).cpu())
         d = Drawn(*map(torch.cat, zip(d, new))) if d else new
-        d = d._replace(x=d.x[:keep]); write_tensors(path, d._asdict()); log(f'{label}, {steps} steps: {len(d.f)} of {n}')
+        d = d._replace(x=d.x[:keep]); write_tensors(path, d._asdict())
+        if len(d.f) >= n or len(d.f) % 1000 < chunk: log(f'{label}, {steps} steps: {len(d.f)} of {n}')
     return Drawn(d.f[:n], d.z[:n], d.x[:n])
 
 # %% ../nbs/13c_generate.ipynb #4996045c
@@ -193,7 +195,7 @@ def evaluate_latent(
     judge='mnist_judge',     # run with a classifier of clean images: the eyes
     device=None,             # cpu or cuda; else the GPU if there is one
     log=print,               # where progress is told
-    chunk=250,               # images at a time
+    chunk=50,                # images at a time; more are slower on a CPU, faster on a GPU
     *,
     calls=10**9,             # network calls that a row may cost: more steps get fewer images, in whole chunks; the fewest steps get all `n`
 ) -> dict:                   # numbers, ready for JSON

@@ -15,6 +15,7 @@ from torch import Tensor
 from .data import load_images, to_signed
 from .forward import add_noise
 from .sample import invert, sample
+from .unet import autocast
 from .files import fingerprint, load_run, models_dir
 from .train import RECIPES, TASKS, Recipe, Task, hardware, noise_mse, versions
 from .bench import race
@@ -116,7 +117,7 @@ def manipulation_fid(
     "Manipulated against positive and negative, and the untouched against both (Diff-AE Table 9)"
     some, x = images[((images.y == a) | (images.y == b)).nonzero()[:, 0]], to_signed(held.x[held.y == a][:n]).to(where(run.enc))
     has = some.y == b; z = encode_all(run.enc, some).to(x); probe = fit_probe(z, has, ZStats(z), C=1e-3); s = to_median(encode(run.enc, x), probe, z[has])
-    with torch.autocast(x.device.type, torch.bfloat16): new = torch.cat([edit(run, c, probe, [k], steps)[0] for c, k in zip(x.split(50), s.split(50))]).float()
+    with autocast(x.device): new = torch.cat([edit(run, c, probe, [k], steps)[0] for c, k in zip(x.split(50), s.split(50))]).float()
     neg, pos = features(eyes, some[~has]), features(eyes, some[has]); fd = lambda o, real: frechet(real, features(eyes, o.clamp(-1, 1)))
     return dict(untouched_positive=fd(x, pos), pushed_positive=fd(new, pos), pushed_negative=fd(new, neg), untouched_negative=fd(x, neg), n=len(x), s=s.mean().item()), new
 
@@ -159,7 +160,7 @@ def truncation(
     y, xT = torch.arange(n, device=where(run.G)) % run.G.z_dim, noise_for(run.dpm, n, 0); out = dict(scale=list(scales), accuracy=[], fid=[], fid_error=[], n=n)
     for s in scales:
         parts = zip(xT.split(100), F.one_hot(y, run.G.z_dim).to(xT).split(100))
-        with torch.autocast(xT.device.type, torch.bfloat16): x = torch.cat([sample(pdae_denoiser(run.G, z, run.sched, scale=s), o, run.sched, steps, clip=1.) for o, z in parts]).float()
+        with autocast(xT.device): x = torch.cat([sample(pdae_denoiser(run.G, z, run.sched, scale=s), o, run.sched, steps, clip=1.) for o, z in parts]).float()
         out['accuracy'].append((judged(jury, x).argmax(1) == y).double().mean().item())
         for k, v in zip(('fid', 'fid_error'), fid_kid(real, features(eyes, x))['fid']): out[k].append(v)
     return out

@@ -19,7 +19,7 @@ from .data import Images, load_images, batches, to_signed, show, cache_dir
 from .forward import Schedule
 from .denoise import denoising_loss
 from .sample import sample
-from .unet import UNet
+from .unet import UNet, autocast, bf16_pays
 from .files import cast, save_checkpoint, load_checkpoint, models_dir, save_run, load_run, within, Stopped, stoppable, locked
 
 # %% ../nbs/05_train.ipynb #b81b9cbd
@@ -144,7 +144,7 @@ def fit(
     *,
     opt=None,     # optimiser to go on with; None makes one
     start=0,      # steps done before
-    amp=True,     # bf16 autocast
+    amp=True,     # bf16 autocast, where the device has bf16 arithmetic
     patience=10,  # not-finite steps in a row before it gives up
 ):                # yields a `Step` after every step
     "Train; logging, samples and checkpoints belong into the caller's `for` loop"
@@ -153,7 +153,7 @@ def fit(
     opt, dev = opt or optimiser(params, recipe), params[0].device
     for i, (x0, y) in enumerate(batches, start):
         for g in opt.param_groups: g['lr'] = lr_at(recipe, i)
-        with torch.random.fork_rng([dev] if dev.type == 'cuda' else []), torch.autocast(dev.type, torch.bfloat16, enabled=amp):
+        with torch.random.fork_rng([dev] if dev.type == 'cuda' else []), autocast(dev, amp):
             _seed(recipe.seed, i); out = loss_fn(x0, y)
         losses, t = out if isinstance(out, tuple) else (out, None); loss = losses.float().mean()
         norm, ok = _update(loss, params, opt, recipe)
@@ -251,7 +251,7 @@ def _json(o): return json.loads(json.dumps(o))
 
 def hardware(device: torch.device) -> str:
     "What a run was trained on, for people to read"
-    return torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{os.cpu_count()} CPU cores ({platform.machine()}), {torch.get_num_threads()} threads'
+    return torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{os.cpu_count()} CPU cores ({platform.machine()}, {"bf16" if bf16_pays(device) else "fp32"}), {torch.get_num_threads()} threads'
 
 def versions() -> dict:
     "Of everything that decides the numbers of a run"
