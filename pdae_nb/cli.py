@@ -7,16 +7,15 @@ __all__ = ['SOLVERS', 'METHODS', 'STAGES', 'COMMANDS', 'cmd_train', 'cmd_sample'
            'cmd_manipulate', 'cmd_evaluate', 'cmd_bench', 'cmd_study', 'cmd_stages', 'cmd_demo', 'main']
 
 # %% ../nbs/16_cli.ipynb #f9b12740
-import inspect, json, os, sys, time
+import inspect, json, os, sys, time, torch
 from dataclasses import replace
 from pathlib import Path
-import torch
 from fastcore.script import anno_parser
+from .unet import autocast, bf16_pays
 
 # %% ../nbs/16_cli.ipynb #9d4fef79
 from .data import load_images, mnist_or_digits, show, to_signed
 from .sample import belm_step, ddim_step, dpmpp_step, round_trip, sample, trajectory
-from .unet import autocast, bf16_pays
 from .files import Stopped, fingerprint, load_run
 from .train import TASKS, _task_of, hardware, recipe, train as train_run, versions
 from .bench import bench_speed
