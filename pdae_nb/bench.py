@@ -36,7 +36,7 @@ def race(
     ts = torch.tensor(ts, dtype=torch.float64); rounds = ts.sum(1, keepdim=True)
     return dict(zip(fs, ((ts/rounds).median(0).values*rounds.median()).tolist()))
 
-def _sync(dev): torch.cuda.synchronize() if dev.type == 'cuda' else None
+def _sync(dev): torch.cuda.synchronize(dev) if torch.device(dev).type == 'cuda' else None
 
 # %% ../nbs/05b_bench.ipynb #3e944252
 def gflops(

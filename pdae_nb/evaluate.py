@@ -313,7 +313,7 @@ def bench_pdae(
         torch.manual_seed(0); last = dict(memory_format=torch.channels_last)
         dpm = UNet(**config).to(dev, **last); whole = UNet(**config, dz=z_dim).to(dev, **last)
         enc, G = ConvEncoder(config['c'], config['size'], z_dim, groups=8).to(dev, **last), GradientEstimator(dpm, z_dim).to(dev, **last)
-        shape = bs, config['c'], config['size'], config['size']; x, t = torch.rand(shape, device=dev)*2 - 1, torch.full((bs,), 500, device=dev); z = enc(x).detach()
+        shape = bs, config['c'], config['size'], config['size']; x, t = torch.rand(shape, device=dev)*2 - 1, torch.full((bs,), 500, device=dev); z, sched = enc(x).detach(), Schedule.linear()
         apart = lambda xt, t, z: (dpm(xt, t), whole(xt, t, z)); apart.dpm = dpm
         def forward(f):
             def g():
@@ -321,7 +321,7 @@ def bench_pdae(
                 _sync(dev)
             return g
         def train(G, params):
-            r = RECIPES['mnist_pdae', 'lesson']; steps = fit(lambda x0, y: pdae_loss(enc, G, x0, Schedule.linear()), params, iter(lambda: (x, None), 0), r)
+            r = RECIPES['mnist_pdae', 'lesson']; steps = fit(lambda x0, y: pdae_loss(enc, G, x0, sched), params, iter(lambda: (x, None), 0), r)
             def g(): next(steps); _sync(dev)
             return g
         f = race({'PDAE': forward(lambda: G(x, t, z)), 'two networks': forward(lambda: apart(x, t, z)), 'G skipped': forward(lambda: dpm(x, t))}, seconds)

@@ -90,7 +90,7 @@ def plot_gap(
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(6, 2.8))[1]
     for name, v in curves.items():
-        mean, half = band(torch.atleast_2d(torch.as_tensor(v)))
+        mean, half = band(torch.atleast_2d(torch.as_tensor(v).cpu()))
         line, = ax.plot(ts, mean, label=name, lw=1.2); ax.fill_between(ts, mean - half, mean + half, color=line.get_color(), alpha=.3, lw=0)
     ax.set(**dict(xlabel='time t', ylabel=ylabel, yscale='log') | kw); ax.legend(fontsize=8)
     return ax

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from .data import cache_dir, load_images, to_signed, to_uint8
 from .sample import sample
-from .unet import autocast
+from .unet import autocast, bf16_pays
 from .files import fingerprint, load_run, read_tensors, write_tensors
 from .train import hardware, versions
 from .pdae import decode, kind_of
@@ -84,7 +84,7 @@ def drawn(
     log=print,      # where progress is told
 ) -> Drawn:         # of the first `n` images
     "Draw, keep, go on: the same call continues what an earlier one began"
-    key = f'3 {label} {steps} {chunk} {keep} {feats.name} {feats.key} {" ".join(map(fingerprint, nets))}'
+    key = f'3 {label} {steps} {chunk} {keep} {feats.name} {feats.key} {" ".join(map(fingerprint, nets))}{" bf16"*any(bf16_pays(where(o)) for o in nets)}'
     path = cache_dir()/f'drawn-{hashlib.sha256(key.encode()).hexdigest()[:20]}.safetensors'
     d = _kept(path)
     while not d or len(d.f) < n:

@@ -186,7 +186,7 @@ def scale_sweep(
 ) -> dict:           # scale, accuracy, diversity: a list each
     "Guidance too strong: more accurate and less diverse; diversity is the variance of pixels within a class, as a multiple of that of `real`"
     if (n := min((y == k).sum() for k in y.unique())) < 2: raise ValueError(f'diversity needs at least 2 samples of each class, got {n}')
-    spread = lambda x, of: torch.stack([x[of == k].var(0).sum() for k in y.unique()]).mean()
+    y = y.to(xT.device); spread = lambda x, of: torch.stack([x[of == k].var(0).sum() for k in y.unique()]).mean()
     def one(scale):
         x = sample(classifier_guided(dpm, clf, y, sched, scale=scale), xT, sched, steps, clip=clip)
         return (judge(x).argmax(1) == y).double().mean().item(), (spread(x, y)/spread(real, real_y)).item()
@@ -225,7 +225,7 @@ def stage_accuracy(
     seed=0,          # of the noise that DDPM draws
 ) -> Tensor:         # bool (B,): does the judge see what was asked for?
     "Mixed sampling: unguided, but for one stage (PDAE Fig. 3)"
-    f, grid = classifier_guided(dpm, clf, y, sched, scale=scale, window=window), _grid(sched, step, substeps)
+    y = y.to(xT.device); f, grid = classifier_guided(dpm, clf, y, sched, scale=scale, window=window), _grid(sched, step, substeps)
     x = _leg(f, xT, sched, _times(grid[0], grid[-1], step, substeps), eta, clip, seed)
     return judge(x).argmax(1) == y
 
@@ -275,7 +275,7 @@ def stage_grid(
     scale=1., substeps=1, eta=0., clip=1., seed=0, # as in `stage_accuracy`
 ) -> dict:           # (t1,t2) -> bool (B,); (0,0) is no guidance at all
     "Every window of the grid: `stage_accuracy` for each pair, with shared beginnings walked once (PDAE Fig. 3)"
-    grid = _grid(sched, step, substeps)
+    grid, y = _grid(sched, step, substeps), y.to(xT.device)
     about = json.loads(json.dumps(dict(samples=len(xT), step=step, substeps=substeps, scale=scale, eta=eta, clip=clip, seed=seed, T=sched.T) | (about or {})))
     (cells, before), start, guide = _stored(path, about), time.time(), classifier_guided(dpm, clf, y, sched, scale=scale)
     if len(cells) == len(grid)*(len(grid) - 1)//2 + 1: return cells

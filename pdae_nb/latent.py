@@ -116,7 +116,7 @@ def latent_task(
     if not hasattr(base, 'enc'): raise ValueError(f'{name!r} holds {sorted(base.about["parts"])}, no encoder whose codes could be learnt')
     base.enc.to('cuda' if torch.cuda.is_available() else 'cpu')
     train, test = (encode_all(base.enc, load_images(r.data, s, base.enc.config['size'])) for s in ('train', 'test'))
-    stats = ZStats(train); parts = dict(net=MLPSkipNet(train.shape[1], **net), stats=stats)
+    base.enc.cpu(); stats = ZStats(train); parts = dict(net=MLPSkipNet(train.shape[1], **net), stats=stats)
     def loss_fn(zn, y): t = sched.rand_t(len(zn), zn.device); return latent_loss(parts['net'], zn, sched, t=t, reduce=None), t
     def result(parts):
         zn, g = parts['stats'].norm(test.to(parts['stats'].mean.device)), torch.Generator().manual_seed(0)
@@ -264,8 +264,8 @@ def move(
     s,            # how far, in units of sqrt(D): a number, or (B,); below 0 away from it
 ) -> Tensor:      # codes, like `z`
     "z_n + s·sqrt(D)·w/‖w‖, back in the decoder's units (PDAE Sec. 4.5; published code)"
-    s = torch.as_tensor(s).to(z); s = s[:, None] if s.ndim else s
-    return probe.stats.denorm(probe.stats.norm(z) + s*len(probe.w)**.5*probe.w/probe.w.norm())
+    zn = probe.stats.norm(z.to(probe.w)); s = torch.as_tensor(s).to(zn); s = s[:, None] if s.ndim else s
+    return probe.stats.denorm(zn + s*len(probe.w)**.5*probe.w/probe.w.norm()).to(z)
 
 def to_median(
     z: Tensor,         # codes to move: (B,D)

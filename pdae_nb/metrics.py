@@ -54,14 +54,14 @@ def ssim(
     y: Tensor, # what they should be, like `x`
 ) -> Tensor:   # -1…1, 1 where nothing differs: (B,)
     "Structural similarity: 11x11 Gaussian window of sigma 1.5, zero padding, on [0,1] (Wang et al. 2004; PDAE Table 1)"
-    x, y = ((o + 1)/2 for o in _pair(x, y))
+    x, y = _pair(x, y); dtype = x.dtype; x, y = (x.double() + 1)/2, (y.double() + 1)/2       # E[x²] - E[x]² cancels
     w = torch.exp(-torch.arange(-5, 6).to(x)**2/(2*1.5**2)); w = w/w.sum()
     v = torch.stack([x, y, x*x, y*y, x*y]).flatten(0, 2)[:, None]
     v = F.conv2d(F.conv2d(v, w.view(1, 1, -1, 1), padding=(5, 0)), w.view(1, 1, 1, -1), padding=(0, 5))
     mx, my, xx, yy, xy = v.view(5, *x.shape)
     c1, c2 = .01**2, .03**2
     s = (2*mx*my + c1)*(2*(xy - mx*my) + c2)/((mx**2 + my**2 + c1)*(xx - mx**2 + yy - my**2 + c2))
-    return s.flatten(1).mean(1)
+    return s.flatten(1).mean(1).to(dtype)
 
 # %% ../nbs/13_metrics.ipynb #f1e41b72
 def feature_distance(

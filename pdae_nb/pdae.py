@@ -143,7 +143,7 @@ def with_codes(
 def encode(
     enc,        # x_0 -> z
     x0: Tensor, # clean images: (B,...)
-    bs=500,     # images at a pass
+    bs=100,     # images at a pass
 ) -> Tensor:    # codes: (B,z_dim)
     "The codes of many images"
     return torch.cat([enc(o) for o in x0.split(bs)])

@@ -24,7 +24,7 @@ from .unet import Block, HalfUNet, UNet, norm
 
 # %% ../nbs/11_scorevae.ipynb #56e128d5
 from .files import load_run
-from .train import TASKS, Recipe, Task, cached_run, hardware, recipe, train, versions
+from .train import TASKS, Recipe, Task, cached_run, recipe, train, versions
 from .gap import write_json
 from .guidance import guided
 from .weighting import w_likelihood
@@ -347,7 +347,7 @@ def compare_cases(
             run = load_run(train(name, replace(row, seed=seed), root/f'scorevae-{size}-{seed}-{i}', **quiet))
             d['runs'][f'{k} {seed}'] = run.about['result'] | dict(skipped=run.about['steps_skipped'], case=k, seed=seed); log(f'{k}, seed {seed}: {run.about["result"]["test_noise_mse"]:.4f}')
             if k == 'release': d['priors'] |= {f'twice, trained on it {seed}': _judged(_trained_on(priors['twice'], r, seed, root/f'scorevae-{size}-{seed}-twice'), test, own.sched) | dict(prior='twice, trained on it', seed=seed)} | {f'{p} {seed}': _judged(dict(dpm=o.dpm, enc=run.enc), test, o.sched) | dict(prior=p, seed=seed) for p, o in priors.items()}
-    write_json(path, d | dict(hardware=hardware(torch.device('cpu')), versions=versions()))
+    write_json(path, d | dict(hardware=run.about['hardware'], versions=versions()))
     return json.loads(Path(path).read_text())
 
 # %% ../nbs/11_scorevae.ipynb #66000b5f

@@ -169,7 +169,7 @@ def noise_mse(
     x0: Tensor,      # clean held-out data: (N,...)
     sched: Schedule, # noise table
     seed=0,          # of times and noise
-    bs=500,          # batch size
+    bs=100,          # images at a pass
     y: Tensor=None,  # what the denoiser is conditioned on, a row for each image: (N,...)
 ) -> tuple:          # losses (N,) and times (N,), on the CPU
     "How a DPM is judged on data it never saw: each image once, times spread evenly over 1…T, noise fixed by the seed (PDAE Eq. 3)"
@@ -302,7 +302,7 @@ def _start(r, task, out, device, compile, log):
     if meta: st.i, st.seconds, st.skipped = meta['i'], meta['seconds'], meta['skipped']; log(f'going on at step {st.i} of {r.steps}')
     _trim_log(out/'log.jsonl', st.i)
     if compile: [m.compile() for k, m in task.parts.items() if k not in task.twice]
-    if device.type == 'cuda' and task.images.x.numel() < torch.cuda.mem_get_info(device)[0]/4: task.images = task.images.to(device)
+    if device.type == 'cuda' and task.images.x.nbytes < torch.cuda.mem_get_info(device)[0]/4: task.images = task.images.to(device)
     return st
 
 # %% ../nbs/05_train.ipynb #ab2b22a7
@@ -333,7 +333,7 @@ def train(
     look=None,     # (images seen, averaged parts, sched), called at every checkpoint and at the end
     log=tqdm.write,# where progress is told; a terminal also gets a progress bar
 ) -> Path:         # the run's folder
-    "Train a run, or go on with it: the same call resumes, and ends with the same weights bit for bit"
+    "Train a run, or go on with it: the same call resumes and, on a CPU, ends with the same weights bit for bit"
     task, out, device = task or _task_of(name), Path(out), torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     if min(every, log_every) < 1: raise ValueError(f'every and log_every must be at least 1 step, got {every} and {log_every}')
     with locked(out):

@@ -271,11 +271,15 @@ class UNet(HalfUNet):
         return self.up(self.down(xt, e, z), e, z).to(xt.dtype)
 
 # %% ../nbs/04_unet.ipynb #abafead2
+torch.backends.cudnn.allow_tf32 = False   # else a GPU's convolutions round float32 to 10 bits, and exact inversion is not exact
+
 def bf16_pays(
-    device, # `torch.device`
+    device, # 'cpu', 'cuda', or a `torch.device`
 ) -> bool:
     "Whether it has bf16 arithmetic of its own, as GPUs since Ampere and CPUs with AVX-512 or AMX do; without, bf16 is many times slower than float32"
-    if device.type == 'cuda': return torch.cuda.is_bf16_supported(including_emulation=False)
+    device = torch.device(device)
+    if device.type == 'cuda':
+        with torch.cuda.device(device): return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == 'cpu' and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 def autocast(
@@ -283,4 +287,4 @@ def autocast(
     on=True, # False: float32 whatever the device
 ):           # context manager
     "bf16 arithmetic where it pays, float32 elsewhere"
-    return torch.autocast(device.type, torch.bfloat16, enabled=on and bf16_pays(device))
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=on and bf16_pays(device))
