@@ -84,7 +84,7 @@ def drawn(
     log=print,      # where progress is told
 ) -> Drawn:         # of the first `n` images
     "Draw, keep, go on: the same call continues what an earlier one began"
-    key = f'3 {label} {steps} {chunk} {keep} {feats.name} {feats.key} {" ".join(map(fingerprint, nets))}{" bf16"*any(bf16_pays(where(o)) for o in nets)}'
+    key = f'3 {label} {steps} {chunk} {keep} {feats.name} {feats.key} {" ".join(map(fingerprint, nets))}{" bf16"*any(map(bf16_pays, {p.device for o in nets for p in o.parameters()}))}'
     path = cache_dir()/f'drawn-{hashlib.sha256(key.encode()).hexdigest()[:20]}.safetensors'
     d = _kept(path)
     while not d or len(d.f) < n:
