@@ -44,7 +44,7 @@ def test_bf16_only_where_it_pays(pays, monkeypatch):
     def loss_fn(x0, y): out = layer(x0); seen.append(out.dtype); return out.square().mean()
     list(fit(loss_fn, layer.parameters(), iter([(torch.ones(4, 2), None)]), recipe('mnist_dpm', 'smoke')))
     assert seen == [torch.bfloat16 if pays else torch.float32]
-    here = Path(__file__).parent.parent/'pdae_nb'
-    assert [p.name for p in here.glob('*.py') if 'torch.autocast(' in p.read_text()] == ['unet.py'], 'one place decides'
+    package = Path(unet.__file__).parent
+    assert [p.name for p in package.glob('*.py') if 'torch.autocast(' in p.read_text()] == ['unet.py'], 'one place decides'
 
 if __name__ == '__main__': GOLDEN.write_text(json.dumps(dict(made_with=here(), loss=losses()), indent=1) + '\n')
