@@ -112,3 +112,10 @@ def test_the_methods_stand_side_by_side_as_measured():
     assert set(rows) >= {'DDIM', 'PDAE', 'Diff-AE'}
     t = json.loads((ROOT/'data/results/mnist_label_pdae/lesson.json').read_text())['truncation']; at = dict(zip(t['scale'], t['accuracy']))
     assert f'obeys in {percent(at[0])} of {t["n"]} samples at scale 0 (it is not heard), {percent(at[1])} at scale 1 and {percent(at[3])} at scale 3; the best FID is at scale {min(zip(t["fid"], t["scale"]))[1]:g}' in README
+
+def test_drawn_digits_are_as_measured():
+    p, d = (json.loads((ROOT/f'data/results/mnist_{k}_latent/lesson.json').read_text()) for k in ('pdae', 'diffae')); fid = lambda o: f'{o["fid"][0]:.2f} ± {o["fid"][1]:.2f}'
+    t = p['table'] | d['table']; n = t['PDAE 10']['n']; of = lambda k: fid(t[f'{k} 10']); assert {v['n'] for k, v in t.items() if k.endswith(' 10')} == {n}
+    assert f'{n:,} digits each' in README and f'{of("DDIM")} for the DPM alone; with codes in ten steps, too, as in the papers, {of("PDAE")} for PDAE and {of("Diff-AE")} for Diff-AE; with codes in a hundred' in README
+    pair = lambda way: ' and '.join(of(f'{k} + {way}') for k in ('PDAE', 'Diff-AE')); assert f'of the picture, {pair("codes in 100 steps")}. Codes of test digits would bring {pair("autoencoding")}, real test digits get {fid(p["floor"][str(n)])}' in README
+    spaces = [c for o in (p, d) for c in o['copies'].values()]; assert f'Of {spaces[0]["ratio"]["n"]:,} drawn digits of each, none' in README and all(c['third'] == 0 for c in spaces)

@@ -40,7 +40,7 @@ def test_another_order_of_the_same_images():
 @pytest.mark.parametrize('kind, name', [('scorevae', 'ScoreVAE, latent DPM'), ('vae', 'VAE, latent DPM')])
 def test_latent_runs_of_random_codes_are_judged_and_drawn(runs, kind, name):
     d = evaluate_latent(runs[f'{kind}_latent'], 20, (1, 2), runs['judge'], chunk=20, **quiet)
-    assert set(d['table']) == {f'{w} {s}' for w in (name, f'{name} + autoencoding') for s in (1, 2)} and d['drawing'] == f'{name} 2' and list(d['floor']) == ['20']
+    assert set(d['table']) == {f'{w} {s}' for w in (name, f'{name} + codes in 100 steps', f'{name} + autoencoding') for s in (1, 2)} and d['drawing'] == f'{name} + codes in 100 steps 2' and list(d['floor']) == ['20']
     run, base = load_run(runs[f'{kind}_latent']), load_run(runs[kind]); x = draw(run, base, torch.randn(3, 1, 28, 28), 3, z_steps=2, seed=1)
     assert x.shape == (3, 1, 28, 28) and x.isfinite().all() and not torch.equal(x, draw(run, base, torch.randn(3, 1, 28, 28), 3, z_steps=2, seed=2))
     assert main(['sample', str(runs[f'{kind}_latent']), '--n', '2', '--steps', '2', '--out', str(runs['dpm'].parent/'x.png')]) == 0
