@@ -199,7 +199,7 @@ def _about_codes(run, base, net, d, real, eyes, ns):
 def evaluate_latent(
     name,                    # a latent run, or a DPM
     n=1000,                  # images for each row of the table
-    steps=(10, 20, 50, 100), # DDIM steps, for codes and images alike
+    steps=(10, 20, 50, 100), # DDIM steps, for images and, but in one row, for codes
     judge='mnist_judge',     # run with a classifier of clean images: the eyes
     device=None,             # cpu or cuda; else the GPU if there is one
     log=print,               # where progress is told

@@ -118,4 +118,4 @@ def test_drawn_digits_are_as_measured():
     t = p['table'] | d['table']; n = t['PDAE 10']['n']; of = lambda k: fid(t[f'{k} 10']); assert {v['n'] for k, v in t.items() if k.endswith(' 10')} == {n}
     assert f'{n:,} digits each' in README and f'{of("DDIM")} for the DPM alone; with codes in ten steps, too, as in the papers, {of("PDAE")} for PDAE and {of("Diff-AE")} for Diff-AE; with codes in a hundred' in README
     pair = lambda way: ' and '.join(of(f'{k} + {way}') for k in ('PDAE', 'Diff-AE')); assert f'of the picture, {pair("codes in 100 steps")}. Codes of test digits would bring {pair("autoencoding")}, real test digits get {fid(p["floor"][str(n)])}' in README
-    spaces = [c for o in (p, d) for c in o['copies'].values()]; assert f'Of {spaces[0]["ratio"]["n"]:,} drawn digits of each, none' in README and all(c['third'] == 0 for c in spaces)
+    spaces = [c for o in (p, d) for c in o['copies'].values()]; assert f'Of {spaces[0]["ratio"]["n"]:,} digits of either method, drawn with codes in a hundred, none' in README and all(c['third'] == 0 for c in spaces)
