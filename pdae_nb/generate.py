@@ -155,7 +155,8 @@ def nearest(
     many: Tensor, # where to look, of the same shape: (M,...), M > 1
     bs=500,       # at a pass
 ) -> Near:
-    "Nearest neighbours"
+    "The nearest of many, and how much nearer it is than the next (Yoon et al. 2023)"
+    if x.shape[1:] != many.shape[1:] or len(many) < 2: raise ValueError(f'nearest wants at least 2 vectors to look among, of the shape of those to look for, got {tuple(many.shape)} for {tuple(x.shape)}')
     x, many = x.flatten(1).float(), many.flatten(1).float(); sq = many.square().sum(1)
     d, i = map(torch.cat, zip(*[(b.square().sum(1, keepdim=True) + sq - 2*b @ many.T).topk(2, largest=False) for b in x.split(bs)])); d = d.clamp(min=0)
     return Near((d[:, 0]/x.shape[1]).sqrt(), i[:, 0], (d[:, 0]/d[:, 1].clamp(min=1e-30)).sqrt())
