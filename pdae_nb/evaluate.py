@@ -276,7 +276,7 @@ def evaluate_coder(
     x0, y = _test(run, net.config['size'], max(test_images, gap_images), where(net))
     if y is None or y.ndim != 1 or jury.config['c'] != net.config['c']: raise ValueError(f'the table needs one class per image, and a judge for images of {net.config["c"]} channels; {judge!r} is for {jury.config["c"]}')
     some = x0[:gap_images]; curves = {'dpm': gap_curve(run.dpm, some, run.sched, TIMES_5)} if hasattr(run, 'dpm') else {}
-    curves[kind_of(run).lower()] = gap_curve(conditioned(run), some, run.sched, TIMES_5, y=some)
+    curves[kind_of(run).lower()] = gap_curve(conditioned(run), some, run.sched, TIMES_5, y=some, bs=100)      # a push keeps activations
     gap = dict(t=TIMES_5, images=len(some)) | {k: dict(zip(('mean', 'standard_error'), zip(*map(_mean, v)))) for k, v in curves.items()}
     table = reconstruction_table(run, x0[:test_images], y[:test_images], jury, path, steps, log=log)
     return dict(gap=gap, table=table, lpips='LPIPS-judge', judge=str(judge), result=run.about['result']) | _about(run, where(net), t0)

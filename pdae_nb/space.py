@@ -229,8 +229,8 @@ def _published(run, x0, eyes):
     out, noise, zero = {}, noise_for(run.enc, len(x0), 0), torch.zeros(len(x0), dtype=torch.long, device=x0.device); mu, lv = run.enc.moments(x0, zero); kl = kl_to_prior(mu, lv).mean().item()
     for how, mean in (('mean', True), ('drawn', False)):
         with torch.random.fork_rng(): torch.manual_seed(1); x = way(decode(run, mu if mean else mu + (lv/2).exp()*code_noise(*mu.shape).to(mu)), noise, run.sched)
-        off = (x - x0)/2; u = x.clamp(-1, 1)
-        out[how] = dict(l2=_mean(off.flatten(1).norm(dim=1)), rmse=off.square().mean().sqrt().item(), psnr_clipped=_mean(psnr(u, x0)), lpips=_mean(lpips(u, x0, eyes)), lpips_01=_mean(lpips((u + 1)/2, (x0 + 1)/2, eyes)), kl=kl, n=len(x0))
+        off, u, v = (x - x0)/2, x.clamp(-1, 1), x.clamp(-9, 9)        # published outputs are not clipped
+        out[how] = dict(l2=_mean(off.flatten(1).norm(dim=1)), rmse=off.square().mean().sqrt().item(), psnr_clipped=_mean(psnr(u, x0)), lpips=_mean(lpips(u, x0, eyes)), lpips_01=_mean(lpips((v + 1)/2, (x0 + 1)/2, eyes)), kl=kl, n=len(x0))
     return out
 
 def _cost(run, yard, x0, steps, seconds):

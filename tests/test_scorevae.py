@@ -1,9 +1,13 @@
 """ScoreVAE: Bayes' rule with an encoder, its bound, its second derivatives, its presets; and the VAE beside it"""
 
+import json
+from dataclasses import replace
 import numpy as np
 import pytest, torch
 from torch import nn
+from pdae_nb import scorevae
 from pdae_nb.cli import main
+from pdae_nb.data import load_images, to_signed
 from pdae_nb.denoise import GaussianMixture
 from pdae_nb.files import load_run
 from pdae_nb.forward import Schedule, add_noise
@@ -11,7 +15,7 @@ from pdae_nb.guidance import grad_log
 from pdae_nb.latent import between, edit, fit_probe
 from pdae_nb.pdae import decode, decoder_of, kind_of, learnt, reconstruct
 from pdae_nb.sample import em_step, heun, karras_times, sample
-from pdae_nb.scorevae import PRESETS, BetaVAE, LinearPosterior, Posterior, TimeEncoder, conditional_loss, kl_to_prior, prior_z, score, scorevae_denoiser, scorevae_loss, vae_loss, w_bound, w_half
+from pdae_nb.scorevae import CASES, PRESETS, BetaVAE, Posterior, TimeEncoder, compare_cases, conditional_loss, kl_to_prior, prior_z, score, scorevae_denoiser, scorevae_loss, vae_loss, w_bound, w_half
 from pdae_nb.train import Recipe, train
 from pdae_nb.unet import UNet
 
@@ -30,6 +34,11 @@ class Wavy(Posterior):
     def __init__(self): super().__init__(); self.net = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 6)).double()
     def moments(self, xt, t): return self.net(xt).chunk(2, 1)
 
+class Exact(Posterior):
+    "x_0 ~ N(0, std²), and z = a·x_0 + noise is a unit Gaussian: what x_t says of z, by the rule for joint Gaussians"
+    def __init__(self, a, std): super().__init__(); self.a, self.v = a, std**2
+    def moments(self, xt, t): ab = SCHED(t)[:, None]; cov, var = self.a*ab.sqrt()*self.v, ab*self.v + 1 - ab; return cov/var*xt, (1 - cov**2/var).log().expand_as(xt)
+
 def test_the_pushes_of_all_codes_cancel_with_the_log_norm_and_not_without():
     torch.manual_seed(3); q, n = Wavy(), 300_000; x, t = torch.tensor([[.4, -.6]]).double().expand(n, 2), torch.ones(n, dtype=torch.long)
     with torch.no_grad(): z = q.dist(x, t).sample(); s, bare = (score(q, x, t, z, k) for k in (True, False))
@@ -39,7 +48,7 @@ def test_the_pushes_of_all_codes_cancel_with_the_log_norm_and_not_without():
 @pytest.mark.parametrize('t', [1, 2, 50, 400, 999, 1000])
 @pytest.mark.parametrize('a, std', [(.9, 1.), (.3, 2.), (1.9, .5)])
 def test_the_exact_posterior_gives_the_exact_conditional_noise(t, a, std):
-    world, q, v = GaussianMixture(torch.zeros(1, 3).double(), std, SCHED), LinearPosterior(a, std, SCHED), std**2
+    world, q, v = GaussianMixture(torch.zeros(1, 3).double(), std, SCHED), Exact(a, std), std**2
     g = torch.Generator().manual_seed(0); xt, z = (torch.randn(20, 3, generator=g).double() for _ in range(2)); t = torch.full((20,), t); ab = SCHED(t)[:, None]
     exact = (1 - ab).sqrt()*(xt - ab.sqrt()*a*v*z)/(ab*(v - a**2*v**2) + 1 - ab)
     for keep in (True, False): np.testing.assert_allclose(scorevae_denoiser(world, q, z, SCHED, keep)(xt, t), exact, atol=1e-10)
@@ -61,8 +70,9 @@ def test_the_loss_is_its_parts():
     hat = dpm(xt, t) - (1 - SCHED(t)).sqrt().float()[:, None, None, None]*score(q, xt, t, z)
     want = w_bound(SCHED, t).float()*(hat - eps).square().flatten(1).sum(1) + .3*kl_to_prior(mu, lv)
     torch.testing.assert_close(scorevae_loss(dpm, q, x0, SCHED, .3, t=t, eps=eps, xi=xi, reduce=None), want, rtol=1e-4, atol=1e-3)
-    unet = UNet(dz=5, z_shift=False, **tiny); cond = conditional_loss(unet, q, x0, SCHED, .3, w_half, t=t, eps=eps, xi=xi, reduce=None)
+    unet = UNet(dz=5, z_shift=False, **tiny); [nn.init.normal_(p, std=.05) for p in unet.parameters()]; cond = conditional_loss(unet, q, x0, SCHED, .3, w_half, t=t, eps=eps, xi=xi, reduce=None)
     torch.testing.assert_close(cond, 392*(unet(xt, t, z) - eps).square().flatten(1).mean(1) + .3*kl_to_prior(mu, lv), rtol=1e-4, atol=1e-3)
+    assert any(g is not None and g.any() for g in torch.autograd.grad(conditional_loss(unet, q, x0, SCHED, 0., w_half, t=t, eps=eps, xi=xi), list(q.parameters()), allow_unused=True))      # through z alone: it is reparametrised
 
 # ---- second derivatives
 @pytest.mark.parametrize('mode', ['train', 'eval'])
@@ -106,7 +116,7 @@ def test_a_frozen_prior_keeps_its_dropout_asleep(tmp_path):
 @pytest.mark.parametrize('call, said', [
     (lambda q, x, t: q.moments(x, t + 1), 'times must be in 0…1000, got 1 … 1001'), (lambda q, x, t: q.moments(x, t - 1), r'times must be in 0…1000, got -1 … 999'), (lambda q, x, t: q(x*float('nan')), 'are NaN or infinite'),
     (lambda q, x, t: q(x[..., :20]), r'images \(B,1,28,28\), got \(2, 1, 28, 20\)'), (lambda q, x, t: q.log_p(x, t, torch.zeros(2, 4)), r'wants codes \(2,5\), got \(2, 4\)'), (lambda q, x, t: q.log_p(x, t, torch.zeros(3, 5)), r'wants codes \(2,5\), got \(3, 5\)'),
-    (lambda q, x, t: LinearPosterior(1., 1., SCHED), r'0 < a\*std < 1'), (lambda q, x, t: karras_times(SCHED, 0), 'steps must be in 1…500'), (lambda q, x, t: em_step(SCHED, x, t, t, x, eta=1.), 'clips nothing')])
+    (lambda q, x, t: TimeEncoder(z_dim=5, limit=0, **tiny), 'limit must be positive, or None'), (lambda q, x, t: karras_times(SCHED, 0), 'steps must be in 1…500'), (lambda q, x, t: em_step(SCHED, x, t, t, x, eta=1.), 'clips nothing')])
 def test_bad_input_is_named(call, said):
     q, x, t = TimeEncoder(z_dim=5, **tiny), torch.rand(2, 1, 28, 28), torch.tensor([0, 1000])
     with pytest.raises(ValueError, match=said): call(q, x, t)
@@ -134,6 +144,30 @@ def test_euler_maruyama_keeps_a_gaussian():
     torch.manual_seed(0); g = GaussianMixture(torch.zeros(1, 1).double(), .5, SCHED); x = sample(g, torch.randn(4000, 1).double(), SCHED, 1000, solver=em_step)
     assert abs(x.std() - .5) < .03 and abs(x.mean()) < .04
 
+# ---- the study
+def test_cases_are_compared_once(tmp_path, monkeypatch):
+    "every row is kept, the same call measures nothing again, other seeds do not overwrite"
+    monkeypatch.setenv('PDAE_NB_CACHE', str(tmp_path)); monkeypatch.setattr(scorevae, 'CASES', {k: CASES[k] for k in ('release', 'paper', 'conditional decoder', 'VAE, β = 1')})
+    path, said = tmp_path/'cases.json', []; d = compare_cases(path, 'smoke', (0,), log=said.append); assert len(said) == 8 and len(d['runs']) == 4 and set(d['priors']) == {f'{k} 0' for k in ('own', 'half', 'twice', 'twice, trained on it')}
+    assert d['priors']['own 0']['mse_random'] == d['runs']['release 0']['mse_random'] != d['priors']['twice 0']['mse_random'] and d['dpm']['twice']['images'] == 2*d['dpm']['own']['images'] and 'bound' not in d['runs']['VAE, β = 1 0']
+    assert compare_cases(path, 'smoke', (0,), log=said.append) == d and len(said) == 8
+    path.write_text(json.dumps(d | dict(runs=d['runs'] | {f'{k} {s}': {} for k in CASES for s in (1, 2)})))
+    for seeds, what in (((0,), 'holds 26 runs, 1 seeds would give 4'), ((), '0 seeds would give 0')):
+        with pytest.raises(ValueError, match=what): compare_cases(path, 'smoke', seeds)
+    path.write_text('[]')
+    with pytest.raises(ValueError, match='holds no comparison of cases'): compare_cases(path, 'smoke', (0,))
+
+@pytest.mark.parametrize('task', [scorevae.scorevae_task, scorevae.conditional_task])
+def test_prices(runs, task):
+    row = Recipe('digits', 28, dict(ch=8, mult=(1, 2), n_res=1, z_dim=4) | (dict(dpm=str(runs['dpm'])) if task is scorevae.scorevae_task else {}), 32, 16, 1e-3); x = to_signed(load_images('digits', 'train', 28).x[:4])
+    def loss(**kw): torch.manual_seed(0); t = task(replace(row, net=row.net | kw)); torch.manual_seed(1); return t.loss_fn(x, None)[0].sum().item()
+    base, dear, paper = loss(), loss(beta=1.), loss(preset='paper', beta=1e-3); assert dear > base != paper
+    with pytest.raises(ValueError, match="preset must be one of paper, release, got 'papr'"): loss(preset='papr')
+
+def test_too_few_to_judge_by(monkeypatch):
+    monkeypatch.setattr(scorevae, 'load_images', lambda *a, real=scorevae.load_images: real(*a)[:19])
+    with pytest.raises(ValueError, match='digits has 19 test images; at least 20'): scorevae.vae_task(Recipe('digits', 28, dict(ch=8, mult=(1, 2), n_res=1, z_dim=4), 32, 16, 1e-3))
+
 # ---- runs
 def test_runs_know_what_they_are(runs):
     r, v = load_run(runs['release']), load_run(runs['vae']); x0 = torch.rand(3, 1, 28, 28)*2 - 1
@@ -149,6 +183,7 @@ def test_runs_know_what_they_are(runs):
 def test_the_vae_loss():
     torch.manual_seed(0); vae, x0, xi = BetaVAE(z_dim=5, **tiny), torch.rand(3, 1, 28, 28)*2 - 1, torch.randn(3, 5); mu, lv = vae.enc.moments(x0, torch.zeros(3, dtype=torch.long)); back = vae.dec(mu + (lv/2).exp()*xi)
     torch.testing.assert_close(vae_loss(vae, x0, .5, xi=xi), ((x0 - back).square().flatten(1).sum(1)/2 + .5*kl_to_prior(mu, lv)).mean())
+    assert any(g is not None and g.any() for g in torch.autograd.grad(vae_loss(vae, x0, 0., xi=xi), list(vae.enc.parameters()), allow_unused=True))          # through z alone: it is reparametrised
     with pytest.raises(ValueError, match='wants codes'): vae.enc.log_p(x0, torch.zeros(3, dtype=torch.long), torch.zeros(3, 4))
 
 def test_from_the_shell(runs, tmp_path, capsys):
