@@ -152,7 +152,7 @@ def test_cases_are_compared_once(tmp_path, monkeypatch):
     assert d['priors']['own 0']['mse_random'] == d['runs']['release 0']['mse_random'] != d['priors']['twice 0']['mse_random'] and d['dpm']['twice']['images'] == 2*d['dpm']['own']['images'] and 'bound' not in d['runs']['VAE, β = 1 0']
     assert compare_cases(path, 'smoke', (0,), log=said.append) == d and len(said) == 8
     path.write_text(json.dumps(d | dict(runs=d['runs'] | {f'{k} {s}': {} for k in CASES for s in (1, 2)})))
-    for seeds, what in (((0,), 'holds 26 runs, 1 seeds would give 4'), ((), '0 seeds would give 0')):
+    for seeds, what in (((0,), f'holds {4 + 2*len(CASES)} runs, 1 seeds would give 4'), ((), '0 seeds would give 0')):
         with pytest.raises(ValueError, match=what): compare_cases(path, 'smoke', seeds)
     path.write_text('[]')
     with pytest.raises(ValueError, match='holds no comparison of cases'): compare_cases(path, 'smoke', (0,))
@@ -162,7 +162,7 @@ def test_prices(runs, task):
     row = Recipe('digits', 28, dict(ch=8, mult=(1, 2), n_res=1, z_dim=4) | (dict(dpm=str(runs['dpm'])) if task is scorevae.scorevae_task else {}), 32, 16, 1e-3); x = to_signed(load_images('digits', 'train', 28).x[:4])
     def loss(**kw): torch.manual_seed(0); t = task(replace(row, net=row.net | kw)); torch.manual_seed(1); return t.loss_fn(x, None)[0].sum().item()
     base, dear, paper = loss(), loss(beta=1.), loss(preset='paper', beta=1e-3); assert dear > base != paper
-    with pytest.raises(ValueError, match="preset must be one of paper, release, got 'papr'"): loss(preset='papr')
+    with pytest.raises(ValueError, match="preset must be one of paper, release, pdae, got 'papr'"): loss(preset='papr')
 
 def test_too_few_to_judge_by(monkeypatch):
     monkeypatch.setattr(scorevae, 'load_images', lambda *a, real=scorevae.load_images: real(*a)[:19])
