@@ -345,7 +345,7 @@ def compare_cases(
         mark, row = ' '.join(map(fingerprint, nets)), d[part].get(f'{case} {seed}', {})
         if row.get('weights') != mark: d[part][f'{case} {seed}'] = f() | dict(case=case, seed=seed, weights=mark); write_json(path, d | dict(hardware=hardware(dev), versions=versions())); log(f'{case}, seed {seed}: done')
     for seed, (i, (case, (what, kw))) in ((s, o) for s in seeds for o in enumerate(CASES.items())):
-        prior = lambda o: dict(dpm=str(o.path)) if what == 'scorevae' else {}
+        prior = lambda o: dict(dpm=str(o.path)) if 'dpm' in recipe(f'mnist14_{what}', size).net else {}
         try: run = made(f'mnist14_{what}', f'{seed}-{i}', kw | prior(own), seed=seed)
         except NonFinite as e: said = str(e); keep('runs', case, seed, [], lambda: dict(failed=said)); continue
         keep('runs', case, seed, [run.enc], lambda: run.about['result'] | dict(skipped=run.about['steps_skipped']))
