@@ -99,16 +99,24 @@ def test_diff_ae_needs_what_the_readme_says():
     there = int(re.search(r'where PDAE ends after ([\d,]+) images', README)[1].replace(',', '')); assert abs(there/images_to_reach(way['seen'], way['noise_mse'], pdae['result']['test_noise_mse']) - 1) < .05        # the page asks PDAE on the 2,000 images of the curve
     assert f'PDAE needed {pdae["images_seen"]/there:.0%} of them'.replace('%', ' %') in README and f'with its DPM\'s {diffae["images_seen"]/there:.0%}'.replace('%', ' %') in README
 
+def test_scorevae_is_as_measured():
+    bayes, vae = (json.loads((ROOT/f'data/models/mnist_{k}/run.json').read_text()) for k in ('scorevae', 'vae')); rows = json.loads((ROOT/'data/results/mnist_space/lesson.json').read_text())['rows']
+    assert f'After {bayes["images_seen"]:,} images ({bayes["seconds"]/60:.0f} minutes of one thread) its noise MSE on test digits is {bayes["result"]["test_noise_mse"]:.4f}, the lowest here, at {bayes["result"]["kl"]:.0f} nats' in README and f'nearer still, at {vae["result"]["kl"]:.0f} nats' in README
+    mse = {k: r['restored']['random']['mse'][0] for k, r in rows.items() if 'random' in r.get('restored', {})}; assert mse['beta-VAE'] < mse['ScoreVAE'] < min(mse['PDAE'], mse['Diff-AE'])
+    assert min((r['legible']['accuracy'][0], k) for k, r in rows.items() if 'legible' in r)[1] == 'ScoreVAE' and all(rows[k]['drawn'][w]['fid'][0] > 10*rows['DDIM']['drawn']['DDIM']['fid'][0] for k, w in (('ScoreVAE', 'ScoreVAE'), ('beta-VAE', 'VAE')))
+
 def test_the_latent_model_took_what_the_readme_says():
     run = json.loads((ROOT/'data/models/mnist_pdae_latent/run.json').read_text()); base = json.loads((ROOT/'data/models/mnist_pdae/run.json').read_text())
     assert f'a DPM over the {base["recipe"]["net"]["z_dim"]} numbers, {run["seconds"]/60:.0f} minutes of training' in README
 
 def test_the_methods_stand_side_by_side_as_measured():
+    from pdae_nb.space import RIVALS
     d = json.loads((ROOT/'data/results/mnist_space/lesson.json').read_text()); pm = lambda v, f: '–' if v is None else f'{v[0]:{f}} ± {v[1]:{f}}'; rows = {k: r for k, r in d['rows'].items() if 'cost' in r}
+    runs = {k: json.loads((ROOT/f'data/models/mnist_{RIVALS[k]}/run.json').read_text()) for k in rows}; base = lambda k: f' + {runs["DDIM"]["images_seen"]:,}'*('dpm' in runs[k]['recipe']['net'])
     assert f'in {d["about"]["steps"]} steps: {d["about"]["n"]} test digits' in README and f'FID of {d["about"]["fid_images"]:,} drawn digits' in README
     for k, r in rows.items():
-        o, c, own = r['restored'], r['cost'], [v['fid'] for w, v in r['drawn'].items() if '+' not in w and 'to the end' not in w]
-        assert f'| {k} | {pm(o.get("random", {}).get("mse"), ".4f")} | {pm(o["inferred"]["mse"], ".5f")} | {pm(r.get("legible", {}).get("accuracy"), ".1%")} | {" / ".join(pm(v, ".1f") for v in own)} | {c["images"]:,} | {c["step_ratio"]:.1f} | {c["reconstruction_ratio"]:.1f} |' in README
+        o, c, own = r['restored'], r['cost'], [v['fid'] for w, v in r['drawn'].items() if '+' not in w and 'to the end' not in w]; of = lambda m, f: pm(o.get('random', {}).get(m), f)
+        assert f'| {k} | {of("mse", ".4f")} | {pm(o["inferred"]["mse"], ".5f")} | {of("ssim", ".3f")} | {of("lpips", ".4f")} | {pm(r.get("legible", {}).get("accuracy"), ".1%")} | {" / ".join(pm(v, ".1f") for v in own)} | {c["images"]:,}{base(k)} | {c["weights"]/1e6:.2f} M | {c["step_ratio"]:.2g} | {c["reconstruction_ratio"]:.2g} |' in README
     assert set(rows) >= {'DDIM', 'PDAE', 'Diff-AE'}
     t = json.loads((ROOT/'data/results/mnist_label_pdae/lesson.json').read_text())['truncation']; at = dict(zip(t['scale'], t['accuracy']))
     assert f'obeys in {percent(at[0])} of {t["n"]} samples at scale 0 (it is not heard), {percent(at[1])} at scale 1 and {percent(at[3])} at scale 3; the best FID is at scale {min(zip(t["fid"], t["scale"]))[1]:g}' in README
