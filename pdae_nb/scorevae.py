@@ -348,7 +348,7 @@ def compare_cases(
         prior = lambda o: dict(dpm=str(o.path)) if 'dpm' in recipe(f'mnist14_{what}', size).net else {}
         try: run = made(f'mnist14_{what}', f'{seed}-{i}', kw | prior(own), seed=seed)
         except NonFinite as e: said = str(e); keep('runs', case, seed, [], lambda: dict(failed=said)); continue
-        keep('runs', case, seed, [run.enc], lambda: run.about['result'] | dict(skipped=run.about['steps_skipped']))
+        keep('runs', case, seed, [run.enc], lambda: run.about['result'] | dict(skipped=run.about['steps_skipped'], curve=[[o['seen'], o['loss']] for o in map(json.loads, (run.path.parent/'log.jsonl').read_text().splitlines())]))
         if i: continue
         new = made(f'mnist14_{what}', f'{seed}-twice', kw | prior(priors['twice']), seed=seed); keep('priors', 'twice, trained on it', seed, [new.enc], lambda: new.about['result'])
         for k, o in priors.items(): keep('priors', k, seed, [o.dpm, run.enc], lambda: run.about['result'] if o is own else _judged(dict(dpm=o.dpm.to(dev), enc=run.enc.to(dev)), test, o.sched))
