@@ -105,7 +105,9 @@ def test_scorevae_is_as_measured():
     assert bayes['result']['test_noise_mse'] < min(json.loads((ROOT/f'data/models/mnist_{k}/run.json').read_text())['result']['test_noise_mse'] for k in ('dpm', 'pdae', 'diffae', 'paper_scorevae'))
     mse = {k: r['restored']['random']['mse'][0] for k, r in rows.items() if 'random' in r.get('restored', {})}; assert mse['beta-VAE'] < mse['ScoreVAE'] < min(mse['PDAE'], mse['Diff-AE'])
     theirs = json.loads((ROOT/'data/models/mnist_paper_scorevae/run.json').read_text()); assert f'{theirs["images_seen"]:,} images, too, the noise MSE is {theirs["result"]["test_noise_mse"]:.4f} at {theirs["result"]["kl"]:.0f} nats' in README and max(mse, key=mse.get) == 'ScoreVAE, paper'
-    assert {k for _, k in sorted((r['legible']['accuracy'][0], k) for k, r in rows.items() if 'legible' in r)[:2]} == {'ScoreVAE', 'ScoreVAE, paper'} and all(rows[k]['drawn'][w]['fid'][0] > 10*rows['DDIM']['drawn']['DDIM']['fid'][0] for k, w in (('ScoreVAE', 'ScoreVAE'), ('beta-VAE', 'VAE')))
+    assert {k for _, k in sorted((r['legible']['accuracy'][0], k) for k, r in rows.items() if 'legible' in r)[:2]} == {'ScoreVAE', 'ScoreVAE, paper'} and all(rows[k]['drawn'][w]['fid'][0] > 10*rows['DDIM']['drawn']['DDIM']['fid'][0] for k, w in (('ScoreVAE', 'ScoreVAE'), ('ScoreVAE, paper', 'ScoreVAE'), ('beta-VAE', 'VAE')))
+    names = sorted(p.parent.name for p in (ROOT/'data/models').glob('*/run.json')); count = ['', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine', 'ten', 'eleven', 'twelve']; of = lambda d: count[sum(n.startswith(d + '_') for n in names)]
+    assert f'{of("mnist")} models of MNIST, and {of("cifar16")} small ones of CIFAR-10 at 16×16' in README and {n.split('_')[0] for n in names} == {'mnist', 'cifar16'}
 
 def test_the_latent_model_took_what_the_readme_says():
     run = json.loads((ROOT/'data/models/mnist_pdae_latent/run.json').read_text()); base = json.loads((ROOT/'data/models/mnist_pdae/run.json').read_text())
