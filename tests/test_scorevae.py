@@ -150,6 +150,8 @@ def test_cases_are_compared_once(tmp_path, monkeypatch):
     monkeypatch.setenv('PDAE_NB_CACHE', str(tmp_path)); monkeypatch.setattr(scorevae, 'CASES', {k: CASES[k] for k in ('release', 'paper', 'conditional decoder', 'VAE, β = 1')})
     path, said = tmp_path/'cases.json', []; d = compare_cases(path, 'smoke', (0,), log=said.append); assert len(said) == 8 and len(d['runs']) == 4 and set(d['priors']) == {f'{k} 0' for k in ('own', 'half', 'twice', 'twice, trained on it')}
     assert d['priors']['own 0']['mse_random'] == d['runs']['release 0']['mse_random'] != d['priors']['twice 0']['mse_random'] and d['dpm']['twice']['images'] == 2*d['dpm']['own']['images'] and 'bound' not in d['runs']['VAE, β = 1 0']
+    for i, (k, (what, _)) in enumerate(scorevae.CASES.items()):        # the loss on the way is the trainer's own
+        last = json.loads((tmp_path/f'runs/mnist14_{what}-smoke-0-{i}/log.jsonl').read_text().splitlines()[-1]); assert d['runs'][f'{k} 0']['curve'][-1] == [last['seen'], last['loss']]
     assert compare_cases(path, 'smoke', (0,), log=said.append) == d and len(said) == 8
     path.write_text(json.dumps(d | dict(runs=d['runs'] | {f'{k} {s}': {} for k in CASES for s in (1, 2)})))
     for seeds, what in (((0,), f'holds {4 + 2*len(CASES)} runs, 1 seeds would give 4'), ((), '0 seeds would give 0')):
