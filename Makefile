@@ -3,7 +3,10 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 export MPLBACKEND = Agg
 
-.PHONY: demo test lab
+.PHONY: demo test lab export
+export: $(VENV)/.ready ## write pdae_nb/ from nbs/, formatted
+	PATH="$(abspath $(BIN)):$$PATH" sh .ci/export
+
 demo: $(VENV)/.ready   ## sample, invert and reconstruct digits with the shipped model: pictures in out/
 	$(BIN)/pdae demo --out out
 

@@ -6,148 +6,333 @@
 __all__ = ['RECIPES', 'need', 'DiffusersUNet', 'sched_of', 'foreign', 'look', 'read_official']
 
 # %% ../nbs/13e_adapter.ipynb #f55cc104
-import importlib, io, math, pickletools, re, warnings, zipfile
+import importlib
+import io
+import math
+import pickletools
+import re
+import warnings
+import zipfile
 from pathlib import Path
+
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
 from .forward import Schedule
+from .scorevae import RECIPES  # with those of all rooms before
 from .train import TASKS, Recipe, dpm_task
-from .scorevae import RECIPES   # with those of all rooms before
+
 
 # %% ../nbs/13e_adapter.ipynb #d9901306
 def need(
-    what='diffusers', # a package
-):                    # the module
+    what='diffusers',  # a package
+):  # the module
     "An optional package, or how to get it"
-    try: return importlib.import_module(what)
-    except ImportError as e: raise ImportError(f"this needs {what}: pip install 'pdae_nb[diffusers]'") from e
+    try:
+        return importlib.import_module(what)
+    except ImportError as e:
+        raise ImportError(f"this needs {what}: pip install 'pdae_nb[diffusers]'") from e
+
 
 # %% ../nbs/13e_adapter.ipynb #dbbf70d8
 class _FirstHalf(nn.Module):
     "Image in, feature maps of all layers out"
+
     def __init__(self, unet):
-        super().__init__(); self.centred, outs, n = unet.config.center_input_sample, unet.config.block_out_channels, unet.config.layers_per_block
+        super().__init__()
+        self.centred, outs, n = (
+            unet.config.center_input_sample,
+            unet.config.block_out_channels,
+            unet.config.layers_per_block,
+        )
         self.conv_in, self.blocks = unet.conv_in, unet.down_blocks
-        self.chs = [outs[0]] + [c for i, c in enumerate(outs) for _ in range(n + (i < len(outs) - 1))]
+        self.chs = [outs[0]] + [
+            c for i, c in enumerate(outs) for _ in range(n + (i < len(outs) - 1))
+        ]
+
     def forward(self, x, e):
-        hs = [h := self.conv_in(2*x - 1 if self.centred else x)]
-        for b in self.blocks: h, new = b(hidden_states=h, temb=e); hs += new
+        hs = [h := self.conv_in(2 * x - 1 if self.centred else x)]
+        for b in self.blocks:
+            h, new = b(hidden_states=h, temb=e)
+            hs += new
         return hs
+
 
 class _SecondHalf(nn.Module):
     "Feature maps in, noise out; the list is left alone"
+
     def __init__(self, unet):
         super().__init__()
-        self.mid, self.blocks, self.norm, self.act, self.conv = unet.mid_block, unet.up_blocks, unet.conv_norm_out, unet.conv_act, unet.conv_out
+        self.mid, self.blocks, self.norm, self.act, self.conv = (
+            unet.mid_block,
+            unet.up_blocks,
+            unet.conv_norm_out,
+            unet.conv_act,
+            unet.conv_out,
+        )
+
     def forward(self, hs, e):
         h, hs = hs[-1] if self.mid is None else self.mid(hs[-1], e), list(hs)
-        for b in self.blocks: n = len(b.resnets); h = b(h, tuple(hs[-n:]), e); del hs[-n:]
+        for b in self.blocks:
+            n = len(b.resnets)
+            h = b(h, tuple(hs[-n:]), e)
+            del hs[-n:]
         return self.conv(self.act(self.norm(h)))
+
 
 # %% ../nbs/13e_adapter.ipynb #a7b704b5
 def _fits(k):
     "Raise, if this configuration is of a network that is no chain of two halves"
-    odd = [b for b in (*k.down_block_types, *k.up_block_types) if b not in ('DownBlock2D', 'AttnDownBlock2D', 'UpBlock2D', 'AttnUpBlock2D')]
-    for bad, why in ((odd, f'its blocks {", ".join(sorted(set(odd)))} cannot be shared by two second halves'), (k.time_embedding_type != 'positional', f'it wants times of type {k.time_embedding_type!r}, no positions'),
-                     (k.class_embed_type or k.num_class_embeds, 'it wants labels; an unconditional one is needed'), (k.in_channels != k.out_channels, f'it makes {k.out_channels} channels of {k.in_channels}, so it does not predict the noise alone'),
-                     (not isinstance(k.sample_size, int), f'its images are of size {k.sample_size}, where one number is wanted')):
-        if bad: raise ValueError(f'this UNet2DModel cannot stand under a gradient estimator: {why}')
+    odd = [
+        b
+        for b in (*k.down_block_types, *k.up_block_types)
+        if b not in ('DownBlock2D', 'AttnDownBlock2D', 'UpBlock2D', 'AttnUpBlock2D')
+    ]
+    for bad, why in (
+        (odd, f'its blocks {", ".join(sorted(set(odd)))} cannot be shared by two second halves'),
+        (
+            k.time_embedding_type != 'positional',
+            f'it wants times of type {k.time_embedding_type!r}, no positions',
+        ),
+        (
+            k.class_embed_type or k.num_class_embeds,
+            'it wants labels; an unconditional one is needed',
+        ),
+        (
+            k.in_channels != k.out_channels,
+            f'it makes {k.out_channels} channels of {k.in_channels}, so it does not predict the noise alone',
+        ),
+        (
+            not isinstance(k.sample_size, int),
+            f'its images are of size {k.sample_size}, where one number is wanted',
+        ),
+    ):
+        if bad:
+            raise ValueError(f'this UNet2DModel cannot stand under a gradient estimator: {why}')
+
 
 # %% ../nbs/13e_adapter.ipynb #7edbd05d
 class DiffusersUNet(nn.Module):
     "A diffusers `UNet2DModel` in halves and with our times: to PDAE it is what `UNet` is"
-    def __init__(self,
-        unet,              # the UNet2DModel, or its configuration as a dict
-        c=None, size=None, # channels and pixels, as the configuration says; here so that `config` rebuilds the network
+
+    def __init__(
+        self,
+        unet,  # the UNet2DModel, or its configuration as a dict
+        c=None,
+        size=None,  # channels and pixels, as the configuration says; here so that `config` rebuilds the network
     ):
         super().__init__()
-        unet = need().UNet2DModel(**unet) if isinstance(unet, dict) else unet; _fits(k := unet.config); outs = tuple(k.block_out_channels)
-        self.config = dict(unet={o: v for o, v in k.items() if o[0] != '_'}, c=k.in_channels, size=k.sample_size)
-        self.proj, self.time, self.down, self.up = unet.time_proj, unet.time_embedding, _FirstHalf(unet), _SecondHalf(unet)
+        unet = need().UNet2DModel(**unet) if isinstance(unet, dict) else unet
+        _fits(k := unet.config)
+        outs = tuple(k.block_out_channels)
+        self.config = dict(
+            unet={o: v for o, v in k.items() if o[0] != '_'}, c=k.in_channels, size=k.sample_size
+        )
+        self.proj, self.time, self.down, self.up = (
+            unet.time_proj,
+            unet.time_embedding,
+            _FirstHalf(unet),
+            _SecondHalf(unet),
+        )
         self.dt, ch = unet.time_embedding.linear_2.out_features, math.gcd(*outs)
-        self.geometry = dict(c=k.in_channels, ch=ch, mult=tuple(o//ch for o in outs), size=k.sample_size, n_res=k.layers_per_block, groups=k.norm_num_groups,
-            attn=tuple(k.sample_size//2**i for i, b in enumerate(k.down_block_types) if b.startswith('Attn')))
-    def embed(self, t): "What every block hears of the time"; return self.time(self.proj(t - 1).to(next(self.time.parameters()).dtype))
+        self.geometry = dict(
+            c=k.in_channels,
+            ch=ch,
+            mult=tuple(o // ch for o in outs),
+            size=k.sample_size,
+            n_res=k.layers_per_block,
+            groups=k.norm_num_groups,
+            attn=tuple(
+                k.sample_size // 2**i
+                for i, b in enumerate(k.down_block_types)
+                if b.startswith('Attn')
+            ),
+        )
+
+    def embed(self, t):
+        "What every block hears of the time"
+        return self.time(self.proj(t - 1).to(next(self.time.parameters()).dtype))
+
     def _check(self, xt, t, z=None):
         c, size = self.config['c'], self.config['size']
-        if not xt.is_floating_point() or xt.shape[1:] != (c, size, size): raise ValueError(f'this network was built for float images (B,{c},{size},{size}), got {xt.dtype} {tuple(xt.shape)}')
-        if t.shape[:1] not in ((1,), xt.shape[:1]): raise ValueError(f't of shape {tuple(t.shape)} for a batch of {len(xt)} images')
-    def forward(self,
-        xt: Tensor, # noisy images: float (B,c,size,size)
+        if not xt.is_floating_point() or xt.shape[1:] != (c, size, size):
+            raise ValueError(
+                f'this network was built for float images (B,{c},{size},{size}), got {xt.dtype} {tuple(xt.shape)}'
+            )
+        if t.shape[:1] not in ((1,), xt.shape[:1]):
+            raise ValueError(f't of shape {tuple(t.shape)} for a batch of {len(xt)} images')
+
+    def forward(
+        self,
+        xt: Tensor,  # noisy images: float (B,c,size,size)
         t: Tensor,  # times in 1…T: (B,), or (1,) for all
-    ) -> Tensor:    # the noise in `xt`, like `xt`
+    ) -> Tensor:  # the noise in `xt`, like `xt`
         "Predict the noise"
-        self._check(xt, t); e = self.embed(t).expand(len(xt), -1)
+        self._check(xt, t)
+        e = self.embed(t).expand(len(xt), -1)
         return self.up(self.down(xt, e), e).to(xt.dtype)
+
 
 # %% ../nbs/13e_adapter.ipynb #b0aec513
 def sched_of(
-    scheduler, # of diffusers, with `betas`
+    scheduler,  # of diffusers, with `betas`
 ) -> Schedule:
     "Its noise table"
-    if (kind := getattr(scheduler.config, 'prediction_type', 'epsilon')) != 'epsilon': raise ValueError(f'this model predicts {kind!r}; one that predicts the noise, "epsilon", is needed')
-    if not hasattr(scheduler, 'betas'): raise ValueError(f'{type(scheduler).__name__} has no betas, so it is not of a DPM with a noise table')
+    if (kind := getattr(scheduler.config, 'prediction_type', 'epsilon')) != 'epsilon':
+        raise ValueError(
+            f'this model predicts {kind!r}; one that predicts the noise, "epsilon", is needed'
+        )
+    if not hasattr(scheduler, 'betas'):
+        raise ValueError(
+            f'{type(scheduler).__name__} has no betas, so it is not of a DPM with a noise table'
+        )
     return Schedule(scheduler.betas.double())
 
+
 # %% ../nbs/13e_adapter.ipynb #c977d1c4
-def foreign(c, size, **net): "A `DiffusersUNet` of these channels and pixels"; return DiffusersUNet(dict(sample_size=size, in_channels=c, out_channels=c, **net))
+def foreign(c, size, **net):
+    "A `DiffusersUNet` of these channels and pixels"
+    return DiffusersUNet(dict(sample_size=size, in_channels=c, out_channels=c, **net))
+
+
 TASKS['diffusers_dpm'] = lambda r: dpm_task(r, foreign)
-_net = dict(block_out_channels=(32, 64, 64), layers_per_block=1, norm_num_groups=8, down_block_types=('DownBlock2D',)*3, up_block_types=('UpBlock2D',)*3, attention_head_dim=64)
+_net = dict(
+    block_out_channels=(32, 64, 64),
+    layers_per_block=1,
+    norm_num_groups=8,
+    down_block_types=('DownBlock2D',) * 3,
+    up_block_types=('UpBlock2D',) * 3,
+    attention_head_dim=64,
+)
 RECIPES |= {
-    ('mnist_diffusers_dpm', 'lesson'): Recipe('mnist', 28, _net, 32_000, 64, 2e-3, 100, .4, .995),
-    ('mnist_diffusers_dpm', 'smoke'): Recipe('digits', 28, _net | dict(block_out_channels=(8, 16), down_block_types=('DownBlock2D',)*2, up_block_types=('UpBlock2D',)*2, attention_head_dim=8), 256, 16, 2e-3, 5, ema=.99),
-    ('mnist_diffusers_pdae', 'lesson'): Recipe('mnist', 28, dict(dpm='mnist_diffusers_dpm', z_dim=64, groups=8), 32_000, 32, 2e-3, 100, .4, .995),
-    ('mnist_diffusers_pdae', 'smoke'): Recipe('digits', 28, dict(dpm='mnist_diffusers_dpm', z_dim=16, groups=8), 256, 16, 2e-3, 5, ema=.99)}
+    ('mnist_diffusers_dpm', 'lesson'): Recipe('mnist', 28, _net, 32_000, 64, 2e-3, 100, 0.4, 0.995),
+    ('mnist_diffusers_dpm', 'smoke'): Recipe(
+        'digits',
+        28,
+        _net
+        | dict(
+            block_out_channels=(8, 16),
+            down_block_types=('DownBlock2D',) * 2,
+            up_block_types=('UpBlock2D',) * 2,
+            attention_head_dim=8,
+        ),
+        256,
+        16,
+        2e-3,
+        5,
+        ema=0.99,
+    ),
+    ('mnist_diffusers_pdae', 'lesson'): Recipe(
+        'mnist',
+        28,
+        dict(dpm='mnist_diffusers_dpm', z_dim=64, groups=8),
+        32_000,
+        32,
+        2e-3,
+        100,
+        0.4,
+        0.995,
+    ),
+    ('mnist_diffusers_pdae', 'smoke'): Recipe(
+        'digits',
+        28,
+        dict(dpm='mnist_diffusers_dpm', z_dim=16, groups=8),
+        256,
+        16,
+        2e-3,
+        5,
+        ema=0.99,
+    ),
+}
+
 
 # %% ../nbs/13e_adapter.ipynb #ee7575b5
-class _Callback: "Stands for the one class that Diff-AE's checkpoints name; does nothing"
-_NAMES = [(_Callback, f'{m}.ModelCheckpoint') for m in ('pytorch_lightning.callbacks.model_checkpoint', 'lightning.pytorch.callbacks.model_checkpoint')]
-_PLAIN = re.compile(r'torch\._utils _rebuild_(tensor_v2|parameter)|collections OrderedDict|torch(\.storage)? \w*Storage|torch (Size|device|float\d+|bfloat16|u?int\d+|bool)|' + '|'.join(k.replace('.ModelCheckpoint', ' ModelCheckpoint').replace('.', r'\.') for _, k in _NAMES))
+class _Callback:
+    "Stands for the one class that Diff-AE's checkpoints name; does nothing"
+
+
+_NAMES = [
+    (_Callback, f'{m}.ModelCheckpoint')
+    for m in (
+        'pytorch_lightning.callbacks.model_checkpoint',
+        'lightning.pytorch.callbacks.model_checkpoint',
+    )
+]
+_PLAIN = re.compile(
+    r'torch\._utils _rebuild_(tensor_v2|parameter)|collections OrderedDict|torch(\.storage)? \w*Storage|torch (Size|device|float\d+|bfloat16|u?int\d+|bool)|'
+    + '|'.join(
+        k.replace('.ModelCheckpoint', ' ModelCheckpoint').replace('.', r'\.') for _, k in _NAMES
+    )
+)
+
 
 def _names(f, pickles):
     "Raise if so many pickles in a row name anything but what tensors are made of; they are read, not run"
     for _ in range(pickles):
         for op, arg, _ in pickletools.genops(f):
-            if op.name in ('GLOBAL', 'INST') and not _PLAIN.fullmatch(arg): raise ValueError(f'it wants {arg.replace(" ", ".")}')
-            if op.name in ('STACK_GLOBAL', 'EXT1', 'EXT2', 'EXT4'): raise ValueError(f'it hides a name behind {op.name}')
+            if op.name in ('GLOBAL', 'INST') and not _PLAIN.fullmatch(arg):
+                raise ValueError(f'it wants {arg.replace(" ", ".")}')
+            if op.name in ('STACK_GLOBAL', 'EXT1', 'EXT2', 'EXT4'):
+                raise ValueError(f'it hides a name behind {op.name}')
+
 
 # %% ../nbs/13e_adapter.ipynb #b23a9b44
 def look(
-    path, # a file of torch's, old or new
+    path,  # a file of torch's, old or new
 ):
     "Raise if this file is not one that torch writes of tensors alone; nothing in it is run (and a bomb is not unpacked)"
     with open(path, 'rb') as f:
-        if f.read(4) != b'PK\x03\x04': f.seek(0); return _names(f, 4)          # the old format: magic number, version, system, contents
+        if f.read(4) != b'PK\x03\x04':
+            f.seek(0)
+            return _names(f, 4)  # the old format: magic number, version, system, contents
     with zipfile.ZipFile(path) as z:
-        members = z.infolist(); claimed, have = sum(m.file_size for m in members), Path(path).stat().st_size
-        if odd := [m.filename for m in members if m.compress_type != zipfile.ZIP_STORED]: raise ValueError(f'{odd[0]!r} is compressed, as torch never writes it')
-        if claimed > have: raise ValueError(f'it claims to hold {claimed:,} bytes, but has {have:,}')
-        if len({m.filename for m in members}) < len(members): raise ValueError('it holds two members of one name')
+        members = z.infolist()
+        claimed, have = sum(m.file_size for m in members), Path(path).stat().st_size
+        if odd := [m.filename for m in members if m.compress_type != zipfile.ZIP_STORED]:
+            raise ValueError(f'{odd[0]!r} is compressed, as torch never writes it')
+        if claimed > have:
+            raise ValueError(f'it claims to hold {claimed:,} bytes, but has {have:,}')
+        if len({m.filename for m in members}) < len(members):
+            raise ValueError('it holds two members of one name')
         for m in members:
-            if m.filename.endswith('.pkl'): _names(io.BytesIO(z.read(m)), 1)
+            if m.filename.endswith('.pkl'):
+                _names(io.BytesIO(z.read(m)), 1)
+
 
 # %% ../nbs/13e_adapter.ipynb #70617abb
 def _bytes(o):
     "What all tensors in some containers would take; each is looked at once, however often it is referred to"
     todo, seen, total = [o], set(), 0
     while todo:
-        if id(o := todo.pop()) in seen: continue
-        seen.add(id(o)); total += o.numel()*o.element_size() if torch.is_tensor(o) else 0
+        if id(o := todo.pop()) in seen:
+            continue
+        seen.add(id(o))
+        total += o.numel() * o.element_size() if torch.is_tensor(o) else 0
         todo += o.values() if isinstance(o, dict) else o if isinstance(o, (list, tuple)) else ()
     return total
 
+
 def read_official(
-    path,     # file: .pt, .ckpt, .pkl (all of them torch's) or .safetensors
-) -> dict:    # what it holds: tensors and plain containers, on the CPU
+    path,  # file: .pt, .ckpt, .pkl (all of them torch's) or .safetensors
+) -> dict:  # what it holds: tensors and plain containers, on the CPU
     "Open a checkpoint; no code of its choosing is run"
-    if not (path := Path(path).expanduser()).is_file(): raise FileNotFoundError(f'no file {path}')
+    if not (path := Path(path).expanduser()).is_file():
+        raise FileNotFoundError(f'no file {path}')
     try:
-        if path.suffix == '.safetensors': return load_file(path)
+        if path.suffix == '.safetensors':
+            return load_file(path)
         look(path)
-        with torch.serialization.safe_globals(_NAMES), warnings.catch_warnings(action='ignore'): d = torch.load(path, map_location='cpu', weights_only=True)
-        if (held := _bytes(d)) > 4*path.stat().st_size: raise ValueError(f'tensors of {held:,} bytes in a file of {path.stat().st_size:,}')
-    except (PermissionError, MemoryError): raise
-    except Exception as e: raise ValueError(f'{path} cannot be read safely: {(str(e).splitlines() or [type(e).__name__])[0][:200]}') from e
-    if not isinstance(d, dict): raise ValueError(f'{path} holds a {type(d).__name__}, no dictionary of tensors')
+        with torch.serialization.safe_globals(_NAMES), warnings.catch_warnings(action='ignore'):
+            d = torch.load(path, map_location='cpu', weights_only=True)
+        if (held := _bytes(d)) > 4 * path.stat().st_size:
+            raise ValueError(f'tensors of {held:,} bytes in a file of {path.stat().st_size:,}')
+    except (PermissionError, MemoryError):
+        raise
+    except Exception as e:
+        raise ValueError(
+            f'{path} cannot be read safely: {(str(e).splitlines() or [type(e).__name__])[0][:200]}'
+        ) from e
+    if not isinstance(d, dict):
+        raise ValueError(f'{path} holds a {type(d).__name__}, no dictionary of tensors')
     return d

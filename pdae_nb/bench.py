@@ -6,96 +6,151 @@
 __all__ = ['COLD', 'IMPORT', 'GEOMETRIES', 'race', 'gflops', 'peak', 'run_python', 'bench_speed']
 
 # %% ../nbs/05b_bench.ipynb #a1f1d913
-import subprocess, sys, time
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from types import SimpleNamespace
+
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 # %% ../nbs/05b_bench.ipynb #4a26bdc4
-from .forward import Schedule
 from .denoise import denoising_loss
+from .forward import Schedule
+from .train import EMA, RECIPES, fit, hardware, recipe, versions
 from .unet import UNet, autocast, bf16_pays
-from .train import RECIPES, EMA, fit, hardware, recipe, versions
+
 
 # %% ../nbs/05b_bench.ipynb #4961f4e4
 def race(
-    fs,                      # name -> function to time
-    seconds,                 # about this long for each
-    clock=time.perf_counter, # what tells the time, in seconds
-) -> dict:                   # name -> seconds of a typical call
+    fs,  # name -> function to time
+    seconds,  # about this long for each
+    clock=time.perf_counter,  # what tells the time, in seconds
+) -> dict:  # name -> seconds of a typical call
     "Time functions in turns, at least three times each, after one call to warm up"
-    for f in fs.values(): f()
-    ts = []                                                                  # (rounds, runners)
-    while len(ts) < 3 or sum(map(sum, ts)) < seconds*len(fs):
+    for f in fs.values():
+        f()
+    ts = []  # (rounds, runners)
+    while len(ts) < 3 or sum(map(sum, ts)) < seconds * len(fs):
         ts.append([])
         for f in fs.values():
-            start = clock(); f()
+            start = clock()
+            f()
             ts[-1].append(clock() - start)
-    ts = torch.tensor(ts, dtype=torch.float64); rounds = ts.sum(1, keepdim=True)
-    return dict(zip(fs, ((ts/rounds).median(0).values*rounds.median()).tolist()))
+    ts = torch.tensor(ts, dtype=torch.float64)
+    rounds = ts.sum(1, keepdim=True)
+    return dict(zip(fs, ((ts / rounds).median(0).values * rounds.median()).tolist()))
 
-def _sync(dev): torch.cuda.synchronize(dev) if torch.device(dev).type == 'cuda' else None
+
+def _sync(dev):
+    torch.cuda.synchronize(dev) if torch.device(dev).type == 'cuda' else None
+
 
 # %% ../nbs/05b_bench.ipynb #3e944252
 def gflops(
-    net, # (xt,t) -> eps
-    x,   # images: (B,C,H,W)
-    t,   # times: (B,)
-) -> float: # billions of multiplications and additions, per image
+    net,  # (xt,t) -> eps
+    x,  # images: (B,C,H,W)
+    t,  # times: (B,)
+) -> float:  # billions of multiplications and additions, per image
     "Arithmetic of one forward pass, as torch counts it"
-    with FlopCounterMode(display=False) as c, torch.no_grad(), sdpa_kernel(SDPBackend.MATH): net(x, t)
-    return c.get_total_flops()/len(x)/1e9
+    with FlopCounterMode(display=False) as c, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        net(x, t)
+    return c.get_total_flops() / len(x) / 1e9
+
 
 # %% ../nbs/05b_bench.ipynb #70e54ce6
 def peak(
-    dev,     # device
-    dtype,   # of the numbers
-    seconds, # about this long for each
-) -> dict:   # GFLOP/s
+    dev,  # device
+    dtype,  # of the numbers
+    seconds,  # about this long for each
+) -> dict:  # GFLOP/s
     "The machine's own best: a large matmul and a 3x3 convolution"
     a = torch.randn(2048, 2048, device=dev, dtype=dtype)
-    x = torch.randn(32, 128, 32, 32, device=dev, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    w = torch.randn(128, 128, 3, 3, device=dev, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    def matmul(): a @ a; _sync(dev)
-    def conv(): torch.conv2d(x, w, padding=1); _sync(dev)
+    x = torch.randn(32, 128, 32, 32, device=dev, dtype=dtype).contiguous(
+        memory_format=torch.channels_last
+    )
+    w = torch.randn(128, 128, 3, 3, device=dev, dtype=dtype).contiguous(
+        memory_format=torch.channels_last
+    )
+
+    def matmul():
+        a @ a
+        _sync(dev)
+
+    def conv():
+        torch.conv2d(x, w, padding=1)
+        _sync(dev)
+
     t = race(dict(matmul=matmul, conv=conv), seconds)
-    return dict(matmul=2*2048**3/t['matmul']/1e9, conv=2*32*32*32*128*128*9/t['conv']/1e9)
+    return dict(
+        matmul=2 * 2048**3 / t['matmul'] / 1e9,
+        conv=2 * 32 * 32 * 32 * 128 * 128 * 9 / t['conv'] / 1e9,
+    )
+
 
 # %% ../nbs/05b_bench.ipynb #d91f08e5
 def run_python(
-    code, # lines that print a number last; `time` and `t0`, the time they began, are there
+    code,  # lines that print a number last; `time` and `t0`, the time they began, are there
 ) -> float:
     "Run code in a new process and read the number that it prints"
-    r = subprocess.run([sys.executable, '-c', 'import json, time; t0 = time.perf_counter()\n' + code], capture_output=True, text=True)
-    if r.returncode: raise RuntimeError(f'{code!r} failed: {r.stderr.strip().splitlines()[-1]}')
+    r = subprocess.run(
+        [sys.executable, '-c', 'import json, time; t0 = time.perf_counter()\n' + code],
+        capture_output=True,
+        text=True,
+    )
+    if r.returncode:
+        raise RuntimeError(f'{code!r} failed: {r.stderr.strip().splitlines()[-1]}')
     return float(r.stdout.splitlines()[-1])
 
-COLD = '''import torch
+
+COLD = """import torch
 from pdae_nb.files import load_run
 from pdae_nb.sample import sample
 run = load_run("mnist_dpm")
 sample(run.dpm, torch.randn(1, 1, 28, 28), run.sched, 50, clip=1.)
-print(time.perf_counter() - t0)'''
-IMPORT = 'import torch; t0 = time.perf_counter()\nimport pdae_nb.sample\nprint(time.perf_counter() - t0)'
+print(time.perf_counter() - t0)"""
+IMPORT = (
+    'import torch; t0 = time.perf_counter()\nimport pdae_nb.sample\nprint(time.perf_counter() - t0)'
+)
+
 
 # %% ../nbs/05b_bench.ipynb #68fbcf30
 def _workload(config, bs, dev, *, ours=True, compile=False):
     "A training step, a forward pass and its GFLOPs per image: this library's defaults, or plain fp32"
     torch.manual_seed(0)
     net, sched = UNet(**config).to(dev), Schedule.linear()
-    if ours: net.to(memory_format=torch.channels_last)
-    x, t = torch.rand(bs, config['c'], config['size'], config['size'], device=dev)*2 - 1, torch.full((bs,), 500, device=dev)
+    if ours:
+        net.to(memory_format=torch.channels_last)
+    x, t = (
+        torch.rand(bs, config['c'], config['size'], config['size'], device=dev) * 2 - 1,
+        torch.full((bs,), 500, device=dev),
+    )
     counted = gflops(net, x[:1], t[:1])
     r, ema = replace(recipe('mnist_dpm', 'lesson'), batch=bs), EMA(net)
-    if compile: net.compile()
-    steps = fit(lambda x0, y: denoising_loss(net, x0, sched), net.parameters(), iter(lambda: (x, None), 0), r, ema, amp=ours)
-    def train(): next(steps); _sync(dev)
-    def forward():
-        with torch.no_grad(), autocast(dev, ours): net(x, t)
+    if compile:
+        net.compile()
+    steps = fit(
+        lambda x0, y: denoising_loss(net, x0, sched),
+        net.parameters(),
+        iter(lambda: (x, None), 0),
+        r,
+        ema,
+        amp=ours,
+    )
+
+    def train():
+        next(steps)
         _sync(dev)
+
+    def forward():
+        with torch.no_grad(), autocast(dev, ours):
+            net(x, t)
+        _sync(dev)
+
     return SimpleNamespace(train=train, forward=forward, gflops=counted)
+
 
 # %% ../nbs/05b_bench.ipynb #b6b5ce25
 GEOMETRIES = {
@@ -103,23 +158,51 @@ GEOMETRIES = {
     'celeba64 paper': dict(c=3, size=64, **RECIPES['celeba64_dpm', 'paper'].net),
 }
 
+
 def bench_speed(
-    seconds=5.,    # about this long for each number
-    device=None,   # cpu or cuda; else the GPU if there is one
-    compile=False, # also with torch.compile
-    geometries=None, # name -> keyword arguments of the U-Net; None takes the lesson's and the CelebA-64 one
-    cold=True,     # also time a cold start, in new processes
-) -> dict:         # numbers, ready for JSON
+    seconds=5.0,  # about this long for each number
+    device=None,  # cpu or cuda; else the GPU if there is one
+    compile=False,  # also with torch.compile
+    geometries=None,  # name -> keyword arguments of the U-Net; None takes the lesson's and the CelebA-64 one
+    cold=True,  # also time a cold start, in new processes
+) -> dict:  # numbers, ready for JSON
     "Speed as ratios within one run: our defaults (channels_last, and bf16 autocast where it pays) against plain fp32, and both against the machine's peak"
     dev, t0 = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu')), time.time()
-    tops = {k: peak(dev, dt, seconds) for k, dt in (('fp32', torch.float32), ('ours', torch.bfloat16 if bf16_pays(dev) else torch.float32))}
+    tops = {
+        k: peak(dev, dt, seconds)
+        for k, dt in (
+            ('fp32', torch.float32),
+            ('ours', torch.bfloat16 if bf16_pays(dev) else torch.float32),
+        )
+    }
     d = dict(hardware=hardware(dev), versions=versions(), peak_gflops=tops, seed=0)
     for name, config in (geometries or GEOMETRIES).items():
         bs = 128 if dev.type == 'cuda' else 64 if config['size'] < 64 else 4
-        work = {k: _workload(config, bs, dev, ours=k != 'fp32', compile=k == 'compiled') for k in ('fp32', 'ours', 'compiled')[:2 + compile]}
-        train, forward = (race({k: getattr(w, what) for k, w in work.items()}, seconds) for what in ('train', 'forward'))
-        row = {k: dict(train=bs/train[k], forward=bs/forward[k], gflops_per_image=w.gflops) for k, w in work.items()}
-        for k in tops: row[k]['share_of_conv_peak'] = 3*row[k]['train']*row[k]['gflops_per_image']/tops[k]['conv']
-        d[name] = dict(batch=bs, train_ratio=row['ours']['train']/row['fp32']['train'], forward_ratio=row['ours']['forward']/row['fp32']['forward'], **row)
-    if cold: d |= dict(seconds_to_first_sample=run_python(COLD), import_seconds_beyond_torch=min(run_python(IMPORT) for _ in range(3)))
+        work = {
+            k: _workload(config, bs, dev, ours=k != 'fp32', compile=k == 'compiled')
+            for k in ('fp32', 'ours', 'compiled')[: 2 + compile]
+        }
+        train, forward = (
+            race({k: getattr(w, what) for k, w in work.items()}, seconds)
+            for what in ('train', 'forward')
+        )
+        row = {
+            k: dict(train=bs / train[k], forward=bs / forward[k], gflops_per_image=w.gflops)
+            for k, w in work.items()
+        }
+        for k in tops:
+            row[k]['share_of_conv_peak'] = (
+                3 * row[k]['train'] * row[k]['gflops_per_image'] / tops[k]['conv']
+            )
+        d[name] = dict(
+            batch=bs,
+            train_ratio=row['ours']['train'] / row['fp32']['train'],
+            forward_ratio=row['ours']['forward'] / row['fp32']['forward'],
+            **row,
+        )
+    if cold:
+        d |= dict(
+            seconds_to_first_sample=run_python(COLD),
+            import_seconds_beyond_torch=min(run_python(IMPORT) for _ in range(3)),
+        )
     return d | dict(seconds=round(time.time() - t0))

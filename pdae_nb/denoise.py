@@ -7,130 +7,166 @@ __all__ = ['Denoiser', 'square', 'denoising_loss', 'GaussianMixture', 'predict_x
 
 # %% ../nbs/02_denoise.ipynb #c252f8eb
 from typing import Protocol
-import torch, torch.nn.functional as F
-from torch import Tensor
+
+import torch
+import torch.nn.functional as F
 from fastcore.basics import patch
-from .forward import Schedule, at, add_noise, eps_to_x0, score_to_eps
+from torch import Tensor
+
+from .forward import Schedule, add_noise, at, eps_to_x0, score_to_eps
+
 
 # %% ../nbs/02_denoise.ipynb #e73a50f2
 class Denoiser(Protocol):
     "Any callable that looks at noisy data and names the noise in it"
-    def __call__(self,
-        xt: Tensor, # noisy data: (B,...)
+
+    def __call__(
+        self,
+        xt: Tensor,  # noisy data: (B,...)
         t: Tensor,  # times: int64 (B,)
-    ) -> Tensor:    # predicted noise, like `xt`
+    ) -> Tensor:  # predicted noise, like `xt`
         ...
+
 
 # %% ../nbs/02_denoise.ipynb #747b9a77
 def square(
-    d: Tensor, # differences
-) -> Tensor:   # their squares
+    d: Tensor,  # differences
+) -> Tensor:  # their squares
     "Squared error, `denoising_loss`'s usual distance; `torch.abs` is that of Diff-AE's latent DPM"
-    return d*d
+    return d * d
+
 
 # %% ../nbs/02_denoise.ipynb #2a43e9d4
 def denoising_loss(
-    denoiser: Denoiser, # (xt,t) -> eps
-    x0: Tensor,         # clean data: (B,...)
-    sched: Schedule,    # noise table
-    weight=None,        # weight(sched,t) -> (B,), multiplies each sample's error; None is 1
+    denoiser: Denoiser,  # (xt,t) -> eps
+    x0: Tensor,  # clean data: (B,...)
+    sched: Schedule,  # noise table
+    weight=None,  # weight(sched,t) -> (B,), multiplies each sample's error; None is 1
     *,
-    dist=square,        # distance, elementwise
-    t: Tensor = None,   # times: int64 (B,), else drawn
-    eps: Tensor = None, # noise like `x0`, else drawn
+    dist=square,  # distance, elementwise
+    t: Tensor = None,  # times: int64 (B,), else drawn
+    eps: Tensor = None,  # noise like `x0`, else drawn
     reduce=torch.mean,  # over the batch; None keeps one loss per sample (B,)
-) -> Tensor:            # scalar, or (B,)
+) -> Tensor:  # scalar, or (B,)
     "Mean over pixels of weight·dist(eps_θ(x_t,t) - eps) (PDAE Eq. 3, Diff-AE Eq. 6)"
     t = sched.rand_t(len(x0), x0.device) if t is None else t
     eps = torch.randn_like(x0) if eps is None else eps
     pred = denoiser(add_noise(sched, x0, t, eps), t)
-    if pred.shape != x0.shape: raise ValueError(f'the denoiser returned shape {tuple(pred.shape)} for data of shape {tuple(x0.shape)}')
+    if pred.shape != x0.shape:
+        raise ValueError(
+            f'the denoiser returned shape {tuple(pred.shape)} for data of shape {tuple(x0.shape)}'
+        )
     loss = dist(pred - eps).flatten(1).mean(1)
-    if weight is not None: loss = weight(sched, t).to(loss)*loss
+    if weight is not None:
+        loss = weight(sched, t).to(loss) * loss
     return loss if reduce is None else reduce(loss)
+
 
 # %% ../nbs/02_denoise.ipynb #0d925520
 class GaussianMixture:
     "Data whose every conditional can be written down: K equally likely Gaussian blobs, one class each (PDAE Eq. 1 in closed form)"
-    def __init__(self,
-        mu: Tensor,      # centres: (K,D)
-        std: float,      # standard deviation of each blob; 0 makes them points, for t in 1…T
-        sched: Schedule, # noise table
+
+    def __init__(
+        self,
+        mu: Tensor,  # centres: (K,D)
+        std: float,  # standard deviation of each blob; 0 makes them points, for t in 1…T
+        sched: Schedule,  # noise table
     ):
-        if mu.ndim != 2: raise ValueError(f'mu must be (K,D), got shape {tuple(mu.shape)}')
+        if mu.ndim != 2:
+            raise ValueError(f'mu must be (K,D), got shape {tuple(mu.shape)}')
         self.mu, self.std, self.sched = mu, std, sched
+
     def _modes(self, xt, t):
         "log p(x_t|k) but for a constant (B,K), and minus its gradient (B,K,D)"
-        if xt.shape[1:] != self.mu.shape[1:]: raise ValueError(f'xt must be (B,{self.mu.shape[1]}), got shape {tuple(xt.shape)}')
+        if xt.shape[1:] != self.mu.shape[1:]:
+            raise ValueError(f'xt must be (B,{self.mu.shape[1]}), got shape {tuple(xt.shape)}')
         ab = self.sched(t)
-        var = at(ab*self.std**2 + 1 - ab, xt)                              # (B,1)
-        d = xt[:, None] - at(ab.sqrt(), xt)[..., None]*self.mu.to(xt)      # (B,K,D)
-        return -d.square().sum(-1)/(2*var), d/var[..., None]
+        var = at(ab * self.std**2 + 1 - ab, xt)  # (B,1)
+        d = xt[:, None] - at(ab.sqrt(), xt)[..., None] * self.mu.to(xt)  # (B,K,D)
+        return -d.square().sum(-1) / (2 * var), d / var[..., None]
+
 
 # %% ../nbs/02_denoise.ipynb #eb1f01ae
 @patch
-def sample(self: GaussianMixture,
-    n,              # how many
-    generator=None, # source of randomness
-) -> tuple:         # x0 (n,D), y int64 (n,)
+def sample(
+    self: GaussianMixture,
+    n,  # how many
+    generator=None,  # source of randomness
+) -> tuple:  # x0 (n,D), y int64 (n,)
     "Clean data and the blob that each point came from"
     y = torch.randint(len(self.mu), (n,), generator=generator)
     noise = torch.randn(n, self.mu.shape[1], generator=generator, dtype=self.mu.dtype)
     y, noise = y.to(self.mu.device), noise.to(self.mu.device)
-    return self.mu[y] + self.std*noise, y
+    return self.mu[y] + self.std * noise, y
+
 
 # %% ../nbs/02_denoise.ipynb #adf8d80e
 @patch
-def log_p(self: GaussianMixture,
-    xt: Tensor, # noisy data: (B,D)
+def log_p(
+    self: GaussianMixture,
+    xt: Tensor,  # noisy data: (B,D)
     t: Tensor,  # times: int64 (B,)
-    y: Tensor = None, # classes: int64 (B,), or all of them
-) -> Tensor:    # nats: (B,K), or (B,) if `y` is given
+    y: Tensor = None,  # classes: int64 (B,), or all of them
+) -> Tensor:  # nats: (B,K), or (B,) if `y` is given
     "log p(y|x_t), what a perfect noisy classifier would say"
     log_p = self._modes(xt, t)[0].log_softmax(-1)
     return log_p if y is None else log_p.gather(1, y.expand(len(xt))[:, None])[:, 0]
 
+
 # %% ../nbs/02_denoise.ipynb #60240d5d
 @patch
-def __call__(self: GaussianMixture,
-    xt: Tensor, # noisy data: (B,D)
+def __call__(
+    self: GaussianMixture,
+    xt: Tensor,  # noisy data: (B,D)
     t: Tensor,  # times: int64 (B,)
-    y: Tensor = None, # condition on these classes: int64 (B,)
-) -> Tensor:    # E[eps|x_t] or E[eps|x_t,y], like `xt`
+    y: Tensor = None,  # condition on these classes: int64 (B,)
+) -> Tensor:  # E[eps|x_t] or E[eps|x_t,y], like `xt`
     "The best possible noise prediction, through the score of the noisy mixture (PDAE Eq. 3's optimum)"
     log_w, pull = self._modes(xt, t)
     w = log_w.softmax(-1) if y is None else F.one_hot(y, len(self.mu)).to(xt)
-    return score_to_eps(self.sched, t, -(w[..., None]*pull).sum(1))
+    return score_to_eps(self.sched, t, -(w[..., None] * pull).sum(1))
+
 
 # %% ../nbs/02_denoise.ipynb #0b365f7d
 def predict_x0(
-    denoiser: Denoiser, # (xt,t) -> eps
-    xt: Tensor,         # noisy data: (B,...)
-    t: Tensor,          # times: int64 (B,)
-    sched: Schedule,    # noise table
-) -> Tensor:            # E[x_0|x_t] as the denoiser sees it, like `xt`
+    denoiser: Denoiser,  # (xt,t) -> eps
+    xt: Tensor,  # noisy data: (B,...)
+    t: Tensor,  # times: int64 (B,)
+    sched: Schedule,  # noise table
+) -> Tensor:  # E[x_0|x_t] as the denoiser sees it, like `xt`
     "The clean data that the predicted noise implies (Diff-AE Eq. 5)"
     return eps_to_x0(sched, xt, t, denoiser(xt, t))
+
 
 # %% ../nbs/02_denoise.ipynb #765607d5
 @torch.no_grad()
 def loss_curve(
-    denoiser: Denoiser, # (xt,t) -> eps, or (xt,t,y) -> eps if there is `y`
-    x0: Tensor,         # clean data: (B,...)
-    sched: Schedule,    # noise table
-    ts,                 # times in 1…T to look at
-    seed=0,             # of the noise, the same for every t and every denoiser
+    denoiser: Denoiser,  # (xt,t) -> eps, or (xt,t,y) -> eps if there is `y`
+    x0: Tensor,  # clean data: (B,...)
+    sched: Schedule,  # noise table
+    ts,  # times in 1…T to look at
+    seed=0,  # of the noise, the same for every t and every denoiser
     *,
-    y: Tensor = None,   # what the denoiser is conditioned on, a row for each sample: (B,...)
-    bs=500,             # samples at a pass at most: of several times, or a part of one
-    progress=iter,      # wraps the list of passes, e.g. `tqdm`
-) -> Tensor:            # (len(ts), B): one loss per time and sample
+    y: Tensor = None,  # what the denoiser is conditioned on, a row for each sample: (B,...)
+    bs=500,  # samples at a pass at most: of several times, or a part of one
+    progress=iter,  # wraps the list of passes, e.g. `tqdm`
+) -> Tensor:  # (len(ts), B): one loss per time and sample
     "The denoising loss at each time: where in the process the denoiser errs (PDAE Eq. 3, one t at a time)"
-    eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed), dtype=x0.dtype).to(x0.device)
+    eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed), dtype=x0.dtype).to(
+        x0.device
+    )
+
     def one(part, rows):
-        again = lambda o: o[rows].repeat(len(part), *[1]*(o.ndim - 1))
+        again = lambda o: o[rows].repeat(len(part), *[1] * (o.ndim - 1))
         f, x = denoiser if y is None else lambda xt, t: denoiser(xt, t, again(y)), again(x0)
-        return denoising_loss(f, x, sched, t=part.repeat_interleave(len(x)//len(part)), eps=again(eps), reduce=None)
+        return denoising_loss(
+            f, x, sched, t=part.repeat_interleave(len(x) // len(part)), eps=again(eps), reduce=None
+        )
+
     ts = torch.as_tensor(list(ts), device=x0.device)
-    passes = [(part, slice(i, i + bs)) for part in ts.split(max(1, bs//len(x0))) for i in range(0, len(x0), bs)]
+    passes = [
+        (part, slice(i, i + bs))
+        for part in ts.split(max(1, bs // len(x0)))
+        for i in range(0, len(x0), bs)
+    ]
     return torch.cat([one(*p) for p in progress(passes)]).reshape(len(ts), len(x0))
