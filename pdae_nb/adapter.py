@@ -14,21 +14,22 @@ import re
 import warnings
 import zipfile
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .forward import Schedule
-from .scorevae import RECIPES  # with those of all rooms before
-from .train import TASKS, Recipe, dpm_task
+from .scorevae import RECIPES  # with the recipes of all modules before it
+from .train import TASKS, Recipe, Task, dpm_task
 
 
 # %% ../nbs/13e_adapter.ipynb #d9901306
 def need(
-    what='diffusers',  # a package
-):  # the module
-    "An optional package, or how to get it"
+    what: str = 'diffusers',  # name of an optional package
+) -> ModuleType:  # the imported package
+    "Import an optional package. If it is missing, the error states the command that installs it."
     try:
         return importlib.import_module(what)
     except ImportError as e:
@@ -37,167 +38,211 @@ def need(
 
 # %% ../nbs/13e_adapter.ipynb #dbbf70d8
 class _FirstHalf(nn.Module):
-    "Image in, feature maps of all layers out"
+    "The first half of a `UNet2DModel`: noisy image and time embedding in, feature maps out."
 
     def __init__(self, unet):
         super().__init__()
-        self.centred, outs, n = (
-            unet.config.center_input_sample,
-            unet.config.block_out_channels,
-            unet.config.layers_per_block,
-        )
-        self.conv_in, self.blocks = unet.conv_in, unet.down_blocks
-        self.chs = [outs[0]] + [
-            c for i, c in enumerate(outs) for _ in range(n + (i < len(outs) - 1))
-        ]
+        config = unet.config
+        self.centred = config.center_input_sample
+        self.conv_in = unet.conv_in
+        self.blocks = unet.down_blocks
+        self.chs = _channels(config.block_out_channels, config.layers_per_block)
 
-    def forward(self, x, e):
-        hs = [h := self.conv_in(2 * x - 1 if self.centred else x)]
-        for b in self.blocks:
-            h, new = b(hidden_states=h, temb=e)
-            hs += new
-        return hs
+    def forward(self, x: Tensor, e: Tensor) -> list[Tensor]:
+        h = self.conv_in(2 * x - 1 if self.centred else x)
+        feature_maps = [h]
+        for block in self.blocks:
+            h, outputs = block(hidden_states=h, temb=e)
+            feature_maps.extend(outputs)
+        return feature_maps
+
+
+def _channels(block_out_channels, layers_per_block):
+    "Channels of each feature map: the first convolution, then the layers of each block."
+    chs = [block_out_channels[0]]
+    last_level = len(block_out_channels) - 1
+    for level, c in enumerate(block_out_channels):
+        downsampling_layers = int(level < last_level)
+        chs += [c] * (layers_per_block + downsampling_layers)
+    return chs
 
 
 class _SecondHalf(nn.Module):
-    "Feature maps in, noise out; the list is left alone"
+    "The second half of a `UNet2DModel`: feature maps in, predicted noise out."
 
     def __init__(self, unet):
         super().__init__()
-        self.mid, self.blocks, self.norm, self.act, self.conv = (
-            unet.mid_block,
-            unet.up_blocks,
-            unet.conv_norm_out,
-            unet.conv_act,
-            unet.conv_out,
-        )
+        self.mid = unet.mid_block
+        self.blocks = unet.up_blocks
+        self.norm = unet.conv_norm_out
+        self.act = unet.conv_act
+        self.conv = unet.conv_out
 
-    def forward(self, hs, e):
-        h, hs = hs[-1] if self.mid is None else self.mid(hs[-1], e), list(hs)
-        for b in self.blocks:
-            n = len(b.resnets)
-            h = b(h, tuple(hs[-n:]), e)
-            del hs[-n:]
+    def forward(self, feature_maps: list[Tensor], e: Tensor) -> Tensor:
+        h = feature_maps[-1] if self.mid is None else self.mid(feature_maps[-1], e)
+        remaining = list(feature_maps)
+        for block in self.blocks:
+            n = len(block.resnets)
+            h = block(h, tuple(remaining[-n:]), e)
+            del remaining[-n:]
         return self.conv(self.act(self.norm(h)))
 
 
 # %% ../nbs/13e_adapter.ipynb #a7b704b5
-def _fits(k):
-    "Raise, if this configuration is of a network that is no chain of two halves"
-    odd = [
-        b
-        for b in (*k.down_block_types, *k.up_block_types)
-        if b not in ('DownBlock2D', 'AttnDownBlock2D', 'UpBlock2D', 'AttnUpBlock2D')
-    ]
-    for bad, why in (
-        (odd, f'its blocks {", ".join(sorted(set(odd)))} cannot be shared by two second halves'),
-        (
-            k.time_embedding_type != 'positional',
-            f'it wants times of type {k.time_embedding_type!r}, no positions',
-        ),
-        (
-            k.class_embed_type or k.num_class_embeds,
-            'it wants labels; an unconditional one is needed',
-        ),
-        (
-            k.in_channels != k.out_channels,
-            f'it makes {k.out_channels} channels of {k.in_channels}, so it does not predict the noise alone',
-        ),
-        (
-            not isinstance(k.sample_size, int),
-            f'its images are of size {k.sample_size}, where one number is wanted',
-        ),
-    ):
-        if bad:
-            raise ValueError(f'this UNet2DModel cannot stand under a gradient estimator: {why}')
+_BLOCKS = ('DownBlock2D', 'AttnDownBlock2D', 'UpBlock2D', 'AttnUpBlock2D')
+
+
+def _check_config(config):
+    "Raise ValueError if a `UNet2DModel` of this configuration does not split into two halves."
+    reason = _why_not(config)
+    if reason:
+        raise ValueError(
+            f'this UNet2DModel cannot be split into halves for a gradient estimator: {reason}'
+        )
+
+
+def _why_not(config):
+    "Why this configuration is not accepted, or None."
+    types = (*config.down_block_types, *config.up_block_types)
+    unknown = sorted({block for block in types if block not in _BLOCKS})
+    if unknown:
+        return f'its blocks must be of {", ".join(_BLOCKS)}, got {", ".join(unknown)}'
+    if config.time_embedding_type != 'positional':
+        return f'time_embedding_type must be positional, got {config.time_embedding_type!r}'
+    if config.class_embed_type or config.num_class_embeds:
+        return (
+            'it must be unconditional, got '
+            f'class_embed_type {config.class_embed_type!r} '
+            f'and num_class_embeds {config.num_class_embeds}'
+        )
+    if config.in_channels != config.out_channels:
+        return (
+            'a network that predicts only the noise has as many output as input channels, got '
+            f'{config.out_channels} channels from {config.in_channels}'
+        )
+    if not isinstance(config.sample_size, int):
+        return f'sample_size must be one integer, got {config.sample_size}'
+    return None
 
 
 # %% ../nbs/13e_adapter.ipynb #7edbd05d
 class DiffusersUNet(nn.Module):
-    "A diffusers `UNet2DModel` in halves and with our times: to PDAE it is what `UNet` is"
+    """A diffusers `UNet2DModel` with the interface of `UNet`.
+
+    It has two halves, `down` and `up`, and timesteps 1…T; diffusers counts them from 0.
+    """
 
     def __init__(
         self,
-        unet,  # the UNet2DModel, or its configuration as a dict
-        c=None,
-        size=None,  # channels and pixels, as the configuration says; here so that `config` rebuilds the network
+        unet,  # `UNet2DModel`, whose modules are used without a copy; or its configuration, a dict
+        c: int | None = None,  # channels; ignored, so that `DiffusersUNet(**config)` works
+        size: int | None = None,  # height and width, pixels; ignored like `c`
     ):
         super().__init__()
-        unet = need().UNet2DModel(**unet) if isinstance(unet, dict) else unet
-        _fits(k := unet.config)
-        outs = tuple(k.block_out_channels)
-        self.config = dict(
-            unet={o: v for o, v in k.items() if o[0] != '_'}, c=k.in_channels, size=k.sample_size
-        )
-        self.proj, self.time, self.down, self.up = (
-            unet.time_proj,
-            unet.time_embedding,
-            _FirstHalf(unet),
-            _SecondHalf(unet),
-        )
-        self.dt, ch = unet.time_embedding.linear_2.out_features, math.gcd(*outs)
-        self.geometry = dict(
-            c=k.in_channels,
-            ch=ch,
-            mult=tuple(o // ch for o in outs),
-            size=k.sample_size,
-            n_res=k.layers_per_block,
-            groups=k.norm_num_groups,
-            attn=tuple(
-                k.sample_size // 2**i
-                for i, b in enumerate(k.down_block_types)
-                if b.startswith('Attn')
-            ),
-        )
+        if isinstance(unet, dict):
+            unet = need().UNet2DModel(**unet)
+        config = unet.config
+        _check_config(config)
+        public = {k: v for k, v in config.items() if not k.startswith('_')}
+        self.config = dict(unet=public, c=config.in_channels, size=config.sample_size)
+        self.proj = unet.time_proj
+        self.time = unet.time_embedding
+        self.down = _FirstHalf(unet)
+        self.up = _SecondHalf(unet)
+        self.dt = unet.time_embedding.linear_2.out_features
+        self.geometry = _geometry(config)
 
-    def embed(self, t):
-        "What every block hears of the time"
-        return self.time(self.proj(t - 1).to(next(self.time.parameters()).dtype))
+    def embed(
+        self,
+        t: Tensor,  # timesteps in 1…T: (B,)
+    ) -> Tensor:  # (B,dt)
+        "The time embedding, which every block takes as an input."
+        dtype = next(self.time.parameters()).dtype
+        return self.time(self.proj(t - 1).to(dtype))
 
     def _check(self, xt, t, z=None):
-        c, size = self.config['c'], self.config['size']
+        c = self.config['c']
+        size = self.config['size']
         if not xt.is_floating_point() or xt.shape[1:] != (c, size, size):
             raise ValueError(
-                f'this network was built for float images (B,{c},{size},{size}), got {xt.dtype} {tuple(xt.shape)}'
+                f'this network was built for float images (B,{c},{size},{size}), '
+                f'got {xt.dtype} {tuple(xt.shape)}'
             )
         if t.shape[:1] not in ((1,), xt.shape[:1]):
-            raise ValueError(f't of shape {tuple(t.shape)} for a batch of {len(xt)} images')
+            raise ValueError(
+                f't of shape {tuple(t.shape)} for a batch of {len(xt)} images: '
+                f'it must have the shape (1,) or ({len(xt)},)'
+            )
 
     def forward(
         self,
         xt: Tensor,  # noisy images: float (B,c,size,size)
-        t: Tensor,  # times in 1…T: (B,), or (1,) for all
-    ) -> Tensor:  # the noise in `xt`, like `xt`
-        "Predict the noise"
+        t: Tensor,  # timesteps in 1…T: (B,), or (1,) for all images
+    ) -> Tensor:  # predicted noise, shape and dtype of `xt`
+        "The predicted noise ε_θ(x_t, t)."
         self._check(xt, t)
         e = self.embed(t).expand(len(xt), -1)
         return self.up(self.down(xt, e), e).to(xt.dtype)
 
 
+def _geometry(config):
+    "Arguments of a second `Up` that takes the feature maps of this U-Net's first half."
+    outs = tuple(config.block_out_channels)
+    ch = math.gcd(*outs)
+    size = config.sample_size
+    attn = [
+        size // 2**level
+        for level, block in enumerate(config.down_block_types)
+        if block.startswith('Attn')
+    ]
+    return dict(
+        c=config.in_channels,
+        ch=ch,
+        mult=tuple(o // ch for o in outs),
+        size=size,
+        n_res=config.layers_per_block,
+        groups=config.norm_num_groups,
+        attn=tuple(attn),
+    )
+
+
 # %% ../nbs/13e_adapter.ipynb #b0aec513
 def sched_of(
-    scheduler,  # of diffusers, with `betas`
+    scheduler,  # a scheduler of diffusers; it has `betas`, and predicts the noise
 ) -> Schedule:
-    "Its noise table"
-    if (kind := getattr(scheduler.config, 'prediction_type', 'epsilon')) != 'epsilon':
+    "The noise schedule of a diffusers scheduler."
+    kind = getattr(scheduler.config, 'prediction_type', 'epsilon')
+    if kind != 'epsilon':
         raise ValueError(
-            f'this model predicts {kind!r}; one that predicts the noise, "epsilon", is needed'
+            f"this model predicts {kind!r}; a model that predicts the noise, 'epsilon', is needed"
         )
     if not hasattr(scheduler, 'betas'):
         raise ValueError(
-            f'{type(scheduler).__name__} has no betas, so it is not of a DPM with a noise table'
+            f'{type(scheduler).__name__} has no betas, but a noise schedule is made of betas'
         )
     return Schedule(scheduler.betas.double())
 
 
 # %% ../nbs/13e_adapter.ipynb #c977d1c4
-def foreign(c, size, **net):
-    "A `DiffusersUNet` of these channels and pixels"
+def foreign(
+    c: int,  # channels
+    size: int,  # height and width, pixels
+    **net,  # other arguments of `UNet2DModel`
+) -> DiffusersUNet:
+    "A `UNet2DModel` with random weights, for images of these channels and this size."
     return DiffusersUNet(dict(sample_size=size, in_channels=c, out_channels=c, **net))
 
 
-TASKS['diffusers_dpm'] = lambda r: dpm_task(r, foreign)
-_net = dict(
+# %% ../nbs/13e_adapter.ipynb #bafbf730
+def _diffusers_dpm_task(r: Recipe) -> Task:
+    "`dpm_task` for a `DiffusersUNet`."
+    return dpm_task(r, foreign)
+
+
+TASKS['diffusers_dpm'] = _diffusers_dpm_task
+
+# %% ../nbs/13e_adapter.ipynb #32883877
+_LESSON_UNET = dict(
     block_out_channels=(32, 64, 64),
     layers_per_block=1,
     norm_num_groups=8,
@@ -205,134 +250,142 @@ _net = dict(
     up_block_types=('UpBlock2D',) * 3,
     attention_head_dim=64,
 )
+_SMOKE_UNET = _LESSON_UNET | dict(
+    block_out_channels=(8, 16),
+    down_block_types=('DownBlock2D',) * 2,
+    up_block_types=('UpBlock2D',) * 2,
+    attention_head_dim=8,
+)
+_LESSON = dict(data='mnist', px=28, images=32_000, lr=2e-3, warmup=100, cool=0.4, ema=0.995)
+_SMOKE = dict(data='digits', px=28, images=256, batch=16, lr=2e-3, warmup=5, ema=0.99)
+_LESSON_PDAE = dict(dpm='mnist_diffusers_dpm', z_dim=64, groups=8)
+_SMOKE_PDAE = dict(dpm='mnist_diffusers_dpm', z_dim=16, groups=8)
 RECIPES |= {
-    ('mnist_diffusers_dpm', 'lesson'): Recipe('mnist', 28, _net, 32_000, 64, 2e-3, 100, 0.4, 0.995),
-    ('mnist_diffusers_dpm', 'smoke'): Recipe(
-        'digits',
-        28,
-        _net
-        | dict(
-            block_out_channels=(8, 16),
-            down_block_types=('DownBlock2D',) * 2,
-            up_block_types=('UpBlock2D',) * 2,
-            attention_head_dim=8,
-        ),
-        256,
-        16,
-        2e-3,
-        5,
-        ema=0.99,
-    ),
-    ('mnist_diffusers_pdae', 'lesson'): Recipe(
-        'mnist',
-        28,
-        dict(dpm='mnist_diffusers_dpm', z_dim=64, groups=8),
-        32_000,
-        32,
-        2e-3,
-        100,
-        0.4,
-        0.995,
-    ),
-    ('mnist_diffusers_pdae', 'smoke'): Recipe(
-        'digits',
-        28,
-        dict(dpm='mnist_diffusers_dpm', z_dim=16, groups=8),
-        256,
-        16,
-        2e-3,
-        5,
-        ema=0.99,
-    ),
+    ('mnist_diffusers_dpm', 'lesson'): Recipe(net=_LESSON_UNET, batch=64, **_LESSON),
+    ('mnist_diffusers_dpm', 'smoke'): Recipe(net=_SMOKE_UNET, **_SMOKE),
+    ('mnist_diffusers_pdae', 'lesson'): Recipe(net=_LESSON_PDAE, batch=32, **_LESSON),
+    ('mnist_diffusers_pdae', 'smoke'): Recipe(net=_SMOKE_PDAE, **_SMOKE),
 }
 
 
 # %% ../nbs/13e_adapter.ipynb #ee7575b5
 class _Callback:
-    "Stands for the one class that Diff-AE's checkpoints name; does nothing"
+    "Stands for PyTorch Lightning's `ModelCheckpoint`, the one class in Diff-AE's checkpoints."
 
 
-_NAMES = [
-    (_Callback, f'{m}.ModelCheckpoint')
-    for m in (
-        'pytorch_lightning.callbacks.model_checkpoint',
-        'lightning.pytorch.callbacks.model_checkpoint',
-    )
-]
+_LIGHTNING = (
+    'pytorch_lightning.callbacks.model_checkpoint',
+    'lightning.pytorch.callbacks.model_checkpoint',
+)
+_NAMES = [(_Callback, f'{module}.ModelCheckpoint') for module in _LIGHTNING]
 _PLAIN = re.compile(
-    r'torch\._utils _rebuild_(tensor_v2|parameter)|collections OrderedDict|torch(\.storage)? \w*Storage|torch (Size|device|float\d+|bfloat16|u?int\d+|bool)|'
-    + '|'.join(
-        k.replace('.ModelCheckpoint', ' ModelCheckpoint').replace('.', r'\.') for _, k in _NAMES
-    )
+    '|'.join([
+        r'torch\._utils _rebuild_(tensor_v2|parameter)',
+        r'collections OrderedDict',
+        r'torch(\.storage)? \w*Storage',
+        r'torch (Size|device|float\d+|bfloat16|u?int\d+|bool)',
+        *(re.escape(module) + ' ModelCheckpoint' for module in _LIGHTNING),
+    ])
 )
 
 
-def _names(f, pickles):
-    "Raise if so many pickles in a row name anything but what tensors are made of; they are read, not run"
+def _check_names(f, pickles):
+    """Raise ValueError if pickles name a function or class that tensors do not need.
+
+    The opcodes of as many pickles, one after the other in the file, are read and not executed.
+    """
     for _ in range(pickles):
-        for op, arg, _ in pickletools.genops(f):
-            if op.name in ('GLOBAL', 'INST') and not _PLAIN.fullmatch(arg):
-                raise ValueError(f'it wants {arg.replace(" ", ".")}')
-            if op.name in ('STACK_GLOBAL', 'EXT1', 'EXT2', 'EXT4'):
-                raise ValueError(f'it hides a name behind {op.name}')
+        for opcode, argument, _ in pickletools.genops(f):
+            if opcode.name in ('GLOBAL', 'INST') and not _PLAIN.fullmatch(argument):
+                raise ValueError(f'it wants {argument.replace(" ", ".")}, which is not a tensor')
+            if opcode.name in ('STACK_GLOBAL', 'EXT1', 'EXT2', 'EXT4'):
+                raise ValueError(f'it hides a name behind {opcode.name}')
 
 
 # %% ../nbs/13e_adapter.ipynb #b23a9b44
 def look(
-    path,  # a file of torch's, old or new
-):
-    "Raise if this file is not one that torch writes of tensors alone; nothing in it is run (and a bomb is not unpacked)"
+    path: str | Path,  # file that `torch.save` may have written, in the zip or the legacy format
+) -> None:
+    """Raise ValueError if a file could hold more than tensors and plain containers.
+
+    Nothing in the file is executed, and no compressed member is unpacked.
+    """
     with open(path, 'rb') as f:
-        if f.read(4) != b'PK\x03\x04':
+        if f.read(4) != b'PK\x03\x04':  # not a zip archive
             f.seek(0)
-            return _names(f, 4)  # the old format: magic number, version, system, contents
-    with zipfile.ZipFile(path) as z:
-        members = z.infolist()
-        claimed, have = sum(m.file_size for m in members), Path(path).stat().st_size
-        if odd := [m.filename for m in members if m.compress_type != zipfile.ZIP_STORED]:
-            raise ValueError(f'{odd[0]!r} is compressed, as torch never writes it')
-        if claimed > have:
-            raise ValueError(f'it claims to hold {claimed:,} bytes, but has {have:,}')
-        if len({m.filename for m in members}) < len(members):
-            raise ValueError('it holds two members of one name')
-        for m in members:
-            if m.filename.endswith('.pkl'):
-                _names(io.BytesIO(z.read(m)), 1)
+            _check_names(f, 4)  # legacy format: magic number, protocol, system, contents
+            return
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        _check_members(members, Path(path).stat().st_size)
+        for member in members:
+            if member.filename.endswith('.pkl'):
+                _check_names(io.BytesIO(archive.read(member)), 1)
+
+
+def _check_members(members, file_size):
+    "Raise ValueError if a zip archive has members that `torch.save` does not write."
+    names = [member.filename for member in members]
+    compressed = [m.filename for m in members if m.compress_type != zipfile.ZIP_STORED]
+    claimed = sum(member.file_size for member in members)
+    if compressed:
+        raise ValueError(f'{compressed[0]!r} is compressed, which torch.save never does')
+    if claimed > file_size:
+        raise ValueError(f'it claims to hold {claimed:,} bytes, but has {file_size:,}')
+    if len(set(names)) < len(names):
+        raise ValueError('it holds two members of one name')
 
 
 # %% ../nbs/13e_adapter.ipynb #70617abb
-def _bytes(o):
-    "What all tensors in some containers would take; each is looked at once, however often it is referred to"
-    todo, seen, total = [o], set(), 0
-    while todo:
-        if id(o := todo.pop()) in seen:
-            continue
-        seen.add(id(o))
-        total += o.numel() * o.element_size() if torch.is_tensor(o) else 0
-        todo += o.values() if isinstance(o, dict) else o if isinstance(o, (list, tuple)) else ()
-    return total
-
-
 def read_official(
-    path,  # file: .pt, .ckpt, .pkl (all of them torch's) or .safetensors
-) -> dict:  # what it holds: tensors and plain containers, on the CPU
-    "Open a checkpoint; no code of its choosing is run"
-    if not (path := Path(path).expanduser()).is_file():
+    path: str | Path,  # file of torch (.pt, .ckpt, .pkl), or .safetensors
+) -> dict:  # tensors and plain containers, on the CPU
+    "Read a checkpoint. No code that the file names is executed."
+    path = Path(path).expanduser()
+    if not path.is_file():
         raise FileNotFoundError(f'no file {path}')
     try:
-        if path.suffix == '.safetensors':
-            return load_file(path)
-        look(path)
-        with torch.serialization.safe_globals(_NAMES), warnings.catch_warnings(action='ignore'):
-            d = torch.load(path, map_location='cpu', weights_only=True)
-        if (held := _bytes(d)) > 4 * path.stat().st_size:
-            raise ValueError(f'tensors of {held:,} bytes in a file of {path.stat().st_size:,}')
+        contents = _read(path)
     except (PermissionError, MemoryError):
         raise
     except Exception as e:
+        lines = str(e).splitlines() or [type(e).__name__]
+        raise ValueError(f'{path} cannot be read safely: {lines[0][:200]}') from e
+    if not isinstance(contents, dict):
         raise ValueError(
-            f'{path} cannot be read safely: {(str(e).splitlines() or [type(e).__name__])[0][:200]}'
-        ) from e
-    if not isinstance(d, dict):
-        raise ValueError(f'{path} holds a {type(d).__name__}, no dictionary of tensors')
-    return d
+            f'{path} holds a {type(contents).__name__}; a dictionary of tensors is needed'
+        )
+    return contents
+
+
+def _read(path):
+    "What a checkpoint holds, if `look` accepts it and its tensors fit into the file."
+    if path.suffix == '.safetensors':
+        return load_file(path)
+    look(path)
+    with torch.serialization.safe_globals(_NAMES), warnings.catch_warnings(action='ignore'):
+        contents = torch.load(path, map_location='cpu', weights_only=True)
+    held = _tensor_bytes(contents)
+    file_size = path.stat().st_size
+    if held > 4 * file_size:
+        raise ValueError(f'tensors of {held:,} bytes in a file of {file_size:,}')
+    return contents
+
+
+def _tensor_bytes(container):
+    "Bytes of all tensors in nested containers, if each had its own memory. None counts twice."
+    total = 0
+    seen = set()
+    todo = [container]
+    while todo:
+        o = todo.pop()
+        if id(o) in seen:
+            continue
+        seen.add(id(o))
+        if torch.is_tensor(o):
+            total += o.numel() * o.element_size()
+        elif isinstance(o, dict):
+            todo.extend(o.values())
+        elif isinstance(o, (list, tuple)):
+            todo.extend(o)
+    return total

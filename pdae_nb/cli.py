@@ -45,16 +45,15 @@ from pdae_nb.evaluate import (
     where,
 )
 
-# %% ../nbs/16_cli.ipynb #9d4fef79
 from .bench import bench_speed
 from .data import load_images, mnist_or_digits, show, to_signed
 from .diffae import held_out, training_race
 from .files import Stopped, fingerprint, load_run
 from .gap import as_labels, load_results, plot_gap, results_path, write_json
 from .guidance import classifier_guided, grid_calls, shortest_window, stage_grid
-from .latent import attribute as which
+from .latent import attribute as labels_of
 from .latent import between, edit, encode_all, fit_probe, to_median
-from .latent import draw as draw_new
+from .latent import draw as sample_latent
 from .pdae import decode, decoder_of, restored
 from .pretrained import as_run, convert
 from .sample import belm_step, ddim_step, dpmpp_step, round_trip, sample, trajectory
@@ -71,7 +70,7 @@ SOLVERS = dict(ddim=ddim_step, dpmpp=dpmpp_step, belm=belm_step)
 
 # %% ../nbs/16_cli.ipynb #9ea141d5
 def _save(ax, path):
-    "Write the figure of these axes as PNG"
+    "Write the figure of these axes as PNG."
     import matplotlib.pyplot as plt
 
     path = Path(path)
@@ -81,430 +80,518 @@ def _save(ax, path):
     return str(path)
 
 
-def _picture(x, path, title='', ncol=8, captions=None):
-    "Write images, or rows of them with their names in front, as PNG"
-    ax = show(x, ncol, captions and [c[:12] for c in captions])
+def _picture(images, path, title='', ncol=8, captions=None):
+    "Write images, or named rows of images, as PNG."
+    ax = show(images, ncol, captions and [caption[:12] for caption in captions])
     ax.set_title(title, fontsize=9, pad=14 if captions else 6)
     return _save(ax, path)
 
 
-def _over(x, y):
-    return torch.cat([o for ab in zip(x.split(8), y.split(8)) for o in ab])
+def _interleave(x, y):
+    "Rows of eight images of `x`, each followed by the same row of `y`."
+    rows = []
+    for above, below in zip(x.split(8), y.split(8), strict=True):
+        rows += [above, below]
+    return torch.cat(rows)
 
 
 # %% ../nbs/16_cli.ipynb #a4cde295
-def _on(name, r, dpm):
-    "The row, standing on another run if one is named"
-    key = next((k for k in ('dpm', 'run') if k in r.net), None)
-    if dpm and not key:
-        raise ValueError(f'{name} stands on no other run: it takes no --dpm')
-    return replace(r, net=r.net | {key: as_run(dpm) if key == 'dpm' else dpm}) if dpm else r
+def _size_name(size):
+    "smoke, lesson or paper: the argument, else the environment variable, else lesson."
+    return size or os.environ.get('PDAE_NB_SIZE') or 'lesson'
 
 
-def _looker(name, r, file):
-    "What writes down the noise error on test images at each checkpoint"
-    if _task_of(name) not in [
-        TASKS[k] for k in ('dpm', 'pdae', 'diffae', 'scorevae', 'conditional')
-    ]:
-        raise ValueError(f'--look measures DPMs and autoencoders that predict noise, not {name!r}')
-    return held_out(file, to_signed(load_images(r.data, 'test', r.px).x[:2000]))
+def _check_choice(what, value, choices):
+    "Raise ValueError if an argument has a value that is not among the choices."
+    if value not in choices:
+        raise ValueError(f'{what} must be one of {", ".join(choices)}, got {value!r}')
+
+
+def _check_all_read(picture, n, unread):
+    "Raise ValueError if image files could not be read; the picture holds the other images."
+    if unread:
+        raise ValueError(
+            f'{picture} has {n} pictures; {len(unread)} could not be read: {", ".join(unread)}'
+        )
+
+
+def _mse01(x, x0):
+    "Squared error of pixels in [0,1]; the images themselves are in [-1,1]."
+    return (x - x0).square().mean().item() / 4
 
 
 # %% ../nbs/16_cli.ipynb #fa72d834
 def cmd_train(
-    name: str,  # run to train, `<data>_<what>`, e.g. mnist_dpm
-    size: str = None,  # smoke, lesson or paper; else $PDAE_NB_SIZE, else lesson
-    out: str = None,  # folder for checkpoints, samples, log and the run; else runs/NAME-SIZE
-    steps: int = None,  # steps in all, instead of the recipe's
-    dpm: str = None,  # run that it stands on, instead of the recipe's: PDAE's frozen DPM (also a checkpoint, a diffusers folder or a name on the Hub), or the autoencoder of a latent run
-    seed: int = 0,  # of weights, order, times and noise
-    device: str = None,  # cpu or cuda; else the GPU if there is one
-    compile: bool = False,  # torch.compile the networks
-    every: int = 500,  # steps between checkpoints
-    look: str = None,  # file for the noise error on 2,000 test images, a line at each checkpoint
-):
-    "Train a run, or go on with it: the same command resumes"
-    r = replace(
-        r := _on(name, recipe(name, size), dpm),
-        seed=seed,
-        images=r.images if steps is None else steps * r.batch,
+    name: str,  # run to train: DATA_METHOD, e.g. mnist_dpm
+    size: str = None,  # smoke, lesson or paper; otherwise $PDAE_NB_SIZE, otherwise lesson
+    *,
+    out: str = None,  # folder for checkpoints, samples, log and the run; otherwise runs/NAME-SIZE
+    steps: int = None,  # total number of training steps, instead of the recipe's
+    # run that the new run builds on, instead of the recipe's. For a method with a frozen DPM, such
+    # as PDAE or ScoreVAE, it is that DPM: a run, a checkpoint file, a diffusers folder, or
+    # user/name on the Hugging Face Hub. For a latent DPM it is the run of the autoencoder.
+    dpm: str = None,
+    seed: int = 0,  # seed of the initial weights, the order of the images, the timesteps and noise
+    device: str = None,  # cpu or cuda; otherwise the GPU, if there is one
+    compile: bool = False,  # compile the networks with torch.compile
+    every: int = 500,  # training steps between checkpoints
+    # JSON Lines file to which each checkpoint appends the squared error of the predicted noise on
+    # 2,000 test images
+    look: str = None,
+) -> dict:  # results of the run
+    "Train a run, or resume it: the same command continues an interrupted training"
+    r = _with_base(name, recipe(name, size), dpm)
+    images = r.images if steps is None else steps * r.batch
+    r = replace(r, seed=seed, images=images)
+    run = train_run(
+        name,
+        r,
+        out or f'runs/{name}-{_size_name(size)}',
+        device=device,
+        compile=compile,
+        every=every,
+        look=_test_error_log(name, r, look) if look else None,
     )
-    return json.loads(
-        (
-            train_run(
-                name,
-                r,
-                out or f'runs/{name}-{size or os.environ.get("PDAE_NB_SIZE") or "lesson"}',
-                device=device,
-                compile=compile,
-                every=every,
-                look=_looker(name, r, look) if look else None,
-            )
-            / 'run.json'
-        ).read_text()
-    )['result']
+    return json.loads((run / 'run.json').read_text())['result']
+
+
+def _with_base(name, r, base):
+    "The recipe, building on another run if one is given."
+    if not base:
+        return r
+    if 'dpm' in r.net:
+        return replace(r, net=r.net | dict(dpm=as_run(base)))
+    if 'run' in r.net:
+        return replace(r, net=r.net | dict(run=base))
+    raise ValueError(f'{name} builds on no other run: it takes no --dpm')
+
+
+def _test_error_log(name, r, file):
+    "The argument `look` of `train`: it writes the squared error of the noise on test images."
+    methods = ('dpm', 'pdae', 'diffae', 'scorevae', 'conditional')
+    if _task_of(name) not in [TASKS[method] for method in methods]:
+        raise ValueError(
+            '--look is for DPMs and autoencoders that predict the noise, '
+            f'trained as one of {", ".join(methods)}; got {name!r}'
+        )
+    return held_out(file, to_signed(load_images(r.data, 'test', r.px).x[:2000]))
 
 
 # %% ../nbs/16_cli.ipynb #3139f1e1
-METHODS = dict(
+METHODS = dict(  # argument `method` of `cmd_sample` -> name of the run, behind that of its data set
     ddim='dpm',
     cddim='cdpm',
     pdae='pdae_latent',
     diffae='diffae_latent',
     scorevae='scorevae',
     vae='vae',
-)  # of `cmd_sample`: what a run of that method is called, behind the name of its data
+)
 
 
+# %% ../nbs/16_cli.ipynb #21461318
 def cmd_sample(
-    name: str,  # a run of data/models, or the path of a run folder (a latent run draws codes first); with --method only the data, e.g. mnist
-    method: str = None,  # ddim, cddim, pdae, diffae, scorevae or vae
-    n: int = 64,  # images
-    steps: int = 50,  # steps
+    # name of a run in data/models, or path of a run folder. A latent run samples codes first.
+    # With --method it is the name of the data set, e.g. mnist.
+    name: str,
+    method: str = None,  # ddim, cddim, pdae, diffae, scorevae or vae: the run of this method
+    *,
+    n: int = 64,  # number of images
+    steps: int = 50,  # number of sampling steps
     solver: str = 'ddim',  # ddim, dpmpp or belm
     eta: float = 0.0,  # 0 is DDIM, 1 is DDPM
-    seed: int = 0,  # of the noise
-    label: int = None,  # class to draw, by a conditional run or with --classifier; else all in turn
-    classifier: str = None,  # run with a classifier of noisy images, to guide an unconditional run by
-    scale: float = 3.0,  # strength of the guidance
-    last: float = 0.3,  # share of the way at whose end PDAE's shift keeps silent
+    seed: int = 0,  # seed of the noise
+    # class of the images, for a class-conditional run or with --classifier; otherwise all classes
+    # in turn
+    label: int = None,
+    classifier: str = None,  # run with a classifier of noisy images; it guides an unconditional run
+    scale: float = 3.0,  # guidance scale of the classifier
+    last: float = 0.3,  # fraction of the timesteps, the last ones, in which PDAE's shift is off
     out: str = 'out/samples.png',  # picture to write
-    device: str = None,  # cpu or cuda; else the GPU if there is one
-):
-    "Draw images, of a class if you like"
-    if solver not in SOLVERS:
-        raise ValueError(f'solver must be one of {", ".join(SOLVERS)}, got {solver!r}')
-    if method and method not in METHODS:
-        raise ValueError(f'method must be one of {", ".join(METHODS)}, got {method!r}')
-    said = dict(images=n, steps=steps, solver=solver, seed=seed)
-    run = load_run(name := f'{name}_{METHODS[method]}' if method else name)
-    prior = isinstance(getattr(run, 'enc', None), Posterior)
-    if hasattr(run, 'stats') or prior:
-        if clashes := [
-            k
-            for k, v in dict(
-                solver=solver != 'ddim', eta=eta, label=label is not None, classifier=classifier
-            ).items()
-            if v
-        ]:
-            raise ValueError(f'{name} draws codes, and takes no --{clashes[0]}')
-        base, net = coder_of(name if prior else run.recipe['net']['run'], device)
-        xT = noise_for(net, n, seed)
-        if prior:
-            x = torch.cat([
-                sample(decode(base, z), o, base.sched, steps, clip=1.0)
-                for o, z in zip(xT.split(64), prior_z(base.enc, n, seed).split(64))
-            ])
-        else:
-            run.net.to(where(net)), run.stats.to(where(net))
-            x = draw_new(run, base, xT, steps, last=last, seed=seed)
-        return dict(picture=_picture(x, out), **said)
-    if hasattr(run, 'enc') or hasattr(run, 'G'):
+    device: str = None,  # cpu or cuda; otherwise the GPU, if there is one
+) -> dict:  # path of the picture, and the settings
+    "Sample images, of a given class if the run or a classifier allows it"
+    _check_choice('solver', solver, SOLVERS)
+    if method:
+        _check_choice('method', method, METHODS)
+        name = f'{name}_{METHODS[method]}'
+    run = load_run(name)
+    if hasattr(run, 'stats') or _has_prior(run):
+        _check_only_ddim(name, solver, eta, label, classifier)
+        x = _sample_codes_first(name, run, n, steps, seed=seed, last=last, device=device)
+    elif hasattr(run, 'enc') or hasattr(run, 'G'):
         raise ValueError(
-            f'{name} draws only what it is given a code for: sample its latent run, e.g. mnist_pdae_latent'
+            f'{name} has no prior of codes: sample its latent run instead, e.g. mnist_pdae_latent'
         )
-    clf = part_of(classifier, 'clf', device)[1] if classifier else None
-    run, net = dpm_of(name, device, labels=not clf)
-    torch.manual_seed(seed)
-    classes = (clf or net).config.get('classes')
-    if label is not None and not classes:
-        raise ValueError(
-            f'the run {name!r} knows no labels: give it a --classifier, e.g. mnist_classifier, or take a class-conditional run'
-        )
-    y = (
-        as_labels(
-            list(range(classes)) * n if label is None else label,
-            n * classes if label is None else n,
-            classes,
-            where(net),
-        )[:n]
-        if classes
-        else None
+    else:
+        net, clf, sched = _guided_dpm(name, classifier, device)
+        torch.manual_seed(seed)
+        y = _labels(name, label, n, net if clf is None else clf)
+        clip = None if solver == 'belm' else 1.0
+        chunks = []
+        for xT, y_chunk in _chunks(noise_for(net, n, seed), y):
+            denoiser = _class_denoiser(net, clf, y_chunk, sched, scale)
+            chunks.append(sample(denoiser, xT, sched, steps, eta, clip, SOLVERS[solver]))
+        x = torch.cat(chunks)
+    return dict(picture=_picture(x, out), images=n, steps=steps, solver=solver, seed=seed)
+
+
+def _has_prior(run):
+    "Whether the run was trained with a prior of its codes, as ScoreVAE and the VAE are."
+    return isinstance(getattr(run, 'enc', None), Posterior)
+
+
+def _check_only_ddim(name, solver, eta, label, classifier):
+    "Raise ValueError if an option was given that does not apply to sampled codes."
+    given = dict(
+        solver=solver != 'ddim',
+        eta=bool(eta),
+        label=label is not None,
+        classifier=bool(classifier),
     )
+    clashes = [option for option, is_given in given.items() if is_given]
+    if clashes:
+        raise ValueError(f'{name} samples codes, and takes no --{clashes[0]}')
 
-    def draw(xT, y):
-        f = (
-            net
-            if y is None
-            else classifier_guided(net, clf, y, run.sched, scale=scale)
-            if clf
-            else lambda xt, t: net(xt, t, y)
-        )
-        return sample(
-            f, xT, run.sched, steps, eta, None if solver == 'belm' else 1.0, SOLVERS[solver]
-        )
 
-    xs = noise_for(net, n, seed).split(64)
-    x = torch.cat([draw(o, k) for o, k in zip(xs, y.split(64) if classes else [None] * len(xs))])
-    return dict(picture=_picture(x, out), **said)
+def _sample_codes_first(name, run, n, steps, *, seed, last, device):
+    "Sample codes, from the prior or with the latent DPM, and decode them to images (n,c,H,W)."
+    if not _has_prior(run):
+        base, net = coder_of(run.recipe['net']['run'], device)
+        run.net.to(where(net))
+        run.stats.to(where(net))
+        return sample_latent(run, base, noise_for(net, n, seed), steps, last=last, seed=seed)
+    base, net = coder_of(name, device)
+    z = prior_z(base.enc, n, seed)
+    chunks = []
+    for xT, z_chunk in _chunks(noise_for(net, n, seed), z):
+        chunks.append(sample(decode(base, z_chunk), xT, base.sched, steps, clip=1.0))
+    return torch.cat(chunks)
+
+
+def _chunks(x, condition, rows=64):
+    "Pairs of rows of x and of the condition, which may be None."
+    xs = x.split(rows)
+    conditions = [None] * len(xs) if condition is None else condition.split(rows)
+    return zip(xs, conditions, strict=True)
+
+
+def _guided_dpm(name, classifier, device):
+    "The network of a DPM, the classifier that guides it or None, and the noise schedule."
+    clf = part_of(classifier, 'clf', device)[1] if classifier else None
+    run, net = dpm_of(name, device, labels=clf is None)
+    return net, clf, run.sched
+
+
+def _labels(name, label, n, net):
+    "The given class n times, or all classes in turn: (n,). None if the network has no classes."
+    classes = net.config.get('classes')
+    if not classes:
+        if label is None:
+            return None
+        raise ValueError(
+            f'the run {name!r} knows no labels: give it a --classifier, '
+            'e.g. mnist_classifier, or take a class-conditional run'
+        )
+    if label is None:
+        in_turn = list(range(classes)) * n
+        return as_labels(in_turn, n * classes, classes, where(net))[:n]
+    return as_labels(label, n, classes, where(net))
+
+
+def _class_denoiser(net, clf, y, sched, scale):
+    "The denoiser of classes y: unconditional, guided by a classifier, or class-conditional."
+    if y is None:
+        return net
+    if clf is not None:
+        return classifier_guided(net, clf, y, sched, scale=scale)
+    return lambda xt, t: net(xt, t, y)
 
 
 # %% ../nbs/16_cli.ipynb #cb00ac4f
 def cmd_reconstruct(
-    name: str,  # a run of data/models, or the path of a run folder
-    *images: str,  # your own image files, or folders of them; none: test images of the run's data
-    n: int = None,  # images; else 16 test images, or all of your own
-    steps: int = 100,  # steps, up and down
-    exact: bool = False,  # infer x_T by O-BELM, which loses nothing but rounding, instead of DDIM
-    seed: int = 0,  # of the random x_T
-    out: str = 'out/reconstructions.png',  # picture to write: a row of inputs, and one for each way to decode
-    device: str = None,  # cpu or cuda; else the GPU if there is one
-):
-    "Any pictures through a run and back, as a labelled strip"
-    run, net = coder_of(name, device) if hasattr(load_run(name), 'enc') else dpm_of(name, device)
-    x0, names, bad = inputs(images, run, net, n or 16)
+    name: str,  # name of a run in data/models, or path of a run folder
+    *images: str,  # image files, or folders of them; none: test images of the run's data set
+    n: int = None,  # number of images; otherwise 16 test images, or all of the given ones
+    steps: int = 100,  # steps from the image to x_T, and as many back
+    exact: bool = False,  # infer x_T with O-BELM, which is exact up to rounding, instead of DDIM
+    seed: int = 0,  # seed of the random x_T
+    out: str = 'out/reconstructions.png',  # picture to write: a row of inputs, a row per decoding
+    device: str = None,  # cpu or cuda; otherwise the GPU, if there is one
+) -> dict:  # path of the picture, the settings, and errors of pixels in [0,1]
+    "Encode and decode images, and write inputs and reconstructions as one picture"
+    has_code = hasattr(load_run(name), 'enc')
+    run, net = coder_of(name, device) if has_code else dpm_of(name, device)
+    x0, names, unread = inputs(images, run, net, n or 16)
     x0 = x0[:n]
-    f = decoder_of(run, x0)
-    xT, back = round_trip(f, x0, run.sched, steps, exact)
-    rows, off = (
-        {'input': x0, 'inferred $x_T$': back},
-        lambda x: dict(
-            mse01=(x - x0).square().mean().item() / 4, largest01=(x - x0).abs().max().item() / 2
-        ),
-    )
-    if coded := hasattr(run, 'enc'):
-        rows['random $x_T$'] = restored(f, x0, run.sched, steps, seed)
-    said = dict(
+    denoiser = decoder_of(run, x0)
+    xT, x_inferred = round_trip(denoiser, x0, run.sched, steps, exact)
+    rows = {'input': x0, 'inferred $x_T$': x_inferred}
+    if has_code:
+        x_random = restored(denoiser, x0, run.sched, steps, seed)
+        rows['random $x_T$'] = x_random
+    result = dict(
         picture=_picture(rows, out, f'{name}, {steps} steps', captions=names and names[:n]),
         images=len(x0),
         steps=steps,
         exact=exact,
-        **off(back),
+        **_errors(x_inferred, x0),
         xT_std=xT.std().item(),
     )
-    if coded:
-        said['random'] = off(rows['random $x_T$'])
-    if bad:
-        raise ValueError(
-            f'{said["picture"]} has {len(x0)} pictures; {len(bad)} could not be read: {", ".join(bad)}'
-        )
-    return said
+    if has_code:
+        result['random'] = _errors(x_random, x0)
+    _check_all_read(result['picture'], len(x0), unread)
+    return result
+
+
+def _errors(x, x0):
+    "Mean squared and largest absolute error of pixels in [0,1]."
+    return dict(mse01=_mse01(x, x0), largest01=(x - x0).abs().max().item() / 2)
 
 
 # %% ../nbs/16_cli.ipynb #364389ac
 def cmd_interpolate(
-    name: str,  # an autoencoder of data/models, or the path of a run folder
-    *images: str,  # two image files; none: the first two test images of the run's data
-    n: int = 9,  # stops on the way, both ends included
-    steps: int = 50,  # DDIM steps, up and down
+    name: str,  # name of an autoencoder run in data/models, or path of a run folder
+    *images: str,  # two image files; none: the first two test images of the run's data set
+    n: int = 9,  # number of interpolated images, both ends included
+    steps: int = 50,  # DDIM steps from the image to x_T, and as many back
     out: str = 'out/interpolation.png',  # picture to write
-    device: str = None,  # cpu or cuda; else the GPU if there is one
-):
-    "Walk from one picture to another: a line between codes, an arc between noises"
+    device: str = None,  # cpu or cuda; otherwise the GPU, if there is one
+) -> dict:  # path of the picture, the settings, and squared errors at both ends
+    "Interpolate between two images: linearly between codes, spherically between the x_T"
     run, net = coder_of(name, device)
-    x0, _, bad = inputs(images, run, net, 2)
-    if bad or len(x0) != 2 or n < 2:
+    x0, _, unread = inputs(images, run, net, 2)
+    if unread or len(x0) != 2 or n < 2:
+        could_not = f', could not read {unread[0]}' if unread else ''
         raise ValueError(
-            f'a walk needs 2 pictures and at least 2 stops, got {len(x0)} pictures{", could not read " + bad[0] if bad else ""} and {n}'
+            'a walk needs 2 pictures and at least 2 stops, '
+            f'got {len(x0)} pictures{could_not} and {n} stops'
         )
     lams = torch.linspace(0, 1, n).tolist()
     x = between(run, x0[:1], x0[1:], lams, steps)[:, 0]
+    captions = ['input', *(f'{lam:.2f}' for lam in lams), 'input']
+    row = torch.cat([x0[:1], x, x0[1:]])
     return dict(
-        picture=_picture(
-            {name: torch.cat([x0[:1], x, x0[1:]])},
-            out,
-            f'{steps} steps',
-            captions=['input', *(f'{l:.2f}' for l in lams), 'input'],
-        ),
+        picture=_picture({name: row}, out, f'{steps} steps', captions=captions),
         stops=n,
         steps=steps,
-        mse01_ends=[(a - b).square().mean().item() / 4 for a, b in zip(x[[0, -1]], x0)],
+        mse01_ends=[_mse01(x[0], x0[0]), _mse01(x[-1], x0[1])],
     )
 
 
 # %% ../nbs/16_cli.ipynb #f84a1c33
 def cmd_manipulate(
-    name: str,  # an autoencoder of data/models, or the path of a run folder
-    *images: str,  # your own image files, or folders of them; none: test images of the run's data
-    attribute: str = None,  # a class or attribute of the run's data, e.g. 9 or Smiling
-    scales: str = '-.2,0,.2,.4',  # how far to push, in units of sqrt(D): --scales=-.2,0,.3; Diff-AE's Eq. 11 comes last
-    n: int = 8,  # test images
-    labels: int = 10_000,  # training images to learn the direction from
-    steps: int = 50,  # DDIM steps, up and down
-    out: str = 'out/manipulation.png',  # picture to write: a row for each scale
-    device: str = None,  # cpu or cuda; else the GPU if there is one
-):
-    "Push pictures towards an attribute, along the normal of a linear probe"
+    name: str,  # name of an autoencoder run in data/models, or path of a run folder
+    *images: str,  # image files, or folders of them; none: test images of the run's data set
+    attribute: str = None,  # class or attribute of the run's data set, e.g. 9 or Smiling; required
+    # shifts of the code in units of sqrt(D), separated by commas: --scales=-.2,0,.3. Another row,
+    # with the shift of Diff-AE's Eq. 11, is added.
+    scales: str = '-.2,0,.2,.4',
+    n: int = 8,  # number of test images
+    labels: int = 10_000,  # number of training images for the linear probe
+    steps: int = 50,  # DDIM steps from the image to x_T, and as many back
+    out: str = 'out/manipulation.png',  # picture to write: a row for each shift
+    device: str = None,  # cpu or cuda; otherwise the GPU, if there is one
+) -> dict:  # path of the picture, the settings, and the shifts of Eq. 11
+    "Change an attribute of images: shift codes along the normal of a linear probe"
+    shifts = _numbers(scales)
     run, net = coder_of(name, device)
-    x0, names, bad = inputs(images, run, net, n)
-    try:
-        far = [float(s) for s in scales.split(',')]
-    except ValueError:
-        raise ValueError(
-            f'scales must be numbers with commas between them, got {scales!r}'
-        ) from None
-    some = load_images(run.recipe['data'], 'train', net.config['size'])[slice(labels)]
-    has = which(some, attribute)
-    z = encode_all(run.enc, some).to(x0)
-    probe = fit_probe(z, has, C=1e-3)
-    own = to_median(run.enc(x0).detach(), probe, z[has])
-    x = edit(run, x0, probe, [*far, own], steps)
-    rows = {'input': x0} | {f's = {s:g}': o for s, o in zip(far, x)} | {'Eq. 11': x[-1]}
-    said = dict(
+    x0, names, unread = inputs(images, run, net, n)
+    train_images = load_images(run.recipe['data'], 'train', net.config['size'])[:labels]
+    positive = labels_of(train_images, attribute)
+    z = encode_all(run.enc, train_images).to(x0)
+    probe = fit_probe(z, positive, C=1e-3)
+    eq11 = to_median(run.enc(x0).detach(), probe, z[positive])
+    x = edit(run, x0, probe, [*shifts, eq11], steps)
+    rows = {'input': x0}
+    for s, shifted in zip(shifts, x[:-1], strict=True):
+        rows[f's = {s:g}'] = shifted
+    rows['Eq. 11'] = x[-1]
+    result = dict(
         picture=_picture(rows, out, f'{name}: towards {attribute}', captions=names),
         images=len(x0),
         attribute=attribute,
-        labels=len(has),
-        positives=int(has.sum()),
-        eq11_scales=[round(v, 3) for v in own.tolist()],
+        labels=len(positive),
+        positives=int(positive.sum()),
+        eq11_scales=[round(s, 3) for s in eq11.tolist()],
     )
-    if bad:
-        raise ValueError(
-            f'{said["picture"]} has {len(x0)} pictures; {len(bad)} could not be read: {", ".join(bad)}'
-        )
-    return said
+    _check_all_read(result['picture'], len(x0), unread)
+    return result
+
+
+def _numbers(text):
+    "The numbers in a text, which are separated by commas."
+    try:
+        return [float(word) for word in text.split(',')]
+    except ValueError:
+        raise ValueError(f'scales must be numbers separated by commas, got {text!r}') from None
 
 
 # %% ../nbs/16_cli.ipynb #a83828dd
+_COUNTS = ('n', 'steps', 'test_images', 'gap_images', 'calls')  # of an evaluation
+
+
+# %% ../nbs/16_cli.ipynb #00b6b6d0
 def cmd_evaluate(
-    name: str,  # a run of data/models, or the path of a run folder
-    n: int = None,  # samples to judge; else 1000 for a DPM, 200 for each strength of a classifier
-    steps: int = None,  # DDIM steps; else 50 and 20
-    judge: str = 'mnist_judge',  # run with a classifier of clean images; for a DPM '' is none
-    test_images: int = None,  # test images to measure on; else 10,000 for a DPM, 1000 if conditional, 2000 for a classifier, 100 for an autoencoder
-    gap_images: int = None,  # test images for an autoencoder's gap; else 1000
-    calls: int = None,  # network calls that a row of FIDs of a latent run may cost, but for the fewest steps; else no bound
-    out: str = None,  # JSON to write; else data/results/NAME/SIZE.json
-    device: str = None,  # cpu or cuda; else the GPU if there is one
-):
-    "Judge a run: a DPM, a class-conditional one, a classifier of noisy images, an autoencoder"
+    name: str,  # name of a run in data/models, or path of a run folder
+    n: int = None,  # number of samples; otherwise 1000 for a DPM, 200 per scale of a classifier
+    steps: int = None,  # DDIM steps; otherwise 50 for a DPM, 20 for a classifier, else several
+    *,
+    # run with the evaluation classifier, which is trained on clean images. For a DPM, '' evaluates
+    # without one.
+    judge: str = 'mnist_judge',
+    # number of test images; otherwise 10,000 for a DPM, 1000 if it is class-conditional, 2000 for a
+    # classifier, 100 for an autoencoder
+    test_images: int = None,
+    gap_images: int = None,  # test images for the gap of an autoencoder; otherwise 1000
+    # upper bound on the network calls of a row of Fréchet distances of a latent run, except the row
+    # with the fewest steps; otherwise there is none
+    calls: int = None,
+    out: str = None,  # JSON file to write; otherwise data/results/NAME/SIZE.json
+    device: str = None,  # cpu or cuda; otherwise the GPU, if there is one
+) -> dict:  # results, and the path of the file
+    "Evaluate a run: a DPM, a class-conditional DPM, a classifier, an autoencoder or a latent DPM"
     run = load_run(name)
-    f, size = evaluator_of(run), size_of(run)
-    takes = inspect.signature(f).parameters
-    place = Path(out or results_path(run.about['name'], size))
-    given = dict(n=n, steps=steps, test_images=test_images, gap_images=gap_images, calls=calls)
-    given = {
-        k: (v,) if isinstance(takes[k].default, tuple) else v
-        for k, v in given.items()
-        if v is not None and k in takes
-    }
-    counts = {
-        k: max(v) if isinstance(v, tuple) else v
-        for k, v in (
-            {
-                k: takes[k].default
-                for k in ('n', 'steps', 'test_images', 'gap_images', 'calls')
-                if k in takes
-            }
-            | given
-        ).items()
-    }
+    evaluate = evaluator_of(run)
+    path = Path(out or results_path(run.about['name'], size_of(run)))
+    parameters = inspect.signature(evaluate).parameters
+    options = dict(n=n, steps=steps, test_images=test_images, gap_images=gap_images, calls=calls)
+    given = {}
+    for option, value in options.items():
+        if value is not None and option in parameters:
+            takes_several = isinstance(parameters[option].default, tuple)
+            given[option] = (value,) if takes_several else value
+    counts = _largest_counts(parameters, given)
+    _check_not_smaller(path, counts)
+    if 'judge' in parameters:
+        given['judge'] = judge
+    if 'path' in parameters:
+        given['path'] = path.with_name(f'{path.stem}-sums.json')
+    result = evaluate(name, device=device, **given) | dict(counts=counts)
+    return result | dict(written=write_json(path, result))
+
+
+def _largest_counts(parameters, given):
+    "Each count of an evaluation, given or by default; of several numbers the largest."
+    counts = {}
+    for k in _COUNTS:
+        if k in parameters:
+            value = given.get(k, parameters[k].default)
+            counts[k] = max(value) if isinstance(value, tuple) else value
+    return counts
+
+
+def _check_not_smaller(path, counts):
+    "Raise ValueError if a file of results has larger counts, or is no file of results."
+    unbounded = 10**9
     try:
-        old = (
-            json.loads(place.read_text()).get('counts', dict.fromkeys(counts, 10**9))
-            if place.exists()
-            else {}
-        )
+        results = json.loads(path.read_text()) if path.exists() else dict(counts={})
+        old = results.get('counts', dict.fromkeys(counts, unbounded))
     except (ValueError, AttributeError) as e:
         raise ValueError(
-            f'{place} holds no results ({type(e).__name__}: {e}): name another file with --out, or delete it'
+            f'{path} holds no results ({type(e).__name__}: {e}): '
+            'name another file with --out, or delete it'
         ) from e
-    if less := [
-        f'{k} {old[k] if old[k] < 10**9 else "unknown or unbounded"}, not {counts[k]}'
-        for k in counts
-        if counts[k] < old.get(k, 0)
-    ]:
+    smaller = []
+    for k, count in counts.items():
+        if count < old.get(k, 0):
+            known = old[k] if old[k] < unbounded else 'unknown or unbounded'
+            smaller.append(f'{k} {known}, not {count}')
+    if smaller:
         raise ValueError(
-            f'{place} holds a larger measurement ({", ".join(less)}): name another file with --out, or delete it'
+            f'{path} holds a larger measurement ({", ".join(smaller)}): '
+            'name another file with --out, or delete it'
         )
-    if 'judge' in takes:
-        given['judge'] = judge
-    if 'path' in takes:
-        given['path'] = place.with_name(f'{place.stem}-sums.json')
-    d = f(name, device=device, **given) | dict(counts=counts)
-    return d | dict(written=write_json(place, d))
 
 
 # %% ../nbs/16_cli.ipynb #15013248
 def cmd_bench(
-    seconds: float = 5.0,  # about this long for each number
-    device: str = None,  # cpu or cuda; else the GPU if there is one
-    compile: bool = False,  # also with torch.compile
-    out: str = None,  # JSON to write; else data/results/bench/DEVICE.json
-):
-    "Measure speed, as ratios within one run"
-    d = bench_speed(seconds, device, compile) | dict(pdae=bench_pdae(seconds, device))
-    kind = 'cpu' if 'CPU' in d['hardware'] else d['hardware'].replace(' ', '-')
-    return d | dict(written=write_json(out or results_path('bench', kind), d))
+    seconds: float = 5.0,  # approximate duration of each measurement, in seconds
+    device: str = None,  # cpu or cuda; otherwise the GPU, if there is one
+    compile: bool = False,  # measure with torch.compile too
+    out: str = None,  # JSON file to write; otherwise data/results/bench/DEVICE.json
+) -> dict:  # measurements, and the path of the file
+    "Measure speed, as ratios between measurements of the same call"
+    result = bench_speed(seconds, device, compile) | dict(pdae=bench_pdae(seconds, device))
+    kind = 'cpu' if 'CPU' in result['hardware'] else result['hardware'].replace(' ', '-')
+    return result | dict(written=write_json(out or results_path('bench', kind), result))
 
 
 # %% ../nbs/16_cli.ipynb #a1bfd776
 def cmd_study(
-    what: str = 'loss',  # loss: PDAE's weights and coefficients; training: PDAE against Diff-AE, held-out loss on the way; scorevae: its loss, and other priors; space: all trained autoencoders side by side
-    size: str = None,  # smoke or lesson; else $PDAE_NB_SIZE, else lesson
-    out: str = None,  # JSON to write; else data/results/mnist14_pdae/SIZE.json, mnist14_diffae, mnist14_scorevae or DATA_space
-    seeds: int = 3,  # how many
-    data: str = 'mnist',  # for space: what the names of the runs begin with
-):
-    "Train small models, several seeds each, and compare them; the same command goes on"
-    size = size or os.environ.get('PDAE_NB_SIZE') or 'lesson'
-    if what not in (
-        places := dict(
-            loss='mnist14_pdae',
-            training='mnist14_diffae',
-            scorevae='mnist14_scorevae',
-            space=f'{data}_space',
-        )
-    ):
-        raise ValueError(f'what must be one of {", ".join(places)}, got {what!r}')
+    # study to run. loss: weights and coefficients of PDAE's loss. training: held-out loss of PDAE
+    # and Diff-AE during training. scorevae: variants of ScoreVAE's loss, and other priors.
+    # space: all trained autoencoders.
+    what: str = 'loss',
+    size: str = None,  # smoke or lesson; otherwise $PDAE_NB_SIZE, otherwise lesson
+    # JSON file to write; otherwise data/results/STUDY/SIZE.json, where STUDY is mnist14_pdae,
+    # mnist14_diffae, mnist14_scorevae or DATA_space
+    out: str = None,
+    seeds: int = 3,  # number of seeds
+    data: str = 'mnist',  # for space: data set, with which the names of the runs begin
+) -> dict:  # path of the file; for loss, the results of each run too
+    "Train small models with several seeds and compare them; the same command resumes the study"
+    size = _size_name(size)
+    places = dict(
+        loss='mnist14_pdae',
+        training='mnist14_diffae',
+        scorevae='mnist14_scorevae',
+        space=f'{data}_space',
+    )
+    _check_choice('what', what, places)
     path = Path(out or results_path(places[what], size))
-    if what in ('training', 'scorevae'):
-        (training_race if what == 'training' else compare_cases)(path, size, range(seeds))
-        return dict(written=str(path))
-    if what == 'space' and size != 'lesson':
+    if what == 'loss':
+        rows = study(path, size, range(seeds))['runs']
+        return dict(runs={k: row['own'] for k, row in rows.items()}, written=str(path))
+    if what == 'training':
+        training_race(path, size, range(seeds))
+    elif what == 'scorevae':
+        compare_cases(path, size, range(seeds))
+    elif size != 'lesson':
         raise ValueError(f'the shipped models are measured at size lesson, got {size!r}')
-    if what == 'space':
+    else:
         evaluate_space(path, data)
-        return dict(written=str(path))
-    d = study(path, size, range(seeds))
-    return dict(runs={k: o['own'] for k, o in d['runs'].items()}, written=str(path))
+    return dict(written=str(path))
 
 
 # %% ../nbs/16_cli.ipynb #4a3d0b7e
-STAGES = dict(
+STAGES = dict(  # size -> samples per window, and arguments of `stage_grid`
     smoke=dict(samples=20, step=250),
     lesson=dict(samples=500),
     paper=dict(samples=1000, substeps=50),
-)  # of `cmd_stages`
+)
 
 
 # %% ../nbs/16_cli.ipynb #f0e364e8
 def cmd_stages(
     sampler: str = 'ddim',  # ddim or ddpm
-    size: str = None,  # smoke, lesson or paper; else $PDAE_NB_SIZE, else lesson
-    scale: float = 3.0,  # strength of the guidance
-    dpm: str = 'mnist_dpm',  # unconditional run
-    clf: str = 'mnist_classifier',  # run with a classifier of noisy images
-    judge: str = 'mnist_judge',  # run with a classifier of clean ones
-    out: str = None,  # JSON to write; else data/results/critical_stage_SAMPLER/SIZE.json
-    device: str = None,  # cpu or cuda; else the GPU if there is one
-    compile: bool = False,  # torch.compile the networks
-):
-    "Find the critical stage: accuracy of guidance in every window of the grid; the same command goes on (PDAE Fig. 3)"
+    size: str = None,  # smoke, lesson or paper; otherwise $PDAE_NB_SIZE, otherwise lesson
+    *,
+    scale: float = 3.0,  # guidance scale of the classifier
+    dpm: str = 'mnist_dpm',  # run of the unconditional DPM
+    clf: str = 'mnist_classifier',  # run with the classifier of noisy images, which guides
+    judge: str = 'mnist_judge',  # run with the evaluation classifier, trained on clean images
+    # JSON file to write; otherwise data/results/critical_stage_SAMPLER/SIZE.json
+    out: str = None,
+    device: str = None,  # cpu or cuda; otherwise the GPU, if there is one
+    compile: bool = False,  # compile the networks with torch.compile
+) -> dict:  # shortest window, number of network calls, hardware, versions, and path of the file
+    "Measure the critical stage: accuracy of guidance in each window of timesteps (PDAE Fig. 3)"
     if sampler not in ('ddim', 'ddpm'):
         raise ValueError(f'sampler must be ddim or ddpm, got {sampler!r}')
-    size = size or os.environ.get('PDAE_NB_SIZE') or 'lesson'
-    if size not in STAGES:
-        raise ValueError(f'size must be one of {", ".join(STAGES)}, got {size!r}')
-    row = dict(STAGES[size])
-    n = row.pop('samples')
+    size = _size_name(size)
+    _check_choice('size', size, STAGES)
+    grid = dict(STAGES[size])
+    n = grid.pop('samples')
     run, net = dpm_of(dpm, device)
-    dev = where(net)
-    nets = {k: part_of(v, k, device)[1] for k, v in dict(clf=clf, judge=judge).items()}
+    nets = dict(clf=part_of(clf, 'clf', device)[1], judge=part_of(judge, 'judge', device)[1])
     if compile:
         net.compile()
         nets['clf'].compile()
-    parts = lambda xt, t: torch.cat([
-        net(*o) for o in zip(xt.split(100), t.split(100))
-    ])  # what fits a CPU's cache is faster
-    parts.config = net.config
-    y, path = (
-        torch.arange(n, device=dev) % nets['clf'].config['classes'],
-        Path(out or results_path(f'critical_stage_{sampler}', size)),
-    )
-    store = (
-        path if path.exists() else path.with_name(f'{path.stem}.part.json')
-    )  # a map comes to its place when it is whole
+    dev = where(net)
+    y = torch.arange(n, device=dev) % nets['clf'].config['classes']
+    path = Path(out or results_path(f'critical_stage_{sampler}', size))
+    unfinished = path.with_name(f'{path.stem}.part.json')
+    store = path if path.exists() else unfinished
     about = dict(
         dpm=str(dpm),
         classifier=str(clf),
@@ -514,7 +601,7 @@ def cmd_stages(
     )
     with autocast(dev):
         cells = stage_grid(
-            parts,
+            _in_chunks(net),
             nets['clf'],
             nets['judge'],
             noise_for(net, n, 0),
@@ -524,156 +611,200 @@ def cmd_stages(
             about=about,
             scale=scale,
             eta=float(sampler == 'ddpm'),
-            **row,
+            **grid,
         )
-    d = json.loads(store.read_text())
+    stored = json.loads(store.read_text())
+    settings = stored['about']
     found = dict(
         shortest=shortest_window(cells),
-        calls=grid_calls(run.sched, d['about']['step'], d['about']['substeps']),
+        calls=grid_calls(run.sched, settings['step'], settings['substeps']),
         hardware=hardware(dev),
         versions=versions(),
     )
-    write_json(path, found | d)  # what is there stays: who made it, and when
+    whole = found | stored  # what an earlier call found is kept
+    write_json(path, whole)
     if store != path:
         store.unlink()
-    return {k: (found | d)[k] for k in found} | dict(written=str(path))
+    return {k: whole[k] for k in found} | dict(written=str(path))
+
+
+def _in_chunks(net, rows=100):
+    "A denoiser that calls the network with 100 images at a time, which fit the cache of a CPU."
+
+    def denoiser(xt, t):
+        chunks = zip(xt.split(rows), t.split(rows), strict=True)
+        return torch.cat([net(x_chunk, t_chunk) for x_chunk, t_chunk in chunks])
+
+    denoiser.config = net.config
+    return denoiser
 
 
 # %% ../nbs/16_cli.ipynb #aeea6284
 def _out_of_noise(net, sched, out, n=8, steps=50, at=(1000, 500, 300, 200, 100, 0)):
-    "Eight images on their way out of the noise, a row for each time"
+    "Write images x_t during sampling, a row for each timestep t."
     xT = noise_for(net, n, 1)
-    states = {sched.T: xT} | {s: x for s, x, _ in trajectory(net, xT, sched, steps, clip=1.0)}
-    return _picture(
-        torch.cat([states[t] for t in at]),
-        out,
-        f't = {", ".join(map(str, at))}, from top to bottom',
-    )
+    states = {sched.T: xT}
+    for s, x, _ in trajectory(net, xT, sched, steps, clip=1.0):
+        states[s] = x
+    rows = torch.cat([states[t] for t in at])
+    return _picture(rows, out, f't = {", ".join(map(str, at))}, from top to bottom')
 
 
 def _stages(net, clf, sched, out, windows):
-    "The ten classes, asked for in one stage only: a row for each stage"
+    "Write samples of all classes, guided in one window of timesteps only: a row for each window."
     n = clf.config['classes']
-    xT, y = noise_for(net, n, 5), torch.arange(n)
-    rows = [
-        sample(classifier_guided(net, clf, y, sched, scale=3.0, window=w), xT, sched, 20, clip=1.0)
-        for w in windows
-    ]
-    return _picture(
-        torch.cat(rows),
-        out,
-        'asked for 0…9 by guidance only in t = ' + ', '.join(f'{a}–{b}' for a, b in windows),
-        ncol=n,
-    )
+    xT = noise_for(net, n, 5)
+    y = torch.arange(n)
+    rows = []
+    for window in windows:
+        denoiser = classifier_guided(net, clf, y, sched, scale=3.0, window=window)
+        rows.append(sample(denoiser, xT, sched, 20, clip=1.0))
+    title = 'classes 0…9, guided only in t = ' + ', '.join(f'{a}–{b}' for a, b in windows)
+    return _picture(torch.cat(rows), out, title, ncol=n)
 
 
 # %% ../nbs/16_cli.ipynb #3557f093
 def _coded(run, x0, out, steps=20):
-    "PDAE's reconstructions, from the image's own x_T and from a random one, over those of its DPM alone"
-    f = decoder_of(run, x0)
-    rows = {'input': x0} | {
-        f'{k}, {w}': restored(o, x0, run.sched, steps, seed)
-        for w, seed in (('random $x_T$', 0), ('inferred $x_T$', None))
-        for k, o in (('DPM', run.dpm), ('PDAE', f))
-        if o is f or seed is None
+    """Write reconstructions by PDAE, from a random and the inferred x_T, and by its frozen DPM.
+
+    Also return the squared error of each row, for pixels in [0,1].
+    """
+    denoiser = decoder_of(run, x0)
+    rows = {
+        'input': x0,
+        'PDAE, random $x_T$': restored(denoiser, x0, run.sched, steps, 0),
+        'DPM, inferred $x_T$': restored(run.dpm, x0, run.sched, steps),
+        'PDAE, inferred $x_T$': restored(denoiser, x0, run.sched, steps),
     }
-    off = {k: (x - x0).square().mean().item() / 4 for k, x in rows.items()}
-    return off, _picture(rows, out, f'PDAE, {steps} steps; test digits it never saw')
+    errors = {k: _mse01(x, x0) for k, x in rows.items()}
+    return errors, _picture(rows, out, f'PDAE, {steps} steps; test digits')
 
 
-def _gap_picture(d, out):
-    "The gap over time, of the DPM alone and with PDAE's codes, from the stored measurement"
-    g = d['gap']
-    ax = plot_gap(
-        {'DPM alone': torch.tensor(g['dpm']['mean']), 'PDAE': torch.tensor(g['pdae']['mean'])},
-        g['t'],
-        'posterior mean gap',
-        title=f'{g["images"]:,} test digits',
-    )
-    return _save(ax, out)
+def _gap_picture(results, out):
+    "Plot the stored posterior mean gap over the timesteps, of the DPM and of PDAE."
+    gap = results['gap']
+    curves = {
+        'DPM': torch.tensor(gap['dpm']['mean']),
+        'PDAE': torch.tensor(gap['pdae']['mean']),
+    }
+    title = f'{gap["images"]:,} test digits'
+    return _save(plot_gap(curves, gap['t'], 'posterior mean gap', title=title), out)
 
 
-def _table(rows):
-    wide = [max(len(r[i]) for r in rows) for i in range(3)]
-    for r in rows:
-        print('  '.join(o.ljust(w) for o, w in zip(r, wide)), f'{r[3]:6.1f} s', sep='  ')
+class _Report:
+    "The table that the demo prints: what was done, a number, a picture, and the time it took."
+
+    def __init__(self):
+        self.start = time.time()
+        self.rows = []
+
+    def elapsed(self):
+        return time.time() - self.start
+
+    def add(self, what, number, picture=''):
+        seconds = self.elapsed() - sum(row[3] for row in self.rows)
+        self.rows.append((what, number, picture, seconds))
+
+    def show(self):
+        widths = [max(len(row[i]) for row in self.rows) for i in range(3)]
+        for *words, seconds in self.rows:
+            cells = [word.ljust(width) for word, width in zip(words, widths, strict=True)]
+            print('  '.join([*cells, f'{seconds:6.1f} s']))
 
 
 # %% ../nbs/16_cli.ipynb #376fa88e
 def cmd_demo(
     out: str = 'out',  # folder for the pictures
-    n: int = 16,  # digits to take there and back
-    run: str = 'mnist_dpm',  # the run to show
-    classifier: str = 'mnist_classifier',  # the run to guide it by
-    coder: str = 'mnist_pdae',  # the autoencoder to show
-):
+    n: int = 16,  # number of test digits to invert and reconstruct
+    run: str = 'mnist_dpm',  # run of the DPM
+    classifier: str = 'mnist_classifier',  # run with the classifier of noisy images, which guides
+    coder: str = 'mnist_pdae',  # run of PDAE
+) -> None:
     "Sample, guide, invert and reconstruct digits with the shipped models"
-    out, rows, t0 = Path(out), [], time.time()
-
-    def row(what, number, path=''):
-        rows.append((what, number, path, time.time() - t0 - sum(r[3] for r in rows)))
-
-    r, net = dpm_of(run)
+    out = Path(out)
+    report = _Report()
+    dpm, net = dpm_of(run)
     images = mnist_or_digits('test', net.config['size'])
-    row(
-        'model and digits loaded',
-        f'{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters, trained on {r.about["images_seen"]:,} images',
+    weights = sum(p.numel() for p in net.parameters())
+    seen = dpm.about['images_seen']
+    report.add(
+        'model and digits loaded', f'{weights / 1e6:.2f} M weights, trained on {seen:,} images'
     )
-    x = sample(net, noise_for(net, 64, 0), r.sched, 50, clip=1.0)
-    row(
-        '64 digits sampled: DDIM, 50 steps',
-        'uncurated, seed 0',
-        _picture(x, out / 'samples.png', '64 uncurated samples, DDIM, 50 steps'),
-    )
-    row(
-        '8 digits followed out of the noise',
-        'seed 1',
-        _out_of_noise(net, r.sched, out / 'trajectory.png'),
-    )
+    _demo_samples(net, dpm.sched, out, report)
+    _demo_stages(net, part_of(classifier, 'clf')[1], dpm.sched, out, report)
+    x0 = to_signed(images.x[:n]).to(where(net))
+    _demo_round_trips(net, x0, dpm.sched, out, report)
+    pdae, _ = part_of(coder, 'G')
+    pdae.enc.to(where(net))
+    _demo_coded(pdae, x0, out, report)
+    _demo_gap(pdae, out, report)
+    report.show()
+    print(f'{report.elapsed():.0f} s in total, on {hardware(where(net))}')
+
+
+def _demo_samples(net, sched, out, report):
+    x = sample(net, noise_for(net, 64, 0), sched, 50, clip=1.0)
+    picture = _picture(x, out / 'samples.png', '64 uncurated samples, DDIM, 50 steps')
+    report.add('64 digits sampled: DDIM, 50 steps', 'uncurated, seed 0', picture)
+    picture = _out_of_noise(net, sched, out / 'trajectory.png')
+    report.add('8 digits at six timesteps of sampling', 'seed 1', picture)
+
+
+def _demo_stages(net, clf, sched, out, report):
     a, b = load_results('critical_stage_ddim')['shortest']['window']
-    windows = [(lo, hi) for lo, hi in ((b, r.sched.T), (a, b), (0, a)) if lo < hi]
-    row(
-        f'0…9 asked for in one stage only: the critical one is {a} < t <= {b}',
+    windows = [(lo, hi) for lo, hi in ((b, sched.T), (a, b), (0, a)) if lo < hi]
+    picture = _stages(net, clf, sched, out / 'stages.png', windows)
+    report.add(
+        f'classes 0…9, guided in one stage only: the critical stage is {a} < t <= {b}',
         'DDIM, 20 steps, seed 5',
-        _stages(net, part_of(classifier, 'clf')[1], r.sched, out / 'stages.png', windows),
+        picture,
     )
-    x0 = to_signed(images.x[:n]).to(x)
-    for exact, steps, name in (False, 100, 'DDIM'), (True, 50, 'O-BELM'):
-        xT, back = round_trip(net, x0, r.sched, steps, exact)
+
+
+def _demo_round_trips(net, x0, sched, out, report):
+    n = len(x0)
+    for name, exact, steps in (('DDIM', False, 100), ('O-BELM', True, 50)):
+        xT, x = round_trip(net, x0, sched, steps, exact)
         if not exact:
-            _picture(xT, out / 'inverted.png', f'x_T: the noise that {n} test digits come from')
-        path = _picture(
-            _over(x0, back),
+            _picture(xT, out / 'inverted.png', f'x_T inferred from {n} test digits')
+        picture = _picture(
+            _interleave(x0, x),
             out / f'reconstructed-{name.lower()}.png',
             f'{n} test digits, each above its reconstruction: {name}, {steps} steps',
         )
-        off = (back - x0).abs() * 127.5
-        row(
+        error = (x - x0).abs() * 127.5  # of 255 grey levels
+        report.add(
             f'{n} test digits to noise and back: {name}, {steps} steps',
-            f'off by {off.mean():.2g} grey levels of 255 on average, {off.max():.2g} at most',
-            path,
+            f'absolute error in grey levels: mean {error.mean():.2g}, largest {error.max():.2g}',
+            picture,
         )
-    p, _ = part_of(coder, 'G')
-    p.enc.to(where(net))
-    off, path = _coded(p, x0, out / 'coded.png')
-    row(
-        f'{n} test digits through PDAE: {p.G.z_dim} numbers each, 20 steps',
-        f'MSE {off["PDAE, random $x_T$"]:.4f} from random x_T, {off["PDAE, inferred $x_T$"]:.1e} inferred (DPM alone: {off["DPM, inferred $x_T$"]:.1e})',
-        path,
+
+
+def _demo_coded(pdae, x0, out, report):
+    mse, picture = _coded(pdae, x0, out / 'coded.png')
+    report.add(
+        f'{len(x0)} test digits through PDAE: {pdae.G.z_dim} numbers each, 20 steps',
+        f'MSE: random x_T {mse["PDAE, random $x_T$"]:.4f}, '
+        f'inferred x_T {mse["PDAE, inferred $x_T$"]:.1e} '
+        f'(DPM: {mse["DPM, inferred $x_T$"]:.1e})',
+        picture,
     )
-    if (
-        results_path('mnist_pdae').exists()
-        and (d := load_results('mnist_pdae'))['result'] == p.about['result']
-    ):
-        g = d['gap']
-        left = min(a / b for a, b in zip(g['pdae']['mean'], g['dpm']['mean']))
-        row(
-            f'the gap that its codes fill: {g["images"]:,} test digits, as measured',
-            f"down to {left:.0%} of the DPM's",
-            _gap_picture(d, out / 'gap.png'),
-        )
-    _table(rows)
-    print(f'{time.time() - t0:.0f} s in all, on {hardware(where(net))}')
+
+
+def _demo_gap(pdae, out, report):
+    "Report the stored gap, if it was measured for this model."
+    if not results_path('mnist_pdae').exists():
+        return
+    results = load_results('mnist_pdae')
+    if results['result'] != pdae.about['result']:
+        return
+    gap = results['gap']
+    ratios = [a / b for a, b in zip(gap['pdae']['mean'], gap['dpm']['mean'], strict=True)]
+    report.add(
+        f'posterior mean gap with the code, as measured on {gap["images"]:,} test digits',
+        f'at least {min(ratios):.0%} of the gap of the DPM',
+        _gap_picture(results, out / 'gap.png'),
+    )
 
 
 # %% ../nbs/16_cli.ipynb #8c4b6aef
@@ -692,47 +823,56 @@ COMMANDS = dict(
 )
 
 
-def _usage():
-    rows = '\n'.join(f'  {k:12} {f.__doc__}' for k, f in COMMANDS.items())
-    return f'usage: pdae COMMAND … [--debug]\n\n{rows}\n\n`pdae COMMAND --help` lists what a command takes; --debug shows the traceback of an error.'
-
-
 # %% ../nbs/16_cli.ipynb #4edac753
-def _call(command, words):
-    "Run a command; what it returns is printed as JSON"
-    f = COMMANDS[command]
-    args = vars(anno_parser(f, prog=f'pdae {command}').parse_args(words))
-    takes = inspect.signature(f).parameters
-    many = next((k for k, p in takes.items() if p.kind is p.VAR_POSITIONAL), None)
-    ahead = list(takes)[: list(takes).index(many)] if many else []
-    result = f(
-        *(args[k] for k in ahead),
-        *(args[many] or () if many else ()),
-        **{k: v for k, v in args.items() if k in takes and k not in (*ahead, many)},
+def _usage():
+    "The help of `pdae` itself: all commands, each with its docstring."
+    rows = '\n'.join(f'  {name:12} {command.__doc__}' for name, command in COMMANDS.items())
+    return (
+        f'usage: pdae COMMAND … [--debug]\n\n{rows}\n\n'
+        '`pdae COMMAND --help` lists the arguments of a command; '
+        '--debug shows the traceback of an error.'
     )
+
+
+def _call(name, words):
+    "Run a command with the words of a command line, and print its result as JSON."
+    command = COMMANDS[name]
+    parameters = inspect.signature(command).parameters
+    parsed = vars(anno_parser(command, prog=f'pdae {name}').parse_args(words))
+    keywords = {k: v for k, v in parsed.items() if k in parameters}
+    positional = []
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters.values()):
+        for k, p in parameters.items():
+            value = keywords.pop(k)
+            if p.kind is p.VAR_POSITIONAL:
+                positional.extend(value or ())
+                break
+            positional.append(value)
+    result = command(*positional, **keywords)
     if result is not None:
         print(json.dumps(result, indent=1))
 
 
 # %% ../nbs/16_cli.ipynb #a044c711
 def main(
-    argv=None,  # words after `pdae`; None takes the shell's
-) -> int:  # exit status
-    "The `pdae` command"
+    argv: list[str] | None = None,  # words after `pdae`; None takes those of the command line
+) -> int:  # exit status: 0 if the command has done all of its work
+    "The `pdae` command."
     argv = list(sys.argv[1:] if argv is None else argv)
-    words = [a for a in argv if a != '--debug']
+    words = [word for word in argv if word != '--debug']
     if not words or words[0] in ('-h', '--help'):
         print(_usage())
         return 0 if words else 2
+    name = words[0]
 
     def fail(why, status):
-        print(f'pdae {words[0]}: {" ".join(str(why).split())}', file=sys.stderr)
+        print(f'pdae {name}: {" ".join(str(why).split())}', file=sys.stderr)
         return status
 
-    if words[0] not in COMMANDS:
+    if name not in COMMANDS:
         return fail(f'no such command; there are {", ".join(COMMANDS)}', 2)
     try:
-        _call(*words[:1], words[1:])
+        _call(name, words[1:])
         return 0
     except Stopped as e:
         return fail(e, 128 + e.signum)

@@ -40,10 +40,12 @@ import socket
 import tempfile
 import urllib.parse
 import urllib.request
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -52,7 +54,7 @@ from torch import Tensor
 
 # %% ../nbs/00_data.ipynb #e1c91f30
 def setup_plots():
-    "The same figures in Jupyter and in the tests: PNG, 80 dots per inch, no box around them"
+    "Set matplotlib's defaults for pages and tests: PNG, 80 dots per inch, no top or right spine."
     import matplotlib.pyplot as plt
     from IPython import get_ipython
     from matplotlib_inline.backend_inline import set_matplotlib_formats
@@ -71,8 +73,8 @@ def setup_plots():
 # %% ../nbs/00_data.ipynb #482eacbd
 def to_signed(
     u8: Tensor,  # pixels: uint8 (B,C,H,W)
-) -> Tensor:  # pixel/127.5-1: float32 (B,C,H,W) in [-1,1]
-    "Pixels as the papers' x_0 (DDPM Sec. 3.3)"
+) -> Tensor:  # u8/127.5 - 1: float32 (B,C,H,W) in [-1,1]
+    "Pixels 0…255 as x_0 in [-1,1] (DDPM Section 3.3)."
     if u8.dtype != torch.uint8:
         raise TypeError(f'expected uint8 pixels 0…255, got {u8.dtype}')
     return u8.float() / 127.5 - 1
@@ -80,170 +82,206 @@ def to_signed(
 
 # %% ../nbs/00_data.ipynb #706cf820
 def to_uint8(
-    x: Tensor,  # images in [-1,1]: float (B,C,H,W); what lies outside is clipped
+    x: Tensor,  # images in [-1,1], floating point (B,C,H,W); values outside are clipped
 ) -> Tensor:  # pixels: uint8 (B,C,H,W)
-    "x_0 as pixels again, rounded to the nearest"
+    "Images in [-1,1] as pixels 0…255, rounded to the nearest: the inverse of `to_signed`."
     if not x.is_floating_point():
-        raise TypeError(f'expected float images in [-1,1], got {x.dtype}')
+        raise TypeError(f'expected floating-point images in [-1,1], got {x.dtype}')
     if not x.isfinite().all():
         raise ValueError(f'{(~x.isfinite()).sum()} of {x.numel()} pixels are NaN or infinite')
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).byte()
 
 
 # %% ../nbs/00_data.ipynb #7e571bd6
+def _pixels(x):
+    "Images as uint8 pixels, unchanged if they are uint8 already."
+    if x.dtype == torch.uint8:
+        return x
+    return to_uint8(x.detach())
+
+
+def _joined_rows(rows):
+    "The images of all rows, in one batch (rows*ncol,C,H,W)."
+    lengths = {name: len(images) for name, images in rows.items()}
+    if len(set(lengths.values())) != 1:
+        raise ValueError(f'expected one or more rows of one length, got {lengths}')
+    return torch.cat([_pixels(images) for images in rows.values()])
+
+
+def _corners(count, ncol, height, width):
+    "Top and left pixel of each image in the grid; one white pixel separates the images."
+    return [(i // ncol * (height + 1), i % ncol * (width + 1)) for i in range(count)]
+
+
+def _tiled(x, ncol):
+    "One image (C,H,W) that shows a batch of uint8 images (B,C,H,W) as a grid."
+    B, C, H, W = x.shape
+    nrow = -(-B // ncol)  # B/ncol, rounded up
+    grid = x.new_full((C, nrow * (H + 1), ncol * (W + 1)), 255)
+    for image, (top, left) in zip(x, _corners(B, ncol, H, W), strict=True):
+        grid[:, top : top + H, left : left + W] = image
+    return grid
+
+
 def show(
-    x,  # images: uint8, or float in [-1,1], (B,C,H,W); or name -> such images, a named row of each
-    ncol=8,  # images in a row
-    titles=None,  # a caption for each image
-    ax=None,  # where to draw; None makes a figure
-    scale=0.9,  # inches per image
-):  # the axes
-    "A grid of images, all on the same scale"
+    x: Tensor | dict[str, Tensor],  # images (B,C,H,W), uint8 or in [-1,1]; or row name -> images
+    ncol: int = 8,  # images in a row; a dict's rows set it themselves
+    titles: Sequence | None = None,  # a caption for each image
+    ax=None,  # matplotlib axes; None makes a new figure
+    scale: float = 0.9,  # width of an image, inches
+):  # the matplotlib axes
+    "Plot a grid of images, all on the same scale of brightness."
     import matplotlib.pyplot as plt
 
-    rows = list(x) if isinstance(x, dict) else []
-    if rows and len({len(o) for o in x.values()}) > 1:
-        raise ValueError(f'rows of one length, got { ({k: len(o) for k, o in x.items()}) }')
-    if rows:
-        ncol, x = (
-            len(x[rows[0]]),
-            torch.cat([o if o.dtype == torch.uint8 else to_uint8(o.detach()) for o in x.values()]),
-        )
+    names = []
+    if isinstance(x, dict):
+        names = list(x)
+        x = _joined_rows(x)
+        ncol = len(x) // len(names)
     if x.ndim != 4 or x.shape[1] not in (1, 3) or not len(x):
         raise ValueError(f'expected images (B,1 or 3,H,W), got {tuple(x.shape)}')
-    x = (x if x.dtype == torch.uint8 else to_uint8(x.detach())).cpu()
-    B, C, H, W = x.shape
+    x = _pixels(x).cpu()
+    B, _, H, W = x.shape
     ncol = min(ncol, B)
-    nrow = -(-B // ncol)
-    corners = [
-        (i // ncol * (H + 1), i % ncol * (W + 1)) for i in range(B)
-    ]  # top left; one white pixel between images
-    grid = x.new_full((C, nrow * (H + 1), ncol * (W + 1)), 255)
-    for im, (r, c) in zip(x, corners):
-        grid[:, r : r + H, c : c + W] = im
     if ax is None:
-        ax = plt.subplots(figsize=(ncol * scale, nrow * scale * (1.25 if titles else 1)))[1]
-    ax.imshow(
-        grid.permute(1, 2, 0).squeeze(-1), cmap='gray', vmin=0, vmax=255, interpolation='nearest'
-    )
+        nrow = -(-B // ncol)
+        space = 1.25 if titles else 1
+        _, ax = plt.subplots(figsize=(ncol * scale, nrow * scale * space))
+    grid = _tiled(x, ncol).permute(1, 2, 0).squeeze(-1)
+    ax.imshow(grid, cmap='gray', vmin=0, vmax=255, interpolation='nearest')
     ax.axis('off')
-    for s, (r, c) in zip(titles or [], corners):
-        ax.text(c + W / 2, r - 1, str(s), ha='center', va='bottom', fontsize=8)
-    for i, s in enumerate(rows):
-        ax.text(-2, i * (H + 1) + H / 2, s, ha='right', va='center', fontsize=8)
+    for title, (top, left) in zip(titles or [], _corners(B, ncol, H, W), strict=False):
+        ax.text(left + W / 2, top - 1, str(title), ha='center', va='bottom', fontsize=8)
+    for i, name in enumerate(names):
+        ax.text(-2, i * (H + 1) + H / 2, name, ha='right', va='center', fontsize=8)
     return ax
 
 
 # %% ../nbs/00_data.ipynb #9a8facfd
 def figure_png(
-    fig,  # matplotlib figure, closed afterwards
-) -> bytes:  # PNG
-    "A figure as the bytes of a picture"
+    fig,  # matplotlib figure; it is closed afterwards
+) -> bytes:  # a PNG file
+    "A figure as a PNG file."
     import matplotlib.pyplot as plt
 
-    b = io.BytesIO()
-    fig.savefig(b, format='png')
+    file = io.BytesIO()
+    fig.savefig(file, format='png')
     plt.close(fig)
-    return b.getvalue()
+    return file.getvalue()
 
 
 def live(
-    box,  # what `slider` made
-):  # the box where somebody can move it, else its picture
-    "The slider in Jupyter; a still where nobody can move it (GitHub, tests)"
+    box,  # output of `slider`
+):  # the box in Jupyter, an IPython image elsewhere
+    "The slider in Jupyter; its current figure where a slider cannot be moved (GitHub, tests)."
     from IPython import display, get_ipython
 
-    return (
-        box
-        if type(get_ipython()).__name__ == 'ZMQInteractiveShell' and not os.getenv('IN_TEST')
-        else display.Image(box.image.value)
-    )
+    in_jupyter = type(get_ipython()).__name__ == 'ZMQInteractiveShell'
+    if in_jupyter and not os.getenv('IN_TEST'):
+        return box
+    return display.Image(box.image.value)
 
 
 # %% ../nbs/00_data.ipynb #a0cea9dc
 def slider(
-    draw,  # value -> matplotlib figure
-    label,  # name of the value
-    options,  # values to choose from
-    value=None,  # where to start; None is the first
-):  # a box with `.slider` and `.image`
-    "A slider that redraws a picture"
-    import ipywidgets as w
+    draw: Callable,  # value -> matplotlib figure
+    label: str,  # name of the value
+    options: Iterable,  # the values to choose from
+    value=None,  # the first value; None is options[0]
+):  # an ipywidgets box; `.slider` and `.image` are its two widgets
+    "A slider, and a figure that is plotted again at each change of the value."
+    import ipywidgets as widgets
 
     options = list(options)
-    box = w.VBox([
-        w.SelectionSlider(
-            options=options,
-            value=options[0] if value is None else value,
-            description=label,
-            continuous_update=False,
-        ),
-        w.Image(format='png'),
-    ])
-    box.slider, box.image = box.children
+    choice = widgets.SelectionSlider(
+        options=options,
+        value=options[0] if value is None else value,
+        description=label,
+        continuous_update=False,
+    )
+    picture = widgets.Image(format='png')
+    box = widgets.VBox([choice, picture])
+    box.slider = choice
+    box.image = picture
 
     def redraw(_=None):
-        box.image.value = figure_png(draw(box.slider.value))
+        picture.value = figure_png(draw(choice.value))
 
-    box.slider.observe(redraw, 'value')
+    choice.observe(redraw, 'value')
     redraw()
     return box
 
 
 # %% ../nbs/00_data.ipynb #ffb38911
 class Images:
-    "A whole dataset as one tensor, with its labels"
+    "A data set as one tensor, with its labels."
 
     def __init__(
         self,
-        x: Tensor,  # pixels: uint8 (N,C,H,W); or codes, for a model of codes: float32 (N,D)
-        y: Tensor = None,  # class: int64 (N,), or attributes: int64 (N,A) of 0/1
-        classes=(),  # names of the classes or attributes
+        x: Tensor,  # pixels: uint8 (N,C,H,W); or the codes of images: float32 (N,D)
+        y: Tensor | None = None,  # class: int64 (N,), or attributes 0 and 1: int64 (N,A)
+        classes: Iterable[str] = (),  # names of the classes or attributes
     ):
         if (x.dtype, x.ndim) not in ((torch.uint8, 4), (torch.float32, 2)):
             raise TypeError(
-                f'x must be uint8 (N,C,H,W), or float32 (N,D) for codes, got {x.dtype} {tuple(x.shape)}'
+                'x must be uint8 (N,C,H,W), or float32 (N,D) for codes, '
+                f'got {x.dtype} {tuple(x.shape)}'
             )
         if y is not None and len(y) != len(x):
-            raise ValueError(f'{len(y)} labels for {len(x)} images')
-        self.x, self.y, self.classes = x, y, list(classes)
+            raise ValueError(
+                f'expected one label for each image, got {len(y)} labels for {len(x)} images'
+            )
+        self.x = x
+        self.y = y
+        self.classes = list(classes)
 
     def __len__(self):
         return len(self.x)
 
     def __repr__(self):
-        return f'Images({tuple(self.x.shape)} {str(self.x.dtype)[6:]}, {len(self.classes)} classes, {self.x.device})'
-
-    def __getitem__(self, i):
-        i = [i] if isinstance(i, int) else i
-        return Images(self.x[i], None if self.y is None else self.y[i], self.classes)
-
-    def to(self, device):
-        return Images(
-            self.x.to(device), None if self.y is None else self.y.to(device), self.classes
+        dtype = str(self.x.dtype).removeprefix('torch.')
+        return (
+            f'Images({tuple(self.x.shape)} {dtype}, {len(self.classes)} classes, {self.x.device})'
         )
+
+    def __getitem__(
+        self,
+        i,  # an index of a tensor's first axis; a number keeps the axis
+    ) -> 'Images':
+        "Part of the data set."
+        if isinstance(i, int):
+            i = [i]
+        y = None if self.y is None else self.y[i]
+        return Images(self.x[i], y, self.classes)
+
+    def to(
+        self,
+        device: str | torch.device,  # the new device
+    ) -> 'Images':
+        "The data set on another device."
+        y = None if self.y is None else self.y.to(device)
+        return Images(self.x.to(device), y, self.classes)
 
 
 # %% ../nbs/00_data.ipynb #5208fd67
 def digits(
-    split='train',  # train (the first 1,437), else the last 360
-    size=None,  # height and width, pixels; None is 8
+    split: str = 'train',  # 'train' is the first 1,437 images; any other value the last 360
+    size: int | None = None,  # height and width, pixels; None is 8
 ) -> Images:
-    "scikit-learn's 1,797 handwritten digits, 8x8: always there, without a network"
+    "The 1,797 handwritten digits of 8x8 pixels that scikit-learn contains."
     from PIL import Image
     from sklearn.datasets import load_digits
 
-    d, part = load_digits(), slice(1437) if split == 'train' else slice(1437, None)
-    x = (d.images[part] * 255 / 16).round().astype(np.uint8)
+    def resized(u8):
+        return Image.fromarray(u8).resize((size, size), Image.Resampling.BICUBIC)
+
+    data = load_digits()
+    part = slice(1437) if split == 'train' else slice(1437, None)
+    x = (data.images[part] * 255 / 16).round().astype(np.uint8)
     if size:
-        x = np.stack([
-            np.asarray(Image.fromarray(a).resize((size, size), Image.Resampling.BICUBIC)) for a in x
-        ])
-    return Images(
-        torch.from_numpy(x)[:, None],
-        torch.from_numpy(d.target[part]).long(),
-        [str(i) for i in range(10)],
-    )
+        x = np.stack([np.asarray(resized(u8)) for u8 in x])
+    y = torch.from_numpy(data.target[part]).long()
+    return Images(torch.from_numpy(x)[:, None], y, [str(i) for i in range(10)])
 
 
 # %% ../nbs/00_data.ipynb #1d7884a1
@@ -254,123 +292,172 @@ def _open(source):
 
 
 def _is_grey(source):
-    with _open(source) as im:
-        return im.mode.split(';')[0] in ('1', 'L', 'LA', 'I', 'F')
+    "Whether an image file has no colours."
+    with _open(source) as image:
+        return image.mode.split(';')[0] in ('1', 'L', 'LA', 'I', 'F')
 
 
 def decode_image(
-    source,  # path, or the bytes of an image file
-    size,  # height and width wanted, pixels; None keeps the image as it is
-    channels,  # 1 or 3
-    crop=None,  # (left, top, width), a square cut out of images that have CelebA's 178x218 pixels
+    source: str | Path | bytes,  # path, or the content of an image file
+    size: int | None,  # height and width of the output, pixels; None keeps those of the image
+    channels: int,  # 1 or 3
+    crop: tuple[int, int, int] | None = None,  # left, top, width; for images of 178x218 pixels
 ) -> np.ndarray:  # uint8 (channels,size,size)
-    "Read one image: EXIF rotation honoured, transparency dropped, centre-cropped to a square, resized with antialiasing"
+    """Decode an image file, crop the central square and resize the square with antialiasing.
+
+    The image is rotated as its EXIF entry says. Transparency is ignored.
+    """
     from PIL import Image, ImageOps
 
-    with _open(source) as im:
-        im = ImageOps.exif_transpose(im)
-    if im.mode.startswith('I'):
-        im = Image.fromarray(
-            (np.asarray(im).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-        )  # 16-bit grey
-    im = im.convert('L' if channels == 1 else 'RGB')
-    if crop and im.size == (178, 218):
-        im = im.crop((crop[0], crop[1], crop[0] + crop[2], crop[1] + crop[2]))
-    if size and im.size != (size, size):
-        im = ImageOps.fit(im, (size, size), Image.Resampling.LANCZOS)
-    return np.asarray(im).reshape(im.height, im.width, channels).transpose(2, 0, 1)
+    with _open(source) as file:
+        image = ImageOps.exif_transpose(file)
+    if image.mode.startswith('I'):  # 16-bit grey
+        grey = np.asarray(image).astype(np.int64) >> 8
+        image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
+    image = image.convert('L' if channels == 1 else 'RGB')
+    if crop and image.size == (178, 218):
+        left, top, width = crop
+        image = image.crop((left, top, left + width, top + width))
+    if size and image.size != (size, size):
+        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+    return np.asarray(image).reshape(image.height, image.width, channels).transpose(2, 0, 1)
 
 
 # %% ../nbs/00_data.ipynb #2574dcbb
 def data_dir(
-    name,  # dataset
-):  # its folder, or None
-    "Where a dataset lies on this machine: `$PDAE_NB_DATA/<name>`, else `data/<name>` of the checkout or the working folder"
+    name: str,  # data set
+) -> Path | None:  # its folder; None if there is none
+    """The folder of a data set on this machine.
+
+    It is `$PDAE_NB_DATA/<name>`, or `data/<name>` in the checkout or in the working folder.
+    """
     import pdae_nb
 
-    roots = [os.environ.get('PDAE_NB_DATA'), Path(pdae_nb.__file__).parent.parent / 'data', 'data']
-    return next((p for r in roots if r and (p := Path(r) / name).is_dir()), None)
+    checkout = Path(pdae_nb.__file__).parent.parent
+    for root in (os.environ.get('PDAE_NB_DATA'), checkout / 'data', 'data'):
+        if root and (Path(root) / name).is_dir():
+            return Path(root) / name
+    return None
 
 
-def cache_dir():
-    "Decoded pixels are kept here, one memory-mapped file per dataset, split and size: `$PDAE_NB_CACHE`, else `~/.cache/pdae_nb`"
-    p = Path(
-        os.environ.get('PDAE_NB_CACHE')
-        or Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'pdae_nb'
-    )
-    p.mkdir(parents=True, exist_ok=True)
-    return p
+def cache_dir() -> Path:  # the folder; it is made if there is none
+    """The folder of the decoded pixels: `$PDAE_NB_CACHE`, or `~/.cache/pdae_nb`.
+
+    It holds one memory-mapped file for each data set, split and size.
+    """
+    path = os.environ.get('PDAE_NB_CACHE')
+    if not path:
+        user_cache = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
+        path = Path(user_cache) / 'pdae_nb'
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 # %% ../nbs/00_data.ipynb #121f38fa
-_CELEBA = """5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips Big_Nose Black_Hair Blond_Hair Blurry Brown_Hair Bushy_Eyebrows Chubby Double_Chin
-    Eyeglasses Goatee Gray_Hair Heavy_Makeup High_Cheekbones Male Mouth_Slightly_Open Mustache Narrow_Eyes No_Beard Oval_Face Pale_Skin Pointy_Nose Receding_Hairline Rosy_Cheeks
-    Sideburns Smiling Straight_Hair Wavy_Hair Wearing_Earrings Wearing_Hat Wearing_Lipstick Wearing_Necklace Wearing_Necktie Young""".split()
+# fmt: off
+_CELEBA = [
+    '5_o_Clock_Shadow', 'Arched_Eyebrows', 'Attractive', 'Bags_Under_Eyes', 'Bald', 'Bangs',
+    'Big_Lips', 'Big_Nose', 'Black_Hair', 'Blond_Hair', 'Blurry', 'Brown_Hair', 'Bushy_Eyebrows',
+    'Chubby', 'Double_Chin', 'Eyeglasses', 'Goatee', 'Gray_Hair', 'Heavy_Makeup',
+    'High_Cheekbones', 'Male', 'Mouth_Slightly_Open', 'Mustache', 'Narrow_Eyes', 'No_Beard',
+    'Oval_Face', 'Pale_Skin', 'Pointy_Nose', 'Receding_Hairline', 'Rosy_Cheeks', 'Sideburns',
+    'Smiling', 'Straight_Hair', 'Wavy_Hair', 'Wearing_Earrings', 'Wearing_Hat',
+    'Wearing_Lipstick', 'Wearing_Necklace', 'Wearing_Necktie', 'Young',
+]
+# fmt: on
+_TRUE = ('1', 'true', 'yes')
+_FALSE = ('0', '-1', 'false', 'no')
 
 
-def _flag(v):
-    if (s := str(v).strip().lower().removesuffix('.0')) not in (
-        '1',
-        'true',
-        'yes',
-        '0',
-        '-1',
-        'false',
-        'no',
-    ):
-        raise ValueError(f'an attribute must be true/false, 1/0 or 1/-1, got {v!r}')
-    return int(s in ('1', 'true', 'yes'))
+class _Row(NamedTuple):
+    "One image of a source, not yet decoded."
+
+    where: str  # file, or table and number of the row; for error messages
+    image: object  # path or content of an image file
+    y: int | list[int] | None  # class, or attributes 0 and 1
 
 
-def _attributes(row):
-    row = row['attributes'] if isinstance(row.get('attributes'), dict) else row
-    return {k: row[k] for k in _CELEBA if k in row}
+class _Source(NamedTuple):
+    "A data set, not yet decoded."
+
+    n: int  # number of images
+    classes: list[str]  # names of the classes or attributes
+    rows: Iterator[_Row]
+    files: list[Path]  # the files that hold the data set
 
 
-def _row(where, row):
-    "(place, image, class number or 0/1 attributes or None), whatever the mirror calls them"
-    im = row.get('image', row.get('img'))
-    if im is None:
-        raise ValueError(f'{where}: no picture in a column `image` or `img`, only {list(row)}')
-    y = (
-        row['label']
-        if isinstance(row.get('label'), int)
-        else [_flag(v) for v in _attributes(row).values()] or None
-    )
-    return where, (im.get('bytes') or im.get('path')) if isinstance(im, dict) else im, y
+def _flag(value):
+    "An attribute as 0 or 1."
+    text = str(value).strip().lower().removesuffix('.0')
+    if text not in _TRUE + _FALSE:
+        raise ValueError(f'an attribute must be true/false, 1/0 or 1/-1, got {value!r}')
+    return int(text in _TRUE)
+
+
+def _attributes(record):
+    "CelebA's attributes in the record of a table, by name, in the official order."
+    if isinstance(record.get('attributes'), dict):
+        record = record['attributes']
+    return {name: record[name] for name in _CELEBA if name in record}
+
+
+def _row(where, record):
+    "A `_Row` from the record of a table, whose columns have other names in other copies."
+    image = record.get('image', record.get('img'))
+    if image is None:
+        raise ValueError(f'{where}: no picture in a column `image` or `img`, only {list(record)}')
+    if isinstance(image, dict):
+        image = image.get('bytes') or image.get('path')
+    if isinstance(record.get('label'), int):
+        y = record['label']
+    else:
+        y = [_flag(value) for value in _attributes(record).values()] or None
+    return _Row(where, image, y)
 
 
 # %% ../nbs/00_data.ipynb #9e928d0c
 _SPLITS = dict(train=['train'], validation=['validation', 'valid', 'val'], test=['test'])
 
 
-def _parquet(d, split):
-    "The split's parquet files, read a few rows at a time, so that a file of any size takes little memory"
+def _parquet_table(path):
     import pyarrow.parquet as pq
 
-    words = lambda p: re.findall('[a-z]+', str(p.relative_to(d)).lower())
-    files = sorted(p for p in d.rglob('*.parquet') if set(words(p)) & set(_SPLITS[split]))
+    try:
+        return pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
+    except Exception as e:
+        raise ValueError(f'{path}: not a readable parquet file ({e})') from e
+
+
+def _parquet_records(path):
+    "Yield the rows of a file as dicts. At most 64 are in memory, so a file can have any size."
+    for batch in _parquet_table(path).iter_batches(batch_size=64):
+        yield from batch.to_pylist()
+
+
+def _parquet_rows(paths):
+    for path in paths:
+        for i, record in enumerate(_parquet_records(path)):
+            yield _row(f'{path} row {i}', record)
+
+
+def _parquet(d, split):
+    "The parquet files below `d` whose path names the split."
+
+    def names_split(path):
+        words = re.findall('[a-z]+', str(path.relative_to(d)).lower())
+        return not set(words).isdisjoint(_SPLITS[split])
+
+    found = sorted(d.rglob('*.parquet'))
+    files = [path for path in found if names_split(path)]
     if not files:
         raise FileNotFoundError(
-            f'{d} has no parquet file for the split {split!r}; it has {sorted(p.name for p in d.rglob("*.parquet"))}'
+            f'{d} has no parquet file for the split {split!r}; '
+            f'it has {sorted(path.name for path in found)}'
         )
-
-    def table(f):
-        try:
-            return pq.ParquetFile(f, pre_buffer=False, buffer_size=1 << 20)
-        except Exception as e:
-            raise ValueError(f'{f}: not a readable parquet file ({e})') from e
-
-    def raw(f):
-        return (r for b in table(f).iter_batches(batch_size=64) for r in b.to_pylist())
-
-    rows = (_row(f'{f} row {i}', r) for f in files for i, r in enumerate(raw(f)))
-    return (
-        sum(table(f).metadata.num_rows for f in files),
-        list(_attributes(next(raw(files[0])))),
-        rows,
-        files,
-    )
+    n = sum(_parquet_table(path).metadata.num_rows for path in files)
+    first = next(_parquet_records(files[0]))
+    return _Source(n, list(_attributes(first)), _parquet_rows(files), files)
 
 
 # %% ../nbs/00_data.ipynb #dc2be678
@@ -383,151 +470,211 @@ HUB = dict(
 
 
 def _online():
+    "Whether the Hub can be reached within three seconds."
     if urllib.request.getproxies():
         return True
-    at = urllib.parse.urlsplit(os.environ.get('HF_ENDPOINT') or 'https://huggingface.co')
+    hub = urllib.parse.urlsplit(os.environ.get('HF_ENDPOINT') or 'https://huggingface.co')
     try:
-        socket.create_connection((at.hostname, at.port or 443), 3).close()
+        socket.create_connection((hub.hostname, hub.port or 443), 3).close()
         return True
     except OSError:
         return False
 
 
 def _hub(name, split):
+    "A data set of the Hugging Face Hub."
     import datasets
     import huggingface_hub
 
-    if not _online():
-        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = (
-            True  # what was downloaded before can still be used
-        )
-    ds = datasets.load_dataset(
-        HUB[name], split='valid' if name.startswith('celeba') and split == 'validation' else split
-    )
-    ds = ds.cast_column(
-        'image' if 'image' in ds.column_names else 'img', datasets.Image(decode=False)
-    )
-    rows = (_row(f'{HUB[name]} {split} row {i}', r) for i, r in enumerate(ds))
-    return len(ds), list(_attributes(ds[0])), rows, [Path(f['filename']) for f in ds.cache_files]
+    if not _online():  # earlier downloads can still be used
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+        datasets.config.HF_HUB_OFFLINE = True
+    celeba_validation = name.startswith('celeba') and split == 'validation'
+    table = datasets.load_dataset(HUB[name], split='valid' if celeba_validation else split)
+    column = 'image' if 'image' in table.column_names else 'img'
+    table = table.cast_column(column, datasets.Image(decode=False))
+    rows = (_row(f'{HUB[name]} {split} row {i}', record) for i, record in enumerate(table))
+    files = [Path(file['filename']) for file in table.cache_files]
+    return _Source(len(table), list(_attributes(table[0])), rows, files)
 
 
 # %% ../nbs/00_data.ipynb #f102d53b
+def _first_of(d, *names):
+    "The first of these paths below `d` that exists, or None."
+    for name in names:
+        if (d / name).exists():
+            return d / name
+    return None
+
+
+def _celeba_split(path, split):
+    "The sorted names of a split's images, from a list of name and number of the split."
+    number = str(list(_SPLITS).index(split))
+    number_of = dict(line.split() for line in path.read_text().split('\n') if line.strip())
+    return sorted(name for name in number_of if number_of[name] == number)
+
+
+def _celeba_attributes(path):
+    "The names of the attributes, and image name -> list of 0 and 1."
+    _, head, *lines = path.read_text().strip().split('\n')
+    flags_of = {}
+    for line in lines:
+        name, *values = line.split()
+        flags_of[name] = [_flag(value) for value in values]
+    return head.split(), flags_of
+
+
 def _celeba_official(d, split):
-    "The download's own layout; attributes are joined by file name"
-    first = lambda *paths: next((p for q in paths if (p := d / q).exists()), None)
-    part, attr = (
-        first('list_eval_partition.txt', 'Eval/list_eval_partition.txt'),
-        first('list_attr_celeba.txt', 'Anno/list_attr_celeba.txt'),
-    )
-    img = first('img_align_celeba', 'Img/img_align_celeba', '.')
-    listed = dict(
-        l.split() for l in part.read_text().split('\n') if l.strip()
-    )  # file name -> 0 train, 1 validation, 2 test
-    names = sorted(n for n, p in listed.items() if p == str(list(_SPLITS).index(split)))
-    here = [n for n in names if (img / n).exists()]
-    if not here:
+    "CelebA as downloaded from its authors. Images and attributes are joined by file name."
+    partition = _first_of(d, 'list_eval_partition.txt', 'Eval/list_eval_partition.txt')
+    attributes = _first_of(d, 'list_attr_celeba.txt', 'Anno/list_attr_celeba.txt')
+    root = _first_of(d, 'img_align_celeba', 'Img/img_align_celeba', '.')
+    listed = _celeba_split(partition, split)
+    names = [name for name in listed if (root / name).exists()]
+    if not names:
         raise FileNotFoundError(
-            f'{img} holds none of the {len(names)} images of the split {split!r}'
+            f'{root} holds none of the {len(listed)} images of the split {split!r}'
         )
-    ys, classes = {}, []
-    if attr:
-        _, head, *body = attr.read_text().strip().split('\n')
-        classes, ys = head.split(), {n: [_flag(v) for v in vs] for n, *vs in map(str.split, body)}
-        if missing := [n for n in here if n not in ys]:
+    classes = []
+    flags_of = {}
+    if attributes:
+        classes, flags_of = _celeba_attributes(attributes)
+        missing = [name for name in names if name not in flags_of]
+        if missing:
             raise ValueError(
-                f'{attr} lacks {len(missing)} of {len(here)} files of the split {split!r}, first {missing[0]}'
+                f'{attributes} lacks {len(missing)} of {len(names)} files '
+                f'of the split {split!r}, first {missing[0]}'
             )
-    return (
-        len(here),
-        classes,
-        ((str(img / n), img / n, ys.get(n)) for n in here),
-        [img / n for n in here] + [p for p in (part, attr) if p],
-    )
+    rows = (_Row(str(root / name), root / name, flags_of.get(name)) for name in names)
+    files = [root / name for name in names]
+    lists = [path for path in (partition, attributes) if path]
+    return _Source(len(names), classes, rows, files + lists)
 
 
 # %% ../nbs/00_data.ipynb #e6c9835a
 IMAGE_TYPES = {'.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm', '.pgm'}
 
 
+def _split_folders(d):
+    "The folders below `d` that are named after a split: split -> folder."
+    folders = {}
+    for split, names in _SPLITS.items():
+        for name in names:
+            if (d / name).is_dir():
+                folders[split] = d / name
+    return folders
+
+
+def _image_files(root):
+    "All image files below a folder, without hidden files and folders."
+    files = []
+    for path in sorted(root.rglob('*')):
+        hidden = any(part.startswith('.') for part in path.relative_to(root).parts)
+        if path.suffix.lower() in IMAGE_TYPES and not hidden:
+            files.append(path)
+    return files
+
+
 def _folder(d, split=None):
-    "Any folder of images; sub-folders, if every image lies in one, are the classes"
-    dirs = {k: p for k, names in _SPLITS.items() for s in names if split and (p := d / s).is_dir()}
-    if dirs and split not in dirs:
+    "A folder of images. If every image is in a sub-folder, the sub-folders are the classes."
+    folders = _split_folders(d) if split else {}
+    if folders and split not in folders:
         raise FileNotFoundError(
-            f'{d} has no folder for the split {split!r}, only for {sorted(dirs)}'
+            f'{d} has no folder for the split {split!r}, only for {sorted(folders)}'
         )
-    root = dirs.get(split, d)
-    files = sorted(
-        p
-        for p in root.rglob('*')
-        if p.suffix.lower() in IMAGE_TYPES
-        and not any(s.startswith('.') for s in p.relative_to(root).parts)
-    )
+    root = folders.get(split, d)
+    files = _image_files(root)
     if not files:
         raise FileNotFoundError(f'no images ({" ".join(sorted(IMAGE_TYPES))}) under {root}')
-    tops = [p.relative_to(root).parts[:-1][:1] for p in files]
-    kinds = sorted({t[0] for t in tops}) if all(tops) else []
-    return (
-        len(files),
-        kinds,
-        ((str(p), p, kinds.index(t[0]) if kinds else None) for p, t in zip(files, tops)),
-        files,
+    paths = [file.relative_to(root) for file in files]
+    classes = []
+    if all(len(path.parts) > 1 for path in paths):
+        classes = sorted({path.parts[0] for path in paths})
+    number_of = {name: i for i, name in enumerate(classes)}
+    rows = (
+        _Row(str(file), file, number_of.get(path.parts[0]))
+        for file, path in zip(files, paths, strict=True)
     )
+    return _Source(len(files), classes, rows, files)
 
 
 # %% ../nbs/00_data.ipynb #38b38894
-def _named(f, row, *args):
-    where, source, _ = row
+def _on_image(f, row, *args):
+    "f(image, *args) for the image of a row. An error states where the image is from."
     try:
-        return f(source, *args)
+        return f(row.image, *args)
     except Exception as e:
-        raise ValueError(f'{where}: not a readable image ({type(e).__name__}: {e})') from e
+        raise ValueError(f'{row.where}: not a readable image ({type(e).__name__}: {e})') from e
 
 
 def _fill(x, rows, size, channels, crop):
-    "Decode in parallel into the memory-mapped array; return the labels"
-    ys, i = [], 0
+    "Decode all rows into the array x (N,C,H,W), 256 at a time in parallel; return the labels."
+
+    def decoded(row):
+        return _on_image(decode_image, row, size, channels, crop)
+
+    labels = []
+    i = 0
     with ThreadPoolExecutor() as pool:
         while chunk := list(islice(rows, 256)):
-            for a in pool.map(lambda r: _named(decode_image, r, size, channels, crop), chunk):
-                x[i] = a
+            for pixels in pool.map(decoded, chunk):
+                x[i] = pixels
                 i += 1
-            ys += [r[2] for r in chunk]
-    return None if ys[0] is None else np.array(ys, dtype=np.int64)
+            labels += [row.y for row in chunk]
+    return None if labels[0] is None else np.array(labels, dtype=np.int64)
 
 
 # %% ../nbs/00_data.ipynb #b7f2bafd
-def _cached(name, split, size, channels, crop, source):
-    "The decoded images of `source()`, from the cache if they are there"
+def _cache_file(name, split, size, channels, crop, files):
+    "The cache file of a data set. Its name changes with the sizes and dates of the data's files."
+    stamp = []
+    for file in files:
+        status = file.stat()
+        stamp.append((str(file), status.st_size, status.st_mtime_ns))
+    content = repr((name, split, size, channels, crop, stamp, 2))  # 2: version of this format
+    key = hashlib.sha256(content.encode()).hexdigest()[:16]
+    return cache_dir() / f'{Path(name).name}-{split}-{size}-{key}.npy'
+
+
+def _labels_file(path):
+    return path.with_suffix('.y.npy')
+
+
+def _store(path, source, size, channels, crop):
+    "Decode a source into a cache file. The file gets its name when it is complete."
+    need = source.n * channels * size * size
+    if shutil.disk_usage(cache_dir()).free < need:
+        raise OSError(
+            f'{cache_dir()} has no room for {need >> 20} MB of pixels; '
+            'set $PDAE_NB_CACHE to a folder on a larger disk'
+        )
+    with tempfile.TemporaryDirectory(dir=cache_dir(), prefix='.') as tmp:
+        x_file = Path(tmp) / 'x.npy'
+        y_file = Path(tmp) / 'y.npy'
+        shape = (source.n, channels, size, size)
+        x = np.lib.format.open_memmap(x_file, 'w+', np.uint8, shape)
+        y = _fill(x, source.rows, size, channels, crop)
+        x.flush()
+        if y is not None:
+            np.save(y_file, y)
+            y_file.replace(_labels_file(path))
+        x_file.replace(path)
+
+
+def _cached(name, split, size, channels, crop, find_source):
+    "The images of a source, decoded at the first call and memory-mapped from the cache."
     if channels not in (None, 1, 3):
         raise ValueError(f'channels must be 1, 3 or None, got {channels!r}')
-    n, classes, rows, files = source()
-    stamp = [(str(f), (s := f.stat()).st_size, s.st_mtime_ns) for f in files]
-    key = hashlib.sha256(repr((name, split, size, channels, crop, stamp, 2)).encode()).hexdigest()[
-        :16
-    ]
-    path = cache_dir() / f'{Path(name).name}-{split}-{size}-{key}.npy'
-    labels = path.with_suffix('.y.npy')
+    source = find_source()
+    path = _cache_file(name, split, size, channels, crop, source.files)
     if not path.exists():
-        channels = channels or (
-            1 if all(_named(_is_grey, r) for r in source()[2]) else 3
-        )  # grey only if every image is
-        if shutil.disk_usage(cache_dir()).free < (need := n * channels * size * size):
-            raise OSError(
-                f'{cache_dir()} has no room for {need >> 20} MB of pixels; set $PDAE_NB_CACHE to a larger disk'
-            )
-        with tempfile.TemporaryDirectory(dir=cache_dir(), prefix='.') as tmp:
-            x = np.lib.format.open_memmap(
-                Path(tmp) / 'x.npy', 'w+', np.uint8, (n, channels, size, size)
-            )
-            y = _fill(x, rows, size, channels, crop)
-            x.flush()
-            if y is not None:
-                np.save(Path(tmp) / 'y.npy', y)
-                (Path(tmp) / 'y.npy').replace(labels)
-            (Path(tmp) / 'x.npy').replace(path)
-    y = torch.from_numpy(np.load(labels)) if labels.exists() else None
-    return Images(torch.from_numpy(np.load(path, mmap_mode='c')), y, classes)
+        if channels is None:
+            all_grey = all(_on_image(_is_grey, row) for row in find_source().rows)
+            channels = 1 if all_grey else 3
+        _store(path, source, size, channels, crop)
+    x = torch.from_numpy(np.load(path, mmap_mode='c'))
+    y = torch.from_numpy(np.load(_labels_file(path))) if _labels_file(path).exists() else None
+    return Images(x, y, source.classes)
 
 
 # %% ../nbs/00_data.ipynb #78f809af
@@ -536,64 +683,69 @@ CLASSES = dict(
     mnist='0 1 2 3 4 5 6 7 8 9',
     cifar10='airplane automobile bird cat deer dog frog horse ship truck',
 )
-D2C_CROP = (
-    25,
-    57,
-    128,
-)  # left, top, width, of CelebA's aligned 178x218 images (both papers' CelebA-64)
+# Left, top and width of the square that both papers cut out of CelebA's images of 178x218 pixels.
+D2C_CROP = (25, 57, 128)
 
 
-def _source(name, split):
-    if (d := data_dir(name)) and any(d.iterdir()):
-        if any((d / p / 'list_eval_partition.txt').exists() for p in ('.', 'Eval')):
-            return _celeba_official(d, split)
-        return (_parquet if any(d.rglob('*.parquet')) else _folder)(d, split)
-    how = f'no dataset {name!r}. Put its parquet files or images under $PDAE_NB_DATA/{name} or data/{name}, or '
+def _local_source(d, split):
+    "A data set in a folder of this machine."
+    if any((d / p / 'list_eval_partition.txt').exists() for p in ('.', 'Eval')):
+        return _celeba_official(d, split)
+    if any(d.rglob('*.parquet')):
+        return _parquet(d, split)
+    return _folder(d, split)
+
+
+def _find_source(name, split):
+    "A data set of this machine or, if there is none, of the Hugging Face Hub."
+    d = data_dir(name)
+    if d and any(d.iterdir()):
+        return _local_source(d, split)
+    advice = (
+        f'no dataset {name!r}. Put its parquet files or images under $PDAE_NB_DATA/{name} '
+        f'or data/{name}, or '
+    )
     if name not in HUB:
         raise FileNotFoundError(
-            how + f'use a name the Hugging Face Hub is asked for: {sorted(HUB)}.'
+            f'{advice}use a name the Hugging Face Hub is asked for: {sorted(HUB)}.'
         )
     try:
         return _hub(name, split)
     except Exception as e:
         raise FileNotFoundError(
-            how
-            + f'connect to the Hugging Face Hub, which has {HUB[name]!r} ({type(e).__name__}: {e}).'
+            f'{advice}connect to the Hugging Face Hub, which has {HUB[name]!r} '
+            f'({type(e).__name__}: {e}).'
         ) from e
 
 
 def load_images(
-    name,  # mnist, digits, cifar10, celeba, celeba64, or any folder of $PDAE_NB_DATA or data/
-    split='train',  # train, validation or test
-    size=None,  # height and width, pixels; None is the dataset's usual one
-    channels=None,  # 1 or 3; None: grey if every image is
+    name: str,  # mnist, digits, cifar10, celeba, celeba64, or a folder of $PDAE_NB_DATA or data/
+    split: str = 'train',  # train, validation or test
+    size: int | None = None,  # height and width, pixels; None is the data set's usual size
+    channels: int | None = None,  # 1 or 3; None is 1 if every image is grey, 3 otherwise
 ) -> Images:
-    "A dataset, from this machine or from the Hugging Face Hub, decoded once and memory-mapped ever after"
-    split = 'validation' if split == 'valid' else split
+    "A data set from this machine or the Hugging Face Hub, decoded once and memory-mapped."
+    if split == 'valid':
+        split = 'validation'
     if split not in _SPLITS:
         raise ValueError(f'split must be train, validation or test, got {split!r}')
     if name == 'digits':
-        d = digits(split, size)
-        return Images(d.x.repeat(1, channels or 1, 1, 1), d.y, d.classes)
-    im = _cached(
-        name,
-        split,
-        size or SIZE.get(name, 64),
-        channels,
-        D2C_CROP if name.startswith('celeba') else None,
-        lambda: _source(name, split),
-    )
-    im.classes = im.classes or CLASSES.get(name, '').split()
-    return im
+        grey = digits(split, size)
+        return Images(grey.x.repeat(1, channels or 1, 1, 1), grey.y, grey.classes)
+    size = size or SIZE.get(name, 64)
+    crop = D2C_CROP if name.startswith('celeba') else None
+    images = _cached(name, split, size, channels, crop, lambda: _find_source(name, split))
+    images.classes = images.classes or CLASSES.get(name, '').split()
+    return images
 
 
 # %% ../nbs/00_data.ipynb #f32c24c8
 def folder(
-    path,  # folder of images; sub-folders become classes
-    size=64,  # height and width, pixels
-    channels=None,  # 1 or 3; None: grey if every image is
+    path: str | Path,  # folder of images; sub-folders become classes
+    size: int = 64,  # height and width, pixels
+    channels: int | None = None,  # 1 or 3; None is 1 if every image is grey, 3 otherwise
 ) -> Images:
-    "Your own images, of any size and shape: centre-cropped to squares and resized with antialiasing"
+    "Images of any size from a folder, cropped to the central square and resized."
     path = Path(path).expanduser().resolve()
     if not path.is_dir():
         raise FileNotFoundError(f'{path} is not a folder')
@@ -601,27 +753,37 @@ def folder(
 
 
 # %% ../nbs/00_data.ipynb #701c0519
-def mnist(split='train', size=28):
-    "Handwritten digits (LeCun et al. 1998): 60,000 train, 10,000 test, grey"
+def mnist(
+    split: str = 'train',  # train or test
+    size: int = 28,  # height and width, pixels
+) -> Images:
+    "Handwritten digits, grey: 60,000 train, 10,000 test (LeCun et al. 1998)."
     return load_images('mnist', split, size)
 
 
-def cifar10(split='train', size=32):
-    "Ten kinds of things (Krizhevsky 2009): 50,000 train, 10,000 test, RGB"
+def cifar10(
+    split: str = 'train',  # train or test
+    size: int = 32,  # height and width, pixels
+) -> Images:
+    "Animals and vehicles, RGB: 50,000 train, 10,000 test (Krizhevsky 2009)."
     return load_images('cifar10', split, size)
 
 
-def celeba(split='train', size=64):
-    "Faces with 40 attributes (Liu et al. 2015), D2C crop; non-commercial research only"
+def celeba(
+    split: str = 'train',  # train, validation or test
+    size: int = 64,  # height and width, pixels
+) -> Images:
+    "Faces with 40 attributes, D2C crop; for non-commercial research (Liu et al. 2015)."
     return load_images('celeba', split, size)
 
 
+# %% ../nbs/00_data.ipynb #b8c0fc07
 def mnist_or_digits(
-    split='train',  # train or test
-    size=28,  # height and width, pixels
-    log=print,  # where to say so
+    split: str = 'train',  # train or test
+    size: int = 28,  # height and width, pixels
+    log: Callable[[str], object] = print,  # is called with a message if MNIST is not found
 ) -> Images:
-    "MNIST if it can be had, else scikit-learn's digits enlarged, and says so"
+    "MNIST or, if MNIST cannot be loaded, scikit-learn's digits enlarged to `size`."
     try:
         return mnist(split, size)
     except FileNotFoundError as e:
@@ -630,35 +792,48 @@ def mnist_or_digits(
 
 
 # %% ../nbs/00_data.ipynb #0cef5124
-def batches(
-    images: Images,  # the dataset; on the GPU already if it fits
-    bs,  # global batch size
-    steps,  # how many batches in the whole run
-    flip=False,  # mirror each image left-right with probability 1/2
-    seed=0,  # batch k is a pure function of (seed, k)
-    start=0,  # first batch to yield
-    *,
-    device='cpu',  # where the batches are wanted
-    rank=0,  # which process this is …
-    world=1,  # … of how many: each takes every world-th image of the same global batch
-):  # yields x0, float32 (bs/world,C,H,W) in [-1,1], or codes as they are, and y or None
-    "Every image once per epoch, in an order that needs no memory of where it was"
-    if not (n := len(images)):
+def _check_batches(images, bs, flip, world):
+    if not len(images):
         raise ValueError('no images')
     if flip and images.x.ndim != 4:
-        raise ValueError('only images can be mirrored, and these are codes')
+        raise ValueError('flip=True needs images (N,C,H,W), got codes (N,D)')
     if bs % world:
         raise ValueError(f'a batch of {bs} cannot be shared by {world} processes')
-    order = lru_cache(1)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(n))
+
+
+def batches(
+    images: Images,  # the data set, on any device
+    bs: int,  # size of a global batch, over all processes
+    steps: int,  # number of batches of the whole run
+    flip: bool = False,  # mirror each image left-right with probability 1/2
+    seed: int = 0,  # batch k is a function of (seed, k) only
+    start: int = 0,  # number of the first batch
+    *,
+    device: str | torch.device = 'cpu',  # device of the batches
+    rank: int = 0,  # number of this process
+    world: int = 1,  # number of processes; each takes every world-th image of the global batch
+) -> Iterator[tuple[Tensor, Tensor | None]]:  # x0, y
+    """Yield batches that contain every image once per epoch, in a random order.
+
+    x0 is float32 (bs/world,C,H,W) in [-1,1], or codes (bs/world,D). y holds the labels, or is None.
+    """
+    _check_batches(images, bs, flip, world)
+    n = len(images)
+
+    @lru_cache(1)
+    def order(epoch):
+        return np.random.default_rng([seed, epoch]).permutation(n)
+
     for k in range(start, steps):
-        idx = np.array([order(p // n)[p % n] for p in range(k * bs, (k + 1) * bs)])
-        i = torch.from_numpy(idx[rank::world]).to(images.x.device)
+        places = range(k * bs, (k + 1) * bs)
+        global_batch = np.array([order(p // n)[p % n] for p in places])
+        i = torch.from_numpy(global_batch[rank::world]).to(images.x.device)
         x0 = images.x[i].to(device, non_blocking=True)
         if x0.dtype == torch.uint8:
             x0 = to_signed(x0)
         if flip:
             coin = np.random.default_rng([seed, k, 1]).random(bs)[rank::world] < 0.5
-            x0 = torch.where(
-                torch.from_numpy(coin).to(device)[:, None, None, None], x0.flip(-1), x0
-            )
-        yield x0, None if images.y is None else images.y[i.to(images.y.device)].to(device)
+            mirrored = torch.from_numpy(coin).to(device)[:, None, None, None]
+            x0 = torch.where(mirrored, x0.flip(-1), x0)
+        y = None if images.y is None else images.y[i.to(images.y.device)].to(device)
+        yield x0, y

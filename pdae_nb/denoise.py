@@ -6,6 +6,7 @@
 __all__ = ['Denoiser', 'square', 'denoising_loss', 'GaussianMixture', 'predict_x0', 'loss_curve']
 
 # %% ../nbs/02_denoise.ipynb #c252f8eb
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import torch
@@ -18,12 +19,12 @@ from .forward import Schedule, add_noise, at, eps_to_x0, score_to_eps
 
 # %% ../nbs/02_denoise.ipynb #e73a50f2
 class Denoiser(Protocol):
-    "Any callable that looks at noisy data and names the noise in it"
+    "Any callable that predicts the noise in noisy data. Labels and codes are bound beforehand."
 
     def __call__(
         self,
-        xt: Tensor,  # noisy data: (B,...)
-        t: Tensor,  # times: int64 (B,)
+        xt: Tensor,  # noisy data x_t: (B,...)
+        t: Tensor,  # timesteps: int64 (B,)
     ) -> Tensor:  # predicted noise, like `xt`
         ...
 
@@ -31,32 +32,35 @@ class Denoiser(Protocol):
 # %% ../nbs/02_denoise.ipynb #747b9a77
 def square(
     d: Tensor,  # differences
-) -> Tensor:  # their squares
-    "Squared error, `denoising_loss`'s usual distance; `torch.abs` is that of Diff-AE's latent DPM"
+) -> Tensor:  # d², like `d`
+    "Squared error, the usual distance of `denoising_loss`."
     return d * d
 
 
 # %% ../nbs/02_denoise.ipynb #2a43e9d4
 def denoising_loss(
-    denoiser: Denoiser,  # (xt,t) -> eps
+    denoiser: Denoiser,  # (xt,t) -> predicted noise
     x0: Tensor,  # clean data: (B,...)
-    sched: Schedule,  # noise table
-    weight=None,  # weight(sched,t) -> (B,), multiplies each sample's error; None is 1
+    sched: Schedule,  # noise schedule
+    weight: Callable | None = None,  # (sched,t) -> weight of each sample (B,); None is 1
     *,
-    dist=square,  # distance, elementwise
-    t: Tensor = None,  # times: int64 (B,), else drawn
-    eps: Tensor = None,  # noise like `x0`, else drawn
-    reduce=torch.mean,  # over the batch; None keeps one loss per sample (B,)
+    dist: Callable = square,  # distance from the differences, elementwise
+    t: Tensor | None = None,  # timesteps: int64 (B,); None samples them by `sched.rand_t`
+    eps: Tensor | None = None,  # noise, like `x0`; None samples unit Gaussian noise
+    reduce: Callable | None = torch.mean,  # over the batch; None returns the loss of each sample
 ) -> Tensor:  # scalar, or (B,)
-    "Mean over pixels of weight·dist(eps_θ(x_t,t) - eps) (PDAE Eq. 3, Diff-AE Eq. 6)"
-    t = sched.rand_t(len(x0), x0.device) if t is None else t
-    eps = torch.randn_like(x0) if eps is None else eps
-    pred = denoiser(add_noise(sched, x0, t, eps), t)
-    if pred.shape != x0.shape:
+    "Mean over the elements of w(t)·dist(ε_θ(x_t,t) - ε) (PDAE Eq. 3, Diff-AE Eq. 6)."
+    if t is None:
+        t = sched.rand_t(len(x0), x0.device)
+    if eps is None:
+        eps = torch.randn_like(x0)
+    predicted = denoiser(add_noise(sched, x0, t, eps), t)
+    if predicted.shape != x0.shape:
         raise ValueError(
-            f'the denoiser returned shape {tuple(pred.shape)} for data of shape {tuple(x0.shape)}'
+            f'the denoiser returned shape {tuple(predicted.shape)} '
+            f'for data of shape {tuple(x0.shape)}'
         )
-    loss = dist(pred - eps).flatten(1).mean(1)
+    loss = dist(predicted - eps).flatten(1).mean(1)
     if weight is not None:
         loss = weight(sched, t).to(loss) * loss
     return loss if reduce is None else reduce(loss)
@@ -64,109 +68,138 @@ def denoising_loss(
 
 # %% ../nbs/02_denoise.ipynb #0d925520
 class GaussianMixture:
-    "Data whose every conditional can be written down: K equally likely Gaussian blobs, one class each (PDAE Eq. 1 in closed form)"
+    """Data of K equally likely Gaussian classes N(μ_k, σ²I), with the optimal denoiser.
+
+    p(x_t|k) = N(√ᾱ_t·μ_k, v_t·I) with v_t = ᾱ_t·σ² + 1 - ᾱ_t (from PDAE Eq. 1).
+    """
 
     def __init__(
         self,
-        mu: Tensor,  # centres: (K,D)
-        std: float,  # standard deviation of each blob; 0 makes them points, for t in 1…T
-        sched: Schedule,  # noise table
+        mu: Tensor,  # μ_k, the means of the classes: (K,D)
+        std: float,  # σ, standard deviation of each class; 0 requires timesteps in 1…T
+        sched: Schedule,  # noise schedule
     ):
         if mu.ndim != 2:
             raise ValueError(f'mu must be (K,D), got shape {tuple(mu.shape)}')
-        self.mu, self.std, self.sched = mu, std, sched
+        self.mu = mu
+        self.std = std
+        self.sched = sched
 
     def _modes(self, xt, t):
-        "log p(x_t|k) but for a constant (B,K), and minus its gradient (B,K,D)"
+        "log p(x_t|k) up to a constant (B,K), and its gradient times -1 (B,K,D)."
         if xt.shape[1:] != self.mu.shape[1:]:
             raise ValueError(f'xt must be (B,{self.mu.shape[1]}), got shape {tuple(xt.shape)}')
-        ab = self.sched(t)
-        var = at(ab * self.std**2 + 1 - ab, xt)  # (B,1)
-        d = xt[:, None] - at(ab.sqrt(), xt)[..., None] * self.mu.to(xt)  # (B,K,D)
-        return -d.square().sum(-1) / (2 * var), d / var[..., None]
+        alpha_bar = self.sched(t)
+        variance = at(alpha_bar * self.std**2 + 1 - alpha_bar, xt)  # v_t: (B,1)
+        signal = at(alpha_bar.sqrt(), xt)[..., None]  # √ᾱ_t: (B,1,1)
+        difference = xt[:, None] - signal * self.mu.to(xt)  # (B,K,D)
+        log_p = -difference.square().sum(-1) / (2 * variance)
+        return log_p, difference / variance[..., None]
 
 
 # %% ../nbs/02_denoise.ipynb #eb1f01ae
 @patch
 def sample(
     self: GaussianMixture,
-    n,  # how many
-    generator=None,  # source of randomness
-) -> tuple:  # x0 (n,D), y int64 (n,)
-    "Clean data and the blob that each point came from"
-    y = torch.randint(len(self.mu), (n,), generator=generator)
+    n: int,  # number of samples
+    generator: torch.Generator | None = None,  # None is torch's global generator
+) -> tuple[Tensor, Tensor]:  # x_0 (n,D); class: int64 (n,)
+    "Clean data and their classes."
+    y = torch.randint(len(self.mu), (n,), generator=generator).to(self.mu.device)
     noise = torch.randn(n, self.mu.shape[1], generator=generator, dtype=self.mu.dtype)
-    y, noise = y.to(self.mu.device), noise.to(self.mu.device)
-    return self.mu[y] + self.std * noise, y
+    return self.mu[y] + self.std * noise.to(self.mu.device), y
 
 
 # %% ../nbs/02_denoise.ipynb #adf8d80e
 @patch
 def log_p(
     self: GaussianMixture,
-    xt: Tensor,  # noisy data: (B,D)
-    t: Tensor,  # times: int64 (B,)
-    y: Tensor = None,  # classes: int64 (B,), or all of them
-) -> Tensor:  # nats: (B,K), or (B,) if `y` is given
-    "log p(y|x_t), what a perfect noisy classifier would say"
-    log_p = self._modes(xt, t)[0].log_softmax(-1)
-    return log_p if y is None else log_p.gather(1, y.expand(len(xt))[:, None])[:, 0]
+    xt: Tensor,  # noisy data x_t: (B,D)
+    t: Tensor,  # timesteps: int64 (B,)
+    y: Tensor | None = None,  # classes: int64 (B,), or (1,) for all samples; None is all classes
+) -> Tensor:  # nats: (B,K), or (B,) for given classes
+    "log p(y|x_t): the optimal noisy classifier, by Bayes' rule."
+    log_p_xt, _ = self._modes(xt, t)
+    log_posterior = log_p_xt.log_softmax(-1)
+    if y is None:
+        return log_posterior
+    return log_posterior.gather(1, y.expand(len(xt))[:, None])[:, 0]
 
 
 # %% ../nbs/02_denoise.ipynb #60240d5d
 @patch
 def __call__(
     self: GaussianMixture,
-    xt: Tensor,  # noisy data: (B,D)
-    t: Tensor,  # times: int64 (B,)
-    y: Tensor = None,  # condition on these classes: int64 (B,)
-) -> Tensor:  # E[eps|x_t] or E[eps|x_t,y], like `xt`
-    "The best possible noise prediction, through the score of the noisy mixture (PDAE Eq. 3's optimum)"
-    log_w, pull = self._modes(xt, t)
-    w = log_w.softmax(-1) if y is None else F.one_hot(y, len(self.mu)).to(xt)
-    return score_to_eps(self.sched, t, -(w[..., None] * pull).sum(1))
+    xt: Tensor,  # noisy data x_t: (B,D)
+    t: Tensor,  # timesteps: int64 (B,)
+    y: Tensor | None = None,  # classes: int64 (B,); None makes no use of the class
+) -> Tensor:  # E[ε|x_t] or E[ε|x_t,y], like `xt`
+    "The optimal noise prediction, from the score of p(x_t) or p(x_t|y) (minimiser of PDAE Eq. 3)."
+    log_p_xt, minus_gradient = self._modes(xt, t)
+    p = log_p_xt.softmax(-1) if y is None else F.one_hot(y, len(self.mu)).to(xt)  # p(k|x_t): (B,K)
+    score = -(p[..., None] * minus_gradient).sum(1)
+    return score_to_eps(self.sched, t, score)
 
 
 # %% ../nbs/02_denoise.ipynb #0b365f7d
 def predict_x0(
-    denoiser: Denoiser,  # (xt,t) -> eps
-    xt: Tensor,  # noisy data: (B,...)
-    t: Tensor,  # times: int64 (B,)
-    sched: Schedule,  # noise table
-) -> Tensor:  # E[x_0|x_t] as the denoiser sees it, like `xt`
-    "The clean data that the predicted noise implies (Diff-AE Eq. 5)"
+    denoiser: Denoiser,  # (xt,t) -> predicted noise
+    xt: Tensor,  # noisy data x_t: (B,...)
+    t: Tensor,  # timesteps: int64 (B,)
+    sched: Schedule,  # noise schedule
+) -> Tensor:  # x̂_0, like `xt`
+    "The clean data x̂_0 that the predicted noise implies (Diff-AE Eq. 5)."
     return eps_to_x0(sched, xt, t, denoiser(xt, t))
 
 
 # %% ../nbs/02_denoise.ipynb #765607d5
+def _repeated(x, times):
+    "The rows of x, `times` times in sequence."
+    return x.repeat(times, *[1] * (x.ndim - 1))
+
+
+def _bound(denoiser, y):
+    "The denoiser for given labels or codes."
+
+    def bound(xt, t):
+        return denoiser(xt, t, y)
+
+    return bound
+
+
+def _passes(ts, n, bs):
+    "The batches of `loss_curve`: (timesteps, slice of the samples), at most `bs` rows each."
+    passes = []
+    for part in ts.split(max(1, bs // n)):
+        for start in range(0, n, bs):
+            passes.append((part, slice(start, start + bs)))
+    return passes
+
+
 @torch.no_grad()
 def loss_curve(
-    denoiser: Denoiser,  # (xt,t) -> eps, or (xt,t,y) -> eps if there is `y`
+    denoiser: Denoiser,  # (xt,t) -> predicted noise; or (xt,t,y) -> predicted noise, if y is given
     x0: Tensor,  # clean data: (B,...)
-    sched: Schedule,  # noise table
-    ts,  # times in 1…T to look at
-    seed=0,  # of the noise, the same for every t and every denoiser
+    sched: Schedule,  # noise schedule
+    ts: Iterable[int],  # timesteps in 1…T
+    seed: int = 0,  # seed of the noise, which is the same for every timestep
     *,
-    y: Tensor = None,  # what the denoiser is conditioned on, a row for each sample: (B,...)
-    bs=500,  # samples at a pass at most: of several times, or a part of one
-    progress=iter,  # wraps the list of passes, e.g. `tqdm`
-) -> Tensor:  # (len(ts), B): one loss per time and sample
-    "The denoising loss at each time: where in the process the denoiser errs (PDAE Eq. 3, one t at a time)"
-    eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed), dtype=x0.dtype).to(
-        x0.device
-    )
+    y: Tensor | None = None,  # a label or code for each sample: (B,...)
+    bs: int = 500,  # largest batch of the denoiser: samples at several timesteps, or part of x0
+    progress: Callable = iter,  # wraps the list of batches, e.g. `tqdm`
+) -> Tensor:  # (len(ts),B): one loss per timestep and sample
+    "The denoising loss of each sample at each timestep (PDAE Eq. 3 without the mean over t)."
+    generator = torch.Generator().manual_seed(seed)
+    eps = torch.randn(x0.shape, generator=generator, dtype=x0.dtype).to(x0.device)
 
-    def one(part, rows):
-        again = lambda o: o[rows].repeat(len(part), *[1] * (o.ndim - 1))
-        f, x = denoiser if y is None else lambda xt, t: denoiser(xt, t, again(y)), again(x0)
-        return denoising_loss(
-            f, x, sched, t=part.repeat_interleave(len(x) // len(part)), eps=again(eps), reduce=None
-        )
+    def losses(part, rows):
+        x = _repeated(x0[rows], len(part))
+        noise = _repeated(eps[rows], len(part))
+        t = part.repeat_interleave(len(x) // len(part))
+        f = denoiser if y is None else _bound(denoiser, _repeated(y[rows], len(part)))
+        return denoising_loss(f, x, sched, t=t, eps=noise, reduce=None)
 
     ts = torch.as_tensor(list(ts), device=x0.device)
-    passes = [
-        (part, slice(i, i + bs))
-        for part in ts.split(max(1, bs // len(x0)))
-        for i in range(0, len(x0), bs)
-    ]
-    return torch.cat([one(*p) for p in progress(passes)]).reshape(len(ts), len(x0))
+    passes = _passes(ts, len(x0), bs)
+    parts = [losses(part, rows) for part, rows in progress(passes)]
+    return torch.cat(parts).reshape(len(ts), len(x0))

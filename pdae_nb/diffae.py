@@ -22,6 +22,7 @@ __all__ = [
 # %% ../nbs/10_diffae.ipynb #ed7db2c0
 import json
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,7 +46,6 @@ from pdae_nb.train import (
     versions,
 )
 
-# %% ../nbs/10_diffae.ipynb #5f3a1337
 from .bench import _sync, race
 from .data import batches, cache_dir, load_images, to_signed
 from .denoise import Denoiser, denoising_loss
@@ -54,419 +54,404 @@ from .forward import Schedule
 from .gap import write_json
 from .pdae import METHODS, decoder_of
 from .sample import sample
-from .study import RECIPES  # now with the rows of a small DPM and PDAE
+from .study import RECIPES  # with the rows of mnist14_dpm and mnist14_pdae
 from .unet import Attention, UNet, norm
 
 
 # %% ../nbs/10_diffae.ipynb #c5f4422f
 class EncoderBlock(nn.Module):
-    "One convolution beside a skip, and attention behind if wanted: the block of Diff-AE's published encoder"
+    "One convolution with a skip connection, and optional self-attention (official Diff-AE code)."
 
     def __init__(
         self,
-        ci,  # channels in
-        co,  # channels out
-        attn=False,  # attention after the block?
-        down=False,  # halve the image?
+        ci: int,  # channels in
+        co: int,  # channels out
+        attn: bool = False,  # whether self-attention follows
+        down: bool = False,  # whether height and width are halved
         *,
-        groups=32,  # groups of each norm
-        heads=1,  # of the attention
+        groups: int = 32,  # groups of each norm
+        heads: int = 1,  # attention heads
     ):
         super().__init__()
-        self.down, self.norm, self.conv = down, norm(ci, groups), nn.Conv2d(ci, co, 3, padding=1)
+        self.down = down
+        self.norm = norm(ci, groups)
+        self.conv = nn.Conv2d(ci, co, 3, padding=1)
         self.skip = nn.Conv2d(ci, co, 1) if ci != co else nn.Identity()
         self.attn = Attention(co, heads, groups) if attn else nn.Identity()
 
     def forward(
         self,
         x: Tensor,  # features: (B,ci,H,W)
-    ) -> Tensor:  # (B,co,H,W), or H/2, W/2, rounded down
-        "skip(r(x)) + conv(r(SiLU(norm(x))))"
-        r = (lambda h: F.avg_pool2d(h, 2)) if self.down else (lambda h: h)
-        return self.attn(self.skip(r(x)) + self.conv(r(F.silu(self.norm(x)))))
+    ) -> Tensor:  # (B,co,H,W); with `down` (B,co,H//2,W//2)
+        "skip(r(x)) + conv(r(SiLU(norm(x)))); r is the 2×2 mean with `down`, else the identity."
+        h = F.silu(self.norm(x))
+        if self.down:
+            x = F.avg_pool2d(x, 2)
+            h = F.avg_pool2d(h, 2)
+        return self.attn(self.skip(x) + self.conv(h))
 
 
 # %% ../nbs/10_diffae.ipynb #247634c7
 class SemanticEncoder(nn.Module):
-    "z = Enc_φ(x_0) (Diff-AE Sec. 3.2): the first half of a U-Net without time, then the mean over all places"
+    """The encoder z = Enc_φ(x_0) (Diff-AE Section 3.2).
+
+    It is the first half of a U-Net without timesteps, followed by the mean over all positions.
+    """
 
     def __init__(
         self,
-        c=3,  # channels of the image
-        ch=64,  # channels of the first feature map
-        mult=(
-            1,
-            2,
-            4,
-            8,
-            8,
-        ),  # channels of each level, in units of `ch`; one level more than the U-Net
-        size=64,  # height and width of the image, pixels
-        z_dim=512,  # width of the code
-        attn=(),  # resolutions with attention, pixels; the middle always has it
+        c: int = 3,  # channels of the image
+        ch: int = 64,  # channels of the first feature map
+        mult: Sequence[int] = (1, 2, 4, 8, 8),  # channels per level / ch; U-Net's levels plus one
+        size: int = 64,  # height and width of the image, pixels
+        z_dim: int = 512,  # width of the code
+        attn: Sequence[int] = (),  # resolutions with attention, pixels; the middle always has it
         *,
-        n_res=2,  # blocks per level
+        n_res: int = 2,  # blocks per level
         **kw,  # groups=32, heads=1: see `EncoderBlock`
     ):
         super().__init__()
-        self.config = dict(
-            c=c,
-            ch=ch,
-            mult=tuple(mult),
-            size=size,
-            z_dim=z_dim,
-            attn=tuple(attn),
-            n_res=n_res,
-            **kw,
-        )
+        self.config = dict(c=c, ch=ch, mult=tuple(mult), size=size, z_dim=z_dim)
+        self.config |= dict(attn=tuple(attn), n_res=n_res, **kw)
         if size < 2 ** (len(mult) - 1):
             raise ValueError(f'{len(mult)} levels halve an image of {size} pixels to nothing')
-        layers, ci = [nn.Conv2d(c, ch, 3, padding=1)], ch
+        layers = [nn.Conv2d(c, ch, 3, padding=1)]
+        ci = ch
         for i, m in enumerate(mult):
             for _ in range(n_res):
-                layers.append(EncoderBlock(ci, ci := ch * m, size in attn, **kw))
+                layers.append(EncoderBlock(ci, ch * m, size in attn, **kw))
+                ci = ch * m
             if i < len(mult) - 1:
                 layers.append(EncoderBlock(ci, ci, down=True, **kw))
                 size //= 2
-        self.body = nn.Sequential(
-            *layers,
-            EncoderBlock(ci, ci, True, **kw),
-            EncoderBlock(ci, ci, **kw),
-            norm(ci, kw.get('groups', 32)),
-            nn.SiLU(),
-        )
+        layers += [EncoderBlock(ci, ci, True, **kw), EncoderBlock(ci, ci, **kw)]
+        layers += [norm(ci, kw.get('groups', 32)), nn.SiLU()]
+        self.body = nn.Sequential(*layers)
         self.head = nn.Linear(ci, z_dim)
 
     def forward(
         self,
         x0: Tensor,  # clean images in [-1,1]: (B,c,size,size)
     ) -> Tensor:  # codes: (B,z_dim)
-        c, size = self.config['c'], self.config['size']
+        "Encode clean images."
+        c = self.config['c']
+        size = self.config['size']
         if x0.shape[1:] != (c, size, size):
             raise ValueError(
                 f'this encoder was built for images (B,{c},{size},{size}), got {tuple(x0.shape)}'
             )
-        return self.head(self.body(x0).mean((2, 3))).to(x0.dtype)
+        features = self.body(x0)
+        return self.head(features.mean((2, 3))).to(x0.dtype)
 
 
 # %% ../nbs/10_diffae.ipynb #e6452c0f
 def diffae_denoiser(
-    unet,  # (xt,t,z) -> eps
-    z: Tensor,  # codes: (B,z_dim), or (1,z_dim) for all
+    unet: Callable,  # (xt, t, z) -> noise
+    z: Tensor,  # codes: (B,z_dim), or (1,z_dim) for all images
 ) -> Denoiser:
-    "The decoder: a conditional DPM with the code bound (Diff-AE Eqs 4 and 5)"
+    "The decoder: a conditional DPM with the codes bound (Diff-AE Eqs 4 and 5)."
     return lambda xt, t: unet(xt, t, z)
 
 
 def diffae_loss(
-    enc,  # x_0 -> z
-    unet,  # (xt,t,z) -> eps
+    enc: Callable,  # encoder Enc_φ: x_0 -> z
+    unet: Callable,  # (xt, t, z) -> noise
     x0: Tensor,  # clean images: (B,c,size,size)
-    sched: Schedule,  # noise table
+    sched: Schedule,  # noise schedule
     **kw,  # for `denoising_loss`: weight, t, eps, reduce
-) -> Tensor:  # scalar, or (B,)
-    "‖eps - eps_θ(x_t,t,Enc(x_0))‖², mean over pixels (Diff-AE Eq. 6)"
+) -> Tensor:  # scalar, or (B,) with reduce=None
+    "‖ε - ε_θ(x_t,t,Enc_φ(x_0))‖², mean over pixels (Diff-AE Eq. 6)."
     return denoising_loss(diffae_denoiser(unet, enc(x0)), x0, sched, **kw)
 
 
 # %% ../nbs/10_diffae.ipynb #3e41ac97
-METHODS['unet', 'enc'] = 'Diff-AE', lambda run, z: diffae_denoiser(run.unet, z)
+def _diffae_denoiser_of(run, z):
+    "The decoder of a Diff-AE run."
+    return diffae_denoiser(run.unet, z)
 
 
+METHODS['unet', 'enc'] = 'Diff-AE', _diffae_denoiser_of
+
+
+# %% ../nbs/10_diffae.ipynb #eeb86303
 def _run(parts, sched):
+    "Networks in training as an object with the attributes of a loaded run."
     return SimpleNamespace(sched=sched, about=dict(parts=parts), **parts)
 
 
 def conditioned(
-    run,  # has `.sched` and the parts that `decoder_of` wants
-):  # (xt,t,x0) -> eps
-    "Any method as a denoiser that is told the codes of the images in its third argument, as `noise_mse` and `gap_curve` want it"
+    run,  # has `.sched` and the parts that `decoder_of` takes
+) -> Callable:  # (xt, t, x0) -> noise
+    """A run of any method as a denoiser with the clean images as third argument.
+
+    The denoiser encodes the clean images. `noise_mse` and `gap_curve` take it.
+    """
     return lambda xt, t, x0: decoder_of(run, x0)(xt, t)
 
 
 def coded_mse(
-    run,  # has `.sched` and the parts that `decoder_of` wants
+    run,  # has `.sched` and the parts that `decoder_of` takes
     x0: Tensor,  # held-out images: (N,...)
-) -> Tensor:  # one for each image, at a time of its own: (N,)
-    "Squared error of the noise, the same for every method (Diff-AE Eq. 6; PDAE Eq. 7 without its weight)"
+) -> Tensor:  # one squared error for each image, each at its own timestep: (N,)
+    """Squared error of the predicted noise, given the codes.
+
+    The measure is the same for every method: Diff-AE Eq. 6, PDAE Eq. 7 without its weight.
+    """
     return noise_mse(conditioned(run), x0, run.sched, y=x0)[0]
 
 
 # %% ../nbs/10_diffae.ipynb #20866392
 def diffae_task(
-    r: Recipe,  # its row; `net` is the U-Net's, with `z_dim` and the encoder's `enc_mult`
+    r: Recipe,  # its `net` has the arguments of the U-Net, `z_dim`, and `enc_mult` of the encoder
 ) -> Task:
-    "A semantic encoder and a conditional U-Net, together and from scratch (Diff-AE Sec. 3)"
-    images, test, sched, net = (
-        load_images(r.data, 'train', r.px),
-        load_images(r.data, 'test', r.px),
-        Schedule.linear(),
-        dict(r.net),
-    )
-    z_dim, mult, shape = net.pop('z_dim'), net.pop('enc_mult'), dict(c=images.x.shape[1], size=r.px)
-    enc = SemanticEncoder(
-        **shape,
-        mult=mult,
-        z_dim=z_dim,
-        **{k: net[k] for k in ('ch', 'attn', 'n_res', 'groups', 'heads') if k in net},
-    )
+    "Training task: a semantic encoder and a conditional U-Net, from scratch (Diff-AE Section 3)."
+    images = load_images(r.data, 'train', r.px)
+    test = load_images(r.data, 'test', r.px)
+    sched = Schedule.linear()
+    net = dict(r.net)
+    z_dim = net.pop('z_dim')
+    mult = net.pop('enc_mult')
+    shape = dict(c=images.x.shape[1], size=r.px)
+    shared = {k: net[k] for k in ('ch', 'attn', 'n_res', 'groups', 'heads') if k in net}
+    enc = SemanticEncoder(**shape, mult=mult, z_dim=z_dim, **shared)
     unet = UNet(**shape, dz=z_dim, z_shift=False, **net)
     noise = torch.randn(32, *images.x.shape[1:], generator=torch.Generator().manual_seed(r.seed))
-    held = lambda parts, n: to_signed(test.x[:n]).to(next(parts['unet'].parameters()).device)
+
+    def held_out_images(parts, n):
+        return to_signed(test.x[:n]).to(next(parts['unet'].parameters()).device)
 
     def loss_fn(x0, y):
         t = sched.rand_t(len(x0), x0.device)
         return diffae_loss(enc, unet, x0, sched, t=t, reduce=None), t
 
     def result(parts):
-        loss = coded_mse(_run(parts, sched), held(parts, 10_000))
+        mse = coded_mse(_run(parts, sched), held_out_images(parts, 10_000))
         return dict(
-            test_noise_mse=loss.mean().item(),
-            standard_error=(loss.std() / len(loss) ** 0.5).item(),
-            test_images=len(loss),
+            test_noise_mse=mse.mean().item(),
+            standard_error=(mse.std() / len(mse) ** 0.5).item(),
+            test_images=len(mse),
         )
 
     def preview(parts):
-        x0 = held(parts, 32)
-        return torch.cat([
-            x0,
-            sample(
-                decoder_of(_run(parts, sched), x0), noise[: len(x0)].to(x0), sched, 20, clip=1.0
-            ),
-        ])
+        x0 = held_out_images(parts, 32)
+        denoiser = decoder_of(_run(parts, sched), x0)
+        xT = noise[: len(x0)].to(x0)
+        return torch.cat([x0, sample(denoiser, xT, sched, 20, clip=1.0)])
 
     return Task(dict(enc=enc, unet=unet), images, loss_fn, result, sched, preview)
 
 
-# %% ../nbs/10_diffae.ipynb #937d54db
 TASKS['diffae'] = diffae_task
+
+# %% ../nbs/10_diffae.ipynb #937d54db
+# fmt: off
 _small = dict(ch=32, mult=(1, 2, 3), n_res=1, groups=8, z_dim=64, enc_mult=(1, 2, 3, 3))
 _64 = dict(
-    ch=64, mult=(1, 2, 4, 8), attn=(16,), drop=0.1, dt=512, z_dim=512, enc_mult=(1, 2, 4, 8, 8)
+    ch=64, mult=(1, 2, 4, 8), attn=(16,), drop=0.1, dt=512, z_dim=512, enc_mult=(1, 2, 4, 8, 8),
 )
-RECIPES |= {  # images: those of the DPM and of PDAE together
+# data, pixels, networks, images (of the DPM and of PDAE together), batch, learning rate, warmup,
+# cooldown, average
+RECIPES |= {
     ('mnist_diffae', 'smoke'): Recipe(
-        'digits',
-        28,
-        dict(ch=8, mult=(1, 2), n_res=1, groups=8, z_dim=16, enc_mult=(1, 2, 2)),
-        512,
-        16,
-        2e-3,
-        5,
-        ema=0.99,
+        'digits', 28, dict(ch=8, mult=(1, 2), n_res=1, groups=8, z_dim=16, enc_mult=(1, 2, 2)),
+        512, 16, 2e-3, 5, ema=0.99,
     ),
+    # result: data/models/mnist_diffae/run.json
     ('mnist_diffae', 'lesson'): Recipe(
-        'mnist', 28, _small, 976_000, 64, 1e-3, 200, 0.4, 0.999
-    ),  # data/models/mnist_diffae/run.json
+        'mnist', 28, _small, 976_000, 64, 1e-3, 200, 0.4, 0.999,
+    ),
+    # the paper trains no model of MNIST
     ('mnist_diffae', 'paper'): Recipe(
-        'mnist', 32, dict(ch=64, mult=(1, 2, 2, 4), z_dim=64, enc_mult=(1, 2, 2, 4, 4)), 19_200_000
-    ),  # the paper trains none on MNIST
+        'mnist', 32, dict(ch=64, mult=(1, 2, 2, 4), z_dim=64, enc_mult=(1, 2, 2, 4, 4)),
+        19_200_000,
+    ),
+    # for `training_race`
     ('mnist14_diffae', 'lesson'): Recipe(
-        'mnist',
-        14,
-        dict(ch=32, mult=(1, 2), n_res=1, groups=8, z_dim=32, enc_mult=(1, 2, 2)),
-        160_000,
-        64,
-        2e-3,
-        100,
-        ema=0.995,
-    ),  # for `training_race`
+        'mnist', 14, dict(ch=32, mult=(1, 2), n_res=1, groups=8, z_dim=32, enc_mult=(1, 2, 2)),
+        160_000, 64, 2e-3, 100, ema=0.995,
+    ),
     ('mnist14_diffae', 'smoke'): Recipe(
-        'digits',
-        14,
-        dict(ch=8, mult=(1, 2), n_res=1, z_dim=8, enc_mult=(1, 2, 2)),
-        512,
-        16,
-        2e-3,
-        5,
-        ema=0.99,
+        'digits', 14, dict(ch=8, mult=(1, 2), n_res=1, z_dim=8, enc_mult=(1, 2, 2)),
+        512, 16, 2e-3, 5, ema=0.99,
     ),
     ('celeba64_diffae', 'lesson'): Recipe(
-        'celeba64',
-        64,
+        'celeba64', 64,
         dict(ch=64, mult=(1, 2, 2, 4), attn=(16,), z_dim=512, enc_mult=(1, 2, 2, 4, 4)),
-        7_500_000,
-        256,
-        3e-4,
-        500,
-        0.3,
-        0.999,
-        flip=True,
+        7_500_000, 256, 3e-4, 500, 0.3, 0.999, flip=True,
     ),
     ('celeba64_diffae', 'paper'): Recipe('celeba64', 64, _64, 72_000_000, flip=True),
     ('ffhq256_diffae', 'paper'): Recipe(
-        'ffhq256',
-        256,
+        'ffhq256', 256,
         dict(
-            ch=128,
-            mult=(1, 1, 2, 2, 4, 4),
-            attn=(16,),
-            drop=0.1,
-            dt=512,
-            z_dim=512,
+            ch=128, mult=(1, 1, 2, 2, 4, 4), attn=(16,), drop=0.1, dt=512, z_dim=512,
             enc_mult=(1, 1, 2, 2, 4, 4, 4),
         ),
-        90_000_000,
-        64,
-        flip=True,
+        90_000_000, 64, flip=True,
     ),
 }
-for _data, _images in dict(
-    ffhq128=130, horse128=130, bedroom128=120
-).items():  # million images (Diff-AE Table 5)
+# million images seen (Diff-AE Table 5)
+for _data, _millions in dict(ffhq128=130, horse128=130, bedroom128=120).items():
     RECIPES[f'{_data}_diffae', 'paper'] = Recipe(
-        _data,
-        128,
+        _data, 128,
         dict(
-            ch=128,
-            mult=(1, 1, 2, 3, 4),
-            attn=(16,),
-            drop=0.1,
-            dt=512,
-            z_dim=512,
+            ch=128, mult=(1, 1, 2, 3, 4), attn=(16,), drop=0.1, dt=512, z_dim=512,
             enc_mult=(1, 1, 2, 3, 4, 4),
         ),
-        _images * 10**6,
-        flip=True,
+        _millions * 10**6, flip=True,
     )
+# fmt: on
 
 
 # %% ../nbs/10_diffae.ipynb #79569756
 def held_out(
-    path,  # file to append to, a line of JSON for each look
+    path: str | Path,  # file; one line of JSON is appended for each look
     x0: Tensor,  # held-out images in [-1,1]: (N,...)
-):  # (images seen, averaged parts, sched) -> None
-    "A `look` for `train`: the noise error on held-out images, of any method"
+) -> Callable:  # (images seen, averaged parts, sched) -> None
+    "A `look` for `train`: `coded_mse` on held-out images, appended to a file."
 
     def look(seen, parts, sched):
-        loss = coded_mse(
-            _run(parts, sched), x0.to(next(next(iter(parts.values())).parameters()).device)
-        )
+        first = next(iter(parts.values()))
+        device = next(first.parameters()).device
+        mse = coded_mse(_run(parts, sched), x0.to(device))
         line = dict(
             seen=seen,
-            noise_mse=loss.mean().item(),
-            standard_error=(loss.std() / len(loss) ** 0.5).item(),
-            images=len(loss),
+            noise_mse=mse.mean().item(),
+            standard_error=(mse.std() / len(mse) ** 0.5).item(),
+            images=len(mse),
         )
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(path, 'a') as f:
-            f.write(
-                '\n' + json.dumps(line)
-            )  # the break first: what a kill cut short spoils no other line
+            # The line break comes first: after a line that a kill cut short, a new line starts.
+            f.write('\n' + json.dumps(line))
 
     return look
 
 
+# %% ../nbs/10_diffae.ipynb #d9f9747a
 def looks(
-    path,  # what `held_out` wrote
-) -> dict:  # seen, noise_mse: lists, in order; a look that was made again counts once
-    "The curve that a run has left"
-    rows = {}
-    for l in Path(path).read_text().splitlines():
+    path: str | Path,  # file that `held_out` wrote
+) -> dict:  # lists `seen` and `noise_mse`, in order of the images seen
+    """Read the learning curve of a run.
+
+    If a look was repeated after an interruption, the last one counts. Incomplete lines are skipped.
+    """
+    mse = {}
+    for line in Path(path).read_text().splitlines():
         try:
-            o = json.loads(l)
-            rows[o['seen']] = o['noise_mse']
+            row = json.loads(line)
+            mse[row['seen']] = row['noise_mse']
         except ValueError:
-            continue  # blank, or cut short by a kill
-    if not rows:
+            continue  # an empty line, or one that a kill cut short
+    if not mse:
         raise ValueError(f'{path} holds no looks')
-    return dict(zip(('seen', 'noise_mse'), map(list, zip(*sorted(rows.items())))))
+    seen = sorted(mse)
+    return dict(seen=seen, noise_mse=[mse[n] for n in seen])
 
 
 # %% ../nbs/10_diffae.ipynb #6790e324
 def images_to_reach(
-    seen,  # images seen: (n,)
-    loss,  # loss after so many: (n,)
-    level,  # the loss wanted
-):  # images, interpolated; None if it is never reached
-    "When a curve first comes down to a level"
-    for i, (n, l) in enumerate(zip(seen, loss)):
-        if l <= level:
-            return (
-                n
-                if not i
-                else seen[i - 1] + (n - seen[i - 1]) * (loss[i - 1] - level) / (loss[i - 1] - l)
-            )
+    seen: Sequence[float],  # numbers of images seen: (n,)
+    loss: Sequence[float],  # loss after each of them: (n,)
+    level: float,  # the loss to reach
+) -> float | None:  # number of images; None if the curve stays above the level
+    "Number of images after which a curve first falls to a level, by linear interpolation."
+    for i, (n, value) in enumerate(zip(seen, loss, strict=True)):
+        if value <= level:
+            if i == 0:
+                return n
+            n0 = seen[i - 1]
+            value0 = loss[i - 1]
+            return n0 + (n - n0) * (value0 - level) / (value0 - value)
+    return None
 
 
 # %% ../nbs/10_diffae.ipynb #94c79596
+def _training_step(name, r, dev):
+    "A function without arguments that makes one training step and waits for the device."
+    task = _task_of(name.split()[0])(r)
+    held = within(task.parts)
+    model = nn.ModuleDict({k: m for k, m in task.parts.items() if k not in held})
+    model = model.to(dev, memory_format=torch.channels_last).train()
+    data = batches(task.images, r.batch, 10**9, device=dev)
+    steps = fit(task.loss_fn, model.parameters(), data, r, EMA(model, r.ema))
+
+    def step():
+        next(steps)
+        _sync(dev)
+
+    return step
+
+
 def step_seconds(
-    rows,  # run name -> Recipe; what follows a space tells twins apart
-    dev,  # device
-    seconds=3.0,  # about this long for each
-) -> dict:  # run name -> seconds of a training step
-    "Training steps of several runs, timed in turns"
-
-    def stepper(name, r):
-        task = _task_of(name.split()[0])(r)
-        model = (
-            nn
-            .ModuleDict({k: m for k, m in task.parts.items() if k not in within(task.parts)})
-            .to(dev, memory_format=torch.channels_last)
-            .train()
-        )
-        steps = fit(
-            task.loss_fn,
-            model.parameters(),
-            batches(task.images, r.batch, 10**9, device=dev),
-            r,
-            EMA(model, r.ema),
-        )
-
-        def step():
-            next(steps)
-            _sync(dev)
-
-        return step
-
-    return race({k: stepper(k, r) for k, r in rows.items()}, seconds)
+    rows: dict[str, Recipe],  # run name: recipe; words after a space distinguish equal names
+    dev: torch.device,  # where to train
+    seconds: float = 3.0,  # approximate time of measurement for each run
+) -> dict[str, float]:  # run name: seconds of a training step
+    "Time the training steps of several runs in turns."
+    return race({name: _training_step(name, r, dev) for name, r in rows.items()}, seconds)
 
 
 # %% ../nbs/10_diffae.ipynb #ff2c61db
-def training_race(
-    path,  # JSON to write
-    size=None,  # smoke or lesson; None asks $PDAE_NB_SIZE
-    seeds=(0, 1, 2),  # of weights, order, times and noise
-    images=1000,  # held-out images
-    log=print,  # where progress is told
-) -> dict:  # curves of all runs, and the seconds of a step
-    "PDAE and Diff-AE of one size in training, at a constant rate; the same call goes on (PDAE Sec. 4.1)"
-    size, path = size or os.environ.get('PDAE_NB_SIZE') or 'lesson', Path(path)
-    if path.exists() and (had := len(json.loads(path.read_text())['runs'])) > 2 * len(seeds):
+def _check_race(path, seeds):
+    "Raise if the file holds more runs than these seeds give."
+    if not path.exists():
+        return
+    had = len(json.loads(path.read_text())['runs'])
+    if had > 2 * len(seeds):
         raise ValueError(
-            f'{path} holds {had} runs, more than these seeds give; choose another path, or delete it'
+            f'{path} holds {had} runs, more than these seeds give; '
+            'choose another path, or delete it'
         )
+
+
+def _race_recipes(base, size):
+    "Recipes of PDAE and Diff-AE at a constant learning rate, with equally many images in all."
+    pdae = replace(recipe('mnist14_pdae', size), cool=0.0)
+    diffae = replace(recipe('mnist14_diffae', size), cool=0.0)
+    net = pdae.net | dict(dpm=str(base.path))
+    pdae = replace(pdae, net=net, images=diffae.images - base.about['images_seen'])
+    return dict(mnist14_pdae=pdae, mnist14_diffae=diffae)
+
+
+def _learning_curve(name, r, out, x0):
+    "Train a run, or continue it, with 25 looks at held-out images."
+    every = max(1, r.steps // 25)
+    look = held_out(out / 'looks.jsonl', x0)
+    train(name, r, out, every=every, look=look, log=lambda s: None)
+    return looks(out / 'looks.jsonl')
+
+
+def training_race(
+    path: str | Path,  # JSON file to write
+    size: str | None = None,  # smoke or lesson; None takes $PDAE_NB_SIZE
+    seeds: Sequence[int] = (0, 1, 2),  # of weights, order, timesteps and noise
+    images: int = 1000,  # number of held-out images
+    log: Callable = print,  # receives a message about each finished run
+) -> dict:  # curves of all runs, and the seconds of a training step
+    """Learning curves of PDAE and Diff-AE of one size, at a constant rate (PDAE Section 4.1).
+
+    After an interruption, the same call continues.
+    """
+    size = size or os.environ.get('PDAE_NB_SIZE') or 'lesson'
+    path = Path(path)
+    _check_race(path, seeds)
     base = cached_run('mnist14_dpm', size=size)
-    test = load_images(base.recipe['data'], 'test', 14)
-    x0 = to_signed(test.x[:images])
-    rows = {k: replace(recipe(k, size), cool=0.0) for k in ('mnist14_pdae', 'mnist14_diffae')}
-    rows['mnist14_pdae'] = replace(
-        rows['mnist14_pdae'],
-        net=rows['mnist14_pdae'].net | dict(dpm=str(base.path)),
-        images=rows['mnist14_diffae'].images - base.about['images_seen'],
-    )
-    d = dict(
+    x0 = to_signed(load_images(base.recipe['data'], 'test', 14).x[:images])
+    rows = _race_recipes(base, size)
+    results = dict(
         dpm=dict(images=base.about['images_seen'], noise_mse=coded_mse(base, x0).mean().item()),
         runs={},
         images=len(x0),
         recipes={k: json.loads(json.dumps(asdict(r))) for k, r in rows.items()},
     )
     for seed in seeds:
-        for k, r in rows.items():
-            out = cache_dir() / 'runs' / f'race-{k}-{size}-{seed}'
-            train(
-                k,
-                replace(r, seed=seed),
-                out,
-                every=max(1, r.steps // 25),
-                look=held_out(out / 'looks.jsonl', x0),
-                log=lambda s: None,
-            )
-            d['runs'][f'{k} {seed}'] = looks(out / 'looks.jsonl')
-            log(f'{k}, seed {seed}: {d["runs"][f"{k} {seed}"]["noise_mse"][-1]:.4f}')
+        for name, r in rows.items():
+            out = cache_dir() / 'runs' / f'race-{name}-{size}-{seed}'
+            curve = _learning_curve(name, replace(r, seed=seed), out, x0)
+            results['runs'][f'{name} {seed}'] = curve
+            log(f'{name}, seed {seed}: {curve["noise_mse"][-1]:.4f}')
     dev = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    write_json(
-        path,
-        d | dict(step_seconds=step_seconds(rows, dev), hardware=hardware(dev), versions=versions()),
-    )
+    results['step_seconds'] = step_seconds(rows, dev)
+    results |= dict(hardware=hardware(dev), versions=versions())
+    write_json(path, results)
     return json.loads(path.read_text())

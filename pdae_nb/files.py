@@ -24,7 +24,6 @@ __all__ = [
 ]
 
 # %% ../nbs/04b_files.ipynb #fb1dbd88
-import fcntl
 import importlib
 import json
 import os
@@ -43,10 +42,15 @@ from torch import Tensor, nn
 
 from .forward import Schedule
 
+try:
+    import fcntl
+except ImportError:  # Windows has no file locks of this kind
+    fcntl = None
+
 
 # %% ../nbs/04b_files.ipynb #58f5eaa3
 def _fsync(path):
-    "Wait until the disk has it"
+    "Wait until a file or folder is on the disk."
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -54,42 +58,43 @@ def _fsync(path):
         os.close(fd)
 
 
+def _write(path, data):
+    "Write bytes to a file and wait until they are on the disk."
+    with open(path, 'wb') as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+
+
 def _crc(tensors, note):
-    "A number that changes with any bit of the tensors, their names, types and shapes, and of the note"
-    n = zlib.crc32(note.encode())
-    for k in sorted(tensors):
-        v = tensors[k]
-        n = zlib.crc32(
-            v.reshape(-1).view(torch.uint8).numpy(),
-            zlib.crc32(f'{k} {v.dtype} {tuple(v.shape)}'.encode(), n),
-        )
-    return n
+    "CRC-32 of a text and of the tensors in alphabetical order: names, dtypes, shapes and values."
+    crc = zlib.crc32(note.encode())
+    for name in sorted(tensors):
+        v = tensors[name]
+        crc = zlib.crc32(f'{name} {v.dtype} {tuple(v.shape)}'.encode(), crc)
+        crc = zlib.crc32(v.reshape(-1).view(torch.uint8).numpy(), crc)
+    return crc
 
 
 # %% ../nbs/04b_files.ipynb #2da692cc
 def write_tensors(
-    path,  # file to write
-    tensors,  # name -> tensor
+    path: str | Path,  # file to write
+    tensors: dict[str, Tensor],  # name -> tensor
     meta=None,  # anything JSON can hold
-):
-    "A safetensors file that is either there whole or not at all: temporary name, sync, rename"
-    if bad := [k for k, v in tensors.items() if not torch.is_tensor(v)]:
-        raise TypeError(f'{bad[0]!r} must be a tensor, got {type(tensors[bad[0]]).__name__}')
+) -> None:
+    "Write a safetensors file completely or not at all: temporary name, fsync, rename."
+    for name, v in tensors.items():
+        if not torch.is_tensor(v):
+            raise TypeError(f'{name!r} must be a tensor, got {type(v).__name__}')
     path = Path(path)
     tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    tensors, note = (
-        {k: v.detach().cpu().contiguous() for k, v in tensors.items()},
-        json.dumps(meta or {}),
-    )
-    data = save(
-        tensors, metadata=dict(note=f'{_crc(tensors, note)} {note}')
-    )  # one entry: more would come in random order
+    tensors = {name: v.detach().cpu().contiguous() for name, v in tensors.items()}
+    note = json.dumps(meta or {})
+    # All metadata is one entry, because safetensors writes several entries in random order.
+    data = save(tensors, metadata=dict(note=f'{_crc(tensors, note)} {note}'))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(tmp, 'wb') as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
+        _write(tmp, data)
         tmp.replace(path)
         _fsync(path.parent)
     except OSError as e:
@@ -99,16 +104,33 @@ def write_tensors(
 
 
 # %% ../nbs/04b_files.ipynb #3de7804e
+def _read(path):
+    "Tensors and metadata of a safetensors file. The tensors are copies of the mapped memory."
+    with safe_open(path, 'pt') as f:
+        names = f.keys()
+        tensors = {name: f.get_tensor(name).clone() for name in names}
+        return tensors, f.metadata() or {}
+
+
+def _note(metadata):
+    "Checksum and note of a file; files without a checksum have the note under the key `json`."
+    known = {'note', 'json', 'crc', 'format'}
+    unknown = metadata.keys() - known
+    if unknown:
+        raise ValueError(f'unknown metadata {sorted(unknown)[0]!r}, expected {sorted(known)}')
+    if 'note' not in metadata:
+        return '', metadata.get('json', '{}')
+    crc, _, note = metadata['note'].partition(' ')
+    return crc, note
+
+
 def read_tensors(
-    path,  # safetensors file
-) -> tuple:  # name -> tensor, and the JSON that was written with them
-    "Read it back, whole and unchanged; nothing is ever unpickled"
+    path: str | Path,  # safetensors file
+) -> tuple:  # name -> tensor, and the JSON that was written with the tensors
+    "Read a safetensors file and check its checksum. Nothing is unpickled."
     try:
-        with safe_open(path, 'pt') as f:
-            tensors, head = {k: f.get_tensor(k).clone() for k in f.keys()}, f.metadata() or {}
-        if odd := head.keys() - {'note', 'json', 'crc', 'format'}:
-            raise ValueError(f'nobody here writes {sorted(odd)[0]!r}')
-        crc, _, note = head.get('note', ' ' + head.get('json', '{}')).partition(' ')
+        tensors, metadata = _read(path)
+        crc, note = _note(metadata)
         meta = json.loads(note)
     except (OSError, MemoryError):
         raise
@@ -122,83 +144,107 @@ def read_tensors(
 def fingerprint(
     net: nn.Module,  # a network
 ) -> str:  # eight hexadecimal digits
-    "A number that changes with any of its weights"
-    return f'{_crc({k: v.cpu().contiguous() for k, v in net.state_dict().items()}, ""):08x}'
+    "Checksum of all weights of a network."
+    weights = {name: v.cpu().contiguous() for name, v in net.state_dict().items()}
+    return f'{_crc(weights, ""):08x}'
 
 
 # %% ../nbs/04b_files.ipynb #55c32a31
 def fill(
-    module,  # network to fill, in place
-    tensors,  # name -> tensor, one for each entry of its `state_dict`
-    what,  # where they come from; errors begin with it
-):
-    "Strict load: every weight is filled, with the right shape, from `tensors`"
-    mine = module.state_dict()
-    if odd := set(tensors) ^ set(mine):
-        raise ValueError(
-            f'{what}: the weights do not match the network, e.g. {sorted(odd)[:3]} ({len(odd)} differ)'
-        )
-    for k, v in mine.items():
-        if v.shape != tensors[k].shape:
-            raise ValueError(
-                f'{what}: {k} has shape {tuple(tensors[k].shape)}, the network wants {tuple(v.shape)}'
-            )
-        if v.is_floating_point() != tensors[k].is_floating_point():
-            raise ValueError(
-                f'{what}: {k} has type {tensors[k].dtype}, the network wants {v.dtype}'
-            )
+    module: nn.Module,  # network to fill, in place
+    tensors: dict[str, Tensor],  # name -> tensor, one for each entry of its `state_dict`
+    what,  # source of the tensors; errors begin with it
+) -> None:
+    "Strict load: copy every weight from `tensors`. All names, shapes and types are checked first."
+    state = module.state_dict()
+    _check_weights(state, tensors, what)
     with torch.no_grad():
-        for k, v in mine.items():
-            v.copy_(tensors[k])
+        for name, v in state.items():
+            v.copy_(tensors[name])
+
+
+def _check_weights(state, tensors, what):
+    odd = sorted(set(tensors) ^ set(state))
+    if odd:
+        raise ValueError(
+            f'{what}: the weights do not match the network, e.g. {odd[:3]} ({len(odd)} differ)'
+        )
+    for name, want in state.items():
+        got = tensors[name]
+        if want.shape != got.shape:
+            raise ValueError(
+                f'{what}: {name} has shape {tuple(got.shape)}, '
+                f'the network wants {tuple(want.shape)}'
+            )
+        if want.is_floating_point() != got.is_floating_point():
+            raise ValueError(f'{what}: {name} has type {got.dtype}, the network wants {want.dtype}')
 
 
 # %% ../nbs/04b_files.ipynb #a020caff
 def _params(opt):
-    return [p for g in opt.param_groups for p in g['params']]
+    "All parameters of an optimiser, in order."
+    params = []
+    for group in opt.param_groups:
+        params += group['params']
+    return params
 
 
 def save_checkpoint(
-    folder,  # where the checkpoints of this run lie
-    i,  # steps done
-    model,  # the network, nn.Module
-    ema,  # its moving average, in `.module`
-    opt,  # its optimiser
-    meta,  # what else to note, dict: anything JSON can hold
-    keep=2,  # how many to keep, the newest
-):
-    "Weights, average and optimiser after step `i`, in one file; the last `keep` stay"
-    tensors = {f'model.{k}': v for k, v in model.state_dict().items()} | {
-        f'ema.{k}': v for k, v in ema.module.state_dict().items()
-    }
+    folder: str | Path,  # folder of the checkpoints of this run
+    i: int,  # steps done
+    model: nn.Module,  # network
+    ema,  # moving average of the network, in `.module`
+    opt: torch.optim.Optimizer,  # optimiser of the network
+    meta: dict,  # what else to store: anything JSON can hold
+    *,
+    keep: int = 2,  # number of checkpoints to keep, the newest
+) -> None:
+    "Write weights, moving average and optimiser state after step `i` to one file."
+    folder = Path(folder)
+    tensors = {f'model.{k}': v for k, v in model.state_dict().items()}
+    tensors |= {f'ema.{k}': v for k, v in ema.module.state_dict().items()}
     for j, p in enumerate(_params(opt)):
-        tensors |= {f'opt.{j}.{k}': torch.as_tensor(v) for k, v in opt.state.get(p, {}).items()}
-    write_tensors(Path(folder) / f'step_{i:09d}.safetensors', tensors, meta | dict(i=i))
-    for old in sorted(Path(folder).glob('step_*.safetensors'))[:-keep]:
+        state = opt.state.get(p, {})
+        tensors |= {f'opt.{j}.{k}': torch.as_tensor(v) for k, v in state.items()}
+    write_tensors(folder / f'step_{i:09d}.safetensors', tensors, meta | dict(i=i))
+    for old in sorted(folder.glob('step_*.safetensors'))[:-keep]:
         old.unlink()
 
 
 # %% ../nbs/04b_files.ipynb #1153588c
+def _with_prefix(tensors, prefix):
+    "The tensors whose names begin with `prefix`, under the rest of their names."
+    return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+
+
 def _restore(opt, saved, what):
-    "The optimiser's memory, in the layout of its parameters; `saved`: j.name -> tensor"
+    "Optimiser state from `saved` (j.name -> tensor), in the memory layout of the parameters."
     params = _params(opt)
-    if odd := {k.split('.')[0] for k in saved} - {str(j) for j in range(len(params))}:
-        raise ValueError(
-            f'{what}: the optimiser has no parameter {sorted(odd)[0]}, only {len(params)}'
-        )
+    numbers = {k.split('.')[0] for k in saved}
+    odd = sorted(numbers - {str(j) for j in range(len(params))})
+    if odd:
+        raise ValueError(f'{what}: the optimiser has no parameter {odd[0]}, only {len(params)}')
     for j, p in enumerate(params):
-        state = {k.split('.', 1)[1]: v for k, v in saved.items() if k.startswith(f'{j}.')}
-        if bad := [k for k, v in state.items() if v.ndim and v.shape != p.shape]:
-            raise ValueError(
-                f'{what}: opt.{j}.{bad[0]} has shape {tuple(state[bad[0]].shape)}, the parameter {tuple(p.shape)}'
-            )
-        opt.state[p] = {
-            k: torch.empty_like(p).copy_(v) if v.ndim else v.to(p.device) for k, v in state.items()
-        }
+        state = _with_prefix(saved, f'{j}.')
+        for k, v in state.items():
+            if v.ndim and v.shape != p.shape:
+                raise ValueError(
+                    f'{what}: opt.{j}.{k} has shape {tuple(v.shape)}, '
+                    f'the parameter {tuple(p.shape)}'
+                )
+        opt.state[p] = {k: _like(p, v) for k, v in state.items()}
+
+
+def _like(p, v):
+    "A tensor on the device of the parameter `p`; if it is no scalar, also in the layout of `p`."
+    if v.ndim:
+        return torch.empty_like(p).copy_(v)
+    return v.to(p.device)
 
 
 # %% ../nbs/04b_files.ipynb #45519367
 def _newest(folder, log):
-    "The newest checkpoint that is whole: path, tensors, note"
+    "Path, tensors and note of the newest whole checkpoint, or None. Damaged files are renamed."
     for path in sorted(Path(folder).glob('step_*.safetensors'), reverse=True):
         try:
             tensors, meta = read_tensors(path)
@@ -208,327 +254,390 @@ def _newest(folder, log):
         except ValueError as e:
             log(f'skipping {e}')
             path.rename(f'{path}.damaged')
+    return None
 
 
 # %% ../nbs/04b_files.ipynb #fb1fc7a2
+def _accept(meta):
+    "No objection to any checkpoint."
+
+
 def load_checkpoint(
-    folder,  # where the checkpoints of this run lie
-    model,  # network to fill
-    ema,  # average to fill, its `.module`
-    opt,  # optimiser to fill
-    check=lambda meta: None,  # raises if the run that was noted is not the one wanted
-    log=print,  # where to tell of damaged files
-) -> dict:  # what was noted with it, or {} if there is none
-    "Continue from the newest file that is whole"
+    folder: str | Path,  # folder of the checkpoints of this run
+    model: nn.Module,  # network to fill
+    ema,  # moving average to fill, its `.module`
+    opt: torch.optim.Optimizer,  # optimiser to fill
+    check=_accept,  # raises an error if the stored note belongs to another run
+    log=print,  # takes a message on each damaged file
+) -> dict:  # the note stored with the checkpoint, or {} if there is no checkpoint
+    "Continue from the newest checkpoint that is whole."
     for tmp in Path(folder).glob('.*.tmp'):
-        tmp.unlink()  # what a kill left half written
-    if not (found := _newest(folder, log)):
+        tmp.unlink()  # a killed process left it
+    found = _newest(folder, log)
+    if found is None:
         return {}
     path, tensors, meta = found
     check(meta)
-    part = lambda p: {k[len(p) :]: v for k, v in tensors.items() if k.startswith(p)}
-    fill(model, part('model.'), path)
-    fill(ema.module, part('ema.'), path)
-    _restore(opt, part('opt.'), path)
+    fill(model, _with_prefix(tensors, 'model.'), path)
+    fill(ema.module, _with_prefix(tensors, 'ema.'), path)
+    _restore(opt, _with_prefix(tensors, 'opt.'), path)
     return meta
 
 
 # %% ../nbs/04b_files.ipynb #551ae25d
 def models_dir() -> Path:  # the folder; it need not exist
-    "Where trained runs lie: `$PDAE_NB_MODELS`, else `data/models` of the checkout"
-    return Path(
-        os.environ.get('PDAE_NB_MODELS')
-        or Path(importlib.import_module('pdae_nb').__file__).parent.parent / 'data/models'
-    )
+    "Folder of the trained runs: `$PDAE_NB_MODELS`, or else `data/models` of the checkout."
+    folder = os.environ.get('PDAE_NB_MODELS')
+    if folder:
+        return Path(folder)
+    package = Path(importlib.import_module('pdae_nb').__file__).parent
+    return package.parent / 'data/models'
 
 
 # %% ../nbs/04b_files.ipynb #889485ee
 def _named(k, what):
-    "A part's name becomes a file name and an attribute, so it must be harmless as both"
-    if (
-        not (isinstance(k, str) and k.isidentifier())
-        or k[0] == '_'
-        or k in ('sched', 'recipe', 'about', 'path')
-    ):
+    "Check the name of a part, which becomes a file name and an attribute."
+    reserved = ('sched', 'recipe', 'about', 'path')
+    if not isinstance(k, str) or not k.isidentifier() or k[0] == '_' or k in reserved:
         raise ValueError(f'{what}: {k!r} cannot name a part of a run')
     return k
 
 
+def _module_of(cls):
+    "Module of a class. A class defined in a notebook of this package belongs to its module."
+    if cls.__module__ == '__main__':
+        modules = importlib.import_module('pdae_nb._modidx').d['syms']
+        for module, names in modules.items():
+            if f'{module}.{cls.__name__}' in names:
+                return module
+    return cls.__module__
+
+
 def spec_of(
     m: nn.Module,  # a network of this package, with a `.config`
-    what,  # what it is; errors begin with it
-) -> dict:  # module, kind, config: what `build` takes
-    "How to build this network again; a class that a notebook of ours is just exporting counts as the module's"
-    cls, mod = type(m), type(m).__module__
-    if mod == '__main__':
-        mod = next(
-            (
-                k
-                for k, v in importlib.import_module('pdae_nb._modidx').d['syms'].items()
-                if f'{k}.{cls.__name__}' in v
-            ),
-            mod,
-        )
-    if not mod.startswith('pdae_nb.'):
-        raise ValueError(f'{what}: networks must come from pdae_nb, got {mod}.{cls.__name__}')
+    what,  # description of the network; errors begin with it
+) -> dict:  # module, kind and config: an input of `build`
+    "Description from which `build` makes the same network again, without its weights."
+    module = _module_of(type(m))
+    kind = type(m).__name__
+    if not module.startswith('pdae_nb.'):
+        raise ValueError(f'{what}: networks must come from pdae_nb, got {module}.{kind}')
     if not isinstance(getattr(m, 'config', None), dict):
-        raise TypeError(
-            f'{what}: {cls.__name__} has no `.config`, the keyword arguments that rebuild it'
-        )
-    return dict(module=mod, kind=cls.__name__, config=m.config)
+        raise TypeError(f'{what}: {kind} has no `.config`, the keyword arguments that rebuild it')
+    return dict(module=module, kind=kind, config=m.config)
 
 
 # %% ../nbs/04b_files.ipynb #e2148cc0
 def cast(
     v: Tensor,  # a weight
-    dtype,  # floating type wanted; whole numbers stay as they are
-    what,  # its name, for the error
+    dtype: torch.dtype,  # floating-point type to cast to; integers keep their type
+    what,  # name of the weight; errors begin with it
 ) -> Tensor:  # like `v`
-    "A weight in the type it will be stored in, if that can hold it"
+    "A weight in the type in which it is stored. A value that overflows is an error."
     if not v.is_floating_point():
         return v
-    if not v.to(dtype).isfinite().all():
+    stored = v.to(dtype)
+    if not stored.isfinite().all():
         raise ValueError(f'{what} reaches {v.abs().max():.3g}, too much for {dtype}')
-    return v.to(dtype)
+    return stored
 
 
+# %% ../nbs/04b_files.ipynb #abee62ac
 def within(
-    parts,  # name -> nn.Module
-) -> dict:  # name -> its place, e.g. 'G.dpm', for every part that another one holds
-    "Parts that live inside another part, and so need no weights of their own"
-    return {
-        k: f'{o}.{place}'
-        for k, m in parts.items()
-        for o, n in parts.items()
-        if o != k
-        for place, sub in n.named_modules()
-        if sub is m and place
-    }
+    parts: dict,  # name -> nn.Module
+) -> dict:  # name -> place, e.g. 'G.dpm', of every part that another part contains
+    "Parts that are submodules of another part. Their weights are stored with the other part."
+    held = {}
+    for name, part in parts.items():
+        for other, module in parts.items():
+            place = _place(part, module)
+            if place:
+                held[name] = f'{other}.{place}'
+    return held
+
+
+def _place(part, module):
+    "Place of `part` among the submodules of `module`; empty if it is none, or the module itself."
+    for place, submodule in module.named_modules():
+        if submodule is part:
+            return place
+    return ''
 
 
 # %% ../nbs/04b_files.ipynb #1001b21a
 def save_run(
-    path,  # folder to make, its last part is the run's name
-    parts,  # name -> nn.Module with a `.config`, the keyword arguments that rebuild it
-    sched: Schedule,  # noise table, or None
-    about,  # recipe, images seen, seconds, hardware, result: anything JSON can hold
-    dtype=torch.float16,  # of the weights on disk
-):
-    "One safetensors file per part and a `run.json`, all or nothing"
+    path: str | Path,  # folder to make; its last part is the run's name
+    parts: dict,  # name -> nn.Module with a `.config`, the keyword arguments that rebuild it
+    sched: Schedule | None,  # noise schedule
+    about: dict,  # recipe, images seen, seconds, hardware, result: anything JSON can hold
+    dtype: torch.dtype = torch.float16,  # of the stored weights
+) -> None:
+    "Write a run: one safetensors file per part, the noise schedule and `run.json`, or nothing."
     path = Path(path)
-    tmp, old = (path.with_name(f'.{path.name}.{o}') for o in (f'{os.getpid()}.tmp', 'old'))
+    tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     held = within(parts)
-    own = {k: m for k, m in parts.items() if k not in held}
-    kinds = {
-        _named(k, path): dict(within=held[k]) if k in held else spec_of(m, f'{path}: {k}')
-        for k, m in parts.items()
-    }
-    ours = dict(name=path.name, parts=kinds, sched=repr(sched), weights=str(dtype))
-    note = json.dumps(ours | about | ours, indent=1, ensure_ascii=False) + '\n'
-    for o in path.parent.glob(f'.{path.name}.*.tmp'):
-        shutil.rmtree(o)  # what a kill left half written
+    run_json = _run_json(path.name, _specs(parts, held, path), sched, about, dtype)
+    for stale in path.parent.glob(f'.{path.name}.*.tmp'):
+        shutil.rmtree(stale)  # a killed process left it
     try:
-        for k, m in own.items():
-            write_tensors(
-                tmp / f'{k}.safetensors',
-                {n: cast(v, dtype, f'{path}: {k}.{n}') for n, v in m.state_dict().items()},
-            )
+        for k, m in parts.items():
+            if k not in held:
+                state = m.state_dict()
+                weights = {n: cast(v, dtype, f'{path}: {k}.{n}') for n, v in state.items()}
+                write_tensors(tmp / f'{k}.safetensors', weights)
         if sched is not None:
             write_tensors(tmp / 'sched.safetensors', dict(beta=sched.beta))
-        with open(tmp / 'run.json', 'w', encoding='utf-8') as f:
-            f.write(note)
-            f.flush()
-            os.fsync(f.fileno())
+        _write(tmp / 'run.json', run_json.encode())
         _fsync(tmp)
-        if path.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            path.rename(old)
-        tmp.rename(path)
-        _fsync(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        _replace_folder(path, tmp)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
 
 
+def _specs(parts, held, path):
+    "For each part how to build it, or its place in another part."
+    specs = {}
+    for k, m in parts.items():
+        _named(k, path)
+        specs[k] = dict(within=held[k]) if k in held else spec_of(m, f'{path}: {k}')
+    return specs
+
+
+def _run_json(name, specs, sched, about, dtype):
+    "Text of `run.json`. Its first four entries come first and cannot be overwritten by `about`."
+    first = dict(name=name, parts=specs, sched=repr(sched), weights=str(dtype))
+    return json.dumps(first | about | first, indent=1, ensure_ascii=False) + '\n'
+
+
+def _replace_folder(path, new):
+    "Rename the folder `new` to `path`. An existing folder is kept under another name until then."
+    old = path.with_name(f'.{path.name}.old')
+    if path.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
+    new.rename(path)
+    _fsync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 # %% ../nbs/04b_files.ipynb #4215938d
 def build(
-    spec,  # module, kind, config, as `spec_of` gives them; may come from a stranger
-    what,  # where it comes from; errors begin with it
+    spec,  # module, kind and config, as `spec_of` returns them; it may come from an unknown source
+    what,  # source of the description; errors begin with it
 ) -> nn.Module:
-    "The network that a `run.json` describes; only this package's own classes are ever called"
+    "The network of a description in `run.json`. Only classes of this package are called."
     match spec:
-        case {'module': str(mod), 'kind': str(kind), 'config': dict(config)}:
-            pass
+        case {'module': str(module), 'kind': str(kind), 'config': dict(config)}:
+            cls = _class_of(module, kind, what)
         case _:
             raise ValueError(f'{what}: a part needs a module, a kind and a config, got {spec!r}')
-    if not mod.startswith('pdae_nb.') or not mod.split('.', 1)[1].isidentifier():
-        raise ValueError(f'{what}: parts must come from pdae_nb, got {mod!r}')
-    try:
-        cls = getattr(importlib.import_module(mod), kind, None)
-    except ImportError as e:
-        raise ValueError(f'{what}: {e}') from e
-    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        raise ValueError(f'{what}: {mod} has no network {kind!r}')
     try:
         return cls(**config)
     except Exception as e:
-        raise ValueError(
-            f'{what}: {kind} cannot be built from {config} ({type(e).__name__}: {e})'
-        ) from e
+        reason = f'{type(e).__name__}: {e}'
+        raise ValueError(f'{what}: {kind} cannot be built from {config} ({reason})') from e
 
 
+def _class_of(module, kind, what):
+    "A network class of this package, by the names of its module and class."
+    package, _, name = module.partition('.')
+    if package != 'pdae_nb' or not name.isidentifier():
+        raise ValueError(f'{what}: parts must come from pdae_nb, got {module!r}')
+    try:
+        cls = getattr(importlib.import_module(module), kind, None)
+    except ImportError as e:
+        raise ValueError(f'{what}: {e}') from e
+    if not isinstance(cls, type) or not issubclass(cls, nn.Module):
+        raise ValueError(f'{what}: {module} has no network {kind!r}')
+    return cls
+
+
+# %% ../nbs/04b_files.ipynb #b792f753
 def _about(path):
-    "What `run.json` says, if it says it in the right form"
+    "Content of `run.json`, if it is a dictionary with parts and a harmless name."
     try:
         about = json.loads((path / 'run.json').read_text('utf-8'))
     except ValueError as e:
         raise ValueError(f'{path}/run.json is not JSON ({e})') from e
     if not isinstance(about, dict) or not isinstance(about.get('parts'), dict):
         raise ValueError(f'{path}/run.json lists no parts')
-    if (n := about.get('name', path.name)) in ('', '..') or n != Path(str(n)).name:
-        raise ValueError(f'{path}/run.json: {n!r} cannot name a run')
+    name = about.get('name', path.name)
+    if name in ('', '..') or name != Path(str(name)).name:
+        raise ValueError(f'{path}/run.json: {name!r} cannot name a run')
     return about
 
 
-# %% ../nbs/04b_files.ipynb #b792f753
+# %% ../nbs/04b_files.ipynb #876b830d
 def from_hub(
-    name,  # user/name
-    log=print,  # where the asking is told
-) -> Path:  # folder in the Hub's cache
-    "A run, or a diffusers model, of the Hugging Face Hub or of its local cache: what it is first, then only its weights"
+    name: str,  # user/name
+    log=print,  # takes a message before the Hub is asked
+) -> Path:  # folder in the cache of the Hub
+    """A run or a diffusers model of the Hugging Face Hub, or of its local cache.
+
+    The descriptions are downloaded first, then only the weights that they name.
+    """
     from huggingface_hub import snapshot_download
 
+    def download(*files):
+        return Path(snapshot_download(str(name), allow_patterns=list(files)))
+
     log(f'{name} is not here; asking the Hugging Face Hub')
-    get = lambda *files: Path(snapshot_download(str(name), allow_patterns=list(files)))
     try:
-        path = get(
-            'run.json',
-            'config.json',
-            'model_index.json',
-            'scheduler_config.json',
-            'unet/config.json',
-            'scheduler/scheduler_config.json',
-        )
+        path = download(*_DESCRIPTIONS)
         if (path / 'run.json').exists():
-            return get(
-                'run.json',
-                'sched.safetensors',
-                *(f'{k}.safetensors' for k in _about(path)['parts']),
-            )
-        for end in ('safetensors', 'bin'):
-            if (
-                (
-                    path := get(
-                        w
-                        := f'{"unet/" if (path / "unet/config.json").exists() else ""}diffusion_pytorch_model.{end}'
-                    )
-                )
-                / w
-            ).exists():
-                break
-        return path
+            weights = [f'{k}.safetensors' for k in _about(path)['parts']]
+            return download('run.json', 'sched.safetensors', *weights)
+        return _diffusers_model(path, download)
     except Exception as e:
+        first_line = str(e).partition('\n')[0][:120]
+        reason = f'{type(e).__name__}: {first_line}'
         raise FileNotFoundError(
-            f'there is no {name} here, and the Hub did not give it either ({type(e).__name__}: {str(e).splitlines()[0][:120]})'
+            f'there is no {name} here, and the Hub did not give it either ({reason})'
         ) from e
 
 
-from_hub.looks_like = lambda name: (
-    bool(re.fullmatch(r'[\w.-]+/[\w.-]+', str(name))) and not Path(name).parent.exists()
+_DESCRIPTIONS = (
+    'run.json',
+    'config.json',
+    'model_index.json',
+    'scheduler_config.json',
+    'unet/config.json',
+    'scheduler/scheduler_config.json',
 )
 
 
+def _diffusers_model(path, download):
+    "Folder with the weights of a diffusers model: safetensors, or else a pickle."
+    folder = 'unet/' if (path / 'unet/config.json').exists() else ''
+    for end in ('safetensors', 'bin'):
+        weights = f'{folder}diffusion_pytorch_model.{end}'
+        path = download(weights)
+        if (path / weights).exists():
+            break
+    return path
+
+
+def _is_hub_name(name):
+    "Whether a text has the form user/name and no folder `user` exists here."
+    form = re.fullmatch(r'[\w.-]+/[\w.-]+', str(name))
+    return form is not None and not Path(name).parent.exists()
+
+
+from_hub.looks_like = _is_hub_name
+
+
+# %% ../nbs/04b_files.ipynb #6631e8e1
 def _find(name):
-    "The folder of a run, by path or by name; while it is being replaced, the old one"
+    "Folder of a run, by path or by name. While a run is being replaced, it is the old folder."
     for path in (Path(name).resolve(), models_dir() / name):
-        for p in (path, path.with_name(f'.{path.name}.old')):
-            if (p / 'run.json').exists():
-                return p
-    have = sorted(p.parent.name for p in models_dir().glob('*/run.json') if p.parent.name[0] != '.')
-    if from_hub.looks_like(name) and (path := from_hub(name)) / 'run.json' in path.iterdir():
-        return path
+        for folder in (path, path.with_name(f'.{path.name}.old')):
+            if (folder / 'run.json').exists():
+                return folder
+    if from_hub.looks_like(name):
+        path = from_hub(name)
+        if (path / 'run.json').exists():
+            return path
+    folders = [path.parent.name for path in models_dir().glob('*/run.json')]
+    have = ', '.join(sorted(k for k in folders if k[0] != '.')) or 'none'
     raise FileNotFoundError(
-        f'no run {str(name)!r}: {models_dir() / name}/run.json is missing. Runs here: {", ".join(have) or "none"}; `pdae train {Path(name).name}` makes one'
+        f'no run {str(name)!r}: {models_dir() / name}/run.json is missing. '
+        f'Runs here: {have}; `pdae train {Path(name).name}` makes one'
     )
 
 
 def load_run(
-    name,  # a run of `data/models`, the path of a run folder, or user/name on the Hugging Face Hub
-):  # namespace: `.sched`, `.recipe`, `.about`, `.path`, and each part, in eval mode, float32
-    "A trained run, ready to use"
+    name: str | Path,  # a run of `data/models`, a folder, or user/name on the Hugging Face Hub
+) -> SimpleNamespace:  # `.sched`, `.recipe`, `.about`, `.path`, and each part by its name
+    "Load a trained run. Its networks are in eval mode and float32."
     path = _find(name)
     about = _about(path)
     run = SimpleNamespace(about=about, recipe=about.get('recipe'), sched=None, path=path)
     if about.get('sched', 'None') != 'None':
-        tensors, _ = read_tensors(path / 'sched.safetensors')
-        if set(tensors) != {'beta'}:
-            raise ValueError(f'{path}/sched.safetensors must hold `beta`, got {sorted(tensors)}')
-        run.sched = Schedule(tensors['beta'])
-    parts = about['parts']
-    held = {
-        k: s['within'] for k, s in parts.items() if isinstance(s, dict) and list(s) == ['within']
-    }
-    for k in parts.keys() - held.keys():
-        f = path / f'{_named(k, path)}.safetensors'
-        m = build(parts[k], path)
-        fill(m, read_tensors(f)[0], f)
-        setattr(run, k, m.eval())
+        run.sched = _load_sched(path / 'sched.safetensors')
+    specs = about['parts']
+    held = {k: spec['within'] for k, spec in specs.items() if _is_held(spec)}
+    own = {k: _load_part(path, k, spec) for k, spec in specs.items() if k not in held}
+    vars(run).update(own)
     for k, place in held.items():
-        o, _, place = str(place).partition('.')
-        try:
-            setattr(
-                run,
-                _named(k, path),
-                getattr(run, o if o in parts.keys() - held.keys() else '').get_submodule(place),
-            )
-        except AttributeError as e:
-            raise ValueError(
-                f'{path}: {k} is said to be {held[k]!r}, which is no part of a part'
-            ) from e
+        setattr(run, _named(k, path), _submodule(own, place, f'{path}: {k}'))
     return run
+
+
+def _load_sched(file):
+    tensors, _ = read_tensors(file)
+    if set(tensors) != {'beta'}:
+        raise ValueError(f'{file} must hold `beta`, got {sorted(tensors)}')
+    return Schedule(tensors['beta'])
+
+
+def _load_part(path, k, spec):
+    "The part `k`, with its weights and in eval mode."
+    file = path / f'{_named(k, path)}.safetensors'
+    m = build(spec, path)
+    fill(m, read_tensors(file)[0], file)
+    return m.eval()
+
+
+def _is_held(spec):
+    "Whether a part is stored with another part, see `within`."
+    return isinstance(spec, dict) and list(spec) == ['within']
+
+
+def _submodule(own, place, what):
+    "The submodule at a place like 'G.dpm', where `G` has weights of its own."
+    other, _, inner = str(place).partition('.')
+    try:
+        return own[other].get_submodule(inner)
+    except (KeyError, AttributeError) as e:
+        raise ValueError(f'{what} is said to be {place!r}, which is no part of a part') from e
 
 
 # %% ../nbs/04b_files.ipynb #09208e79
 class Stopped(Exception):
-    "A run that was asked to stop, and can go on"
+    "A run was asked to stop. The same command continues it."
 
     def __init__(
         self,
-        signum: signal.Signals,  # who asked
-        message,  # what was done about it
+        signum: signal.Signals,  # the signal that asked
+        message: str,  # the reaction, e.g. where the run was saved
     ):
         super().__init__(f'stopped by {signum.name}: {message}')
         self.signum = signum
 
 
 @contextmanager
-def stoppable():
-    "Note SIGTERM and Ctrl-C instead of dying of them; yields the list of the signals that came"
-    got = []
+def stoppable():  # yields the list of the numbers of the received signals
+    "Record SIGTERM and SIGINT (Ctrl-C) instead of ending the process or raising an error."
+    received = []
+
+    def record(signum, frame):
+        received.append(signum)
+
+    previous = {}
     try:
-        old = {
-            s: signal.signal(s, lambda n, _: got.append(n)) for s in (signal.SIGTERM, signal.SIGINT)
-        }
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            previous[signum] = signal.signal(signum, record)
     except ValueError:
-        old = {}  # not in the main thread: nothing to catch
+        pass  # outside the main thread Python does not deliver signals
     try:
-        yield got
+        yield received
     finally:
-        for s, h in old.items():
-            signal.signal(s, h)
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
 
 
 # %% ../nbs/04b_files.ipynb #62c30f6b
 @contextmanager
 def locked(
-    out,  # folder of the run; made if need be
+    out: str | Path,  # folder of the run; made if it does not exist
 ):
-    "One run per folder"
+    "Allow one run per folder, by a file lock. Where Python has no `fcntl`, nothing is locked."
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     with open(out / '.lock', 'w') as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RuntimeError(f'another run is writing to {out}') from None
+        if fcntl is not None:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RuntimeError(f'another run is writing to {out}') from None
         yield

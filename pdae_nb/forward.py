@@ -17,7 +17,8 @@ __all__ = [
 
 # %% ../nbs/01_forward.ipynb #eea6b967
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from operator import index
 
 import torch
@@ -27,11 +28,11 @@ from torch import Tensor
 
 # %% ../nbs/01_forward.ipynb #9fa5b6dd
 class Schedule:
-    "alpha_bar_0 … alpha_bar_T: all that a diffusion model needs to know about time (PDAE Eq. 1, Diff-AE Sec. 2)"
+    "The noise schedule ᾱ_0 … ᾱ_T of a diffusion model (PDAE Eq. 1, Diff-AE Section 2)."
 
     def __init__(
         self,
-        beta,  # beta_1 … beta_T, the noise variance added at each step: (T,), each in (0,1]
+        beta: Sequence[float] | Tensor,  # β_1 … β_T, variance of the noise of each step, in (0,1]
     ):
         beta = torch.as_tensor(beta, dtype=torch.float64)
         if beta.ndim != 1 or not len(beta):
@@ -40,13 +41,10 @@ class Schedule:
             raise ValueError(
                 f'every beta must be in (0,1], got {beta.min():.3g} … {beta.max():.3g}'
             )
-        self.beta = beta  # (T,)
-        self.alpha_bar = torch.cat([
-            beta.new_ones(1),
-            (1 - beta).cumprod(0),
-        ])  # (T+1,), alpha_bar[0] == 1
-        self.T = len(beta)  # number of noisy times
-        self._on = {self.alpha_bar.device: self.alpha_bar}  # a copy for each device that asked
+        self.T = len(beta)  # number of steps
+        self.beta = beta  # float64 (T,)
+        self.alpha_bar = torch.cat([beta.new_ones(1), (1 - beta).cumprod(0)])  # ᾱ_0 = 1; (T+1,)
+        self._on_device = {self.alpha_bar.device: self.alpha_bar}  # one copy per device
 
     def __repr__(self):
         return f'Schedule(T={self.T}, alpha_bar 1 → {self.alpha_bar[-1]:.3g})'
@@ -56,32 +54,36 @@ class Schedule:
 @patch
 def __call__(
     self: Schedule,
-    t: Tensor,  # times in 0…T: int64 (B,)
-) -> Tensor:  # alpha_bar_t: float64 (B,)
-    "Look `alpha_bar` up at `t`, on the device of `t`"
+    t: Tensor,  # timesteps in 0…T: int64 (B,)
+) -> Tensor:  # ᾱ_t: float64 (B,)
+    """ᾱ_t on the device of t.
+
+    A timestep outside 0…T is an error on the CPU. On other devices it gives NaN, because a check
+    would wait for the device.
+    """
     if not torch.is_tensor(t) or t.dtype != torch.int64:
-        raise TypeError(
-            f't must be an int64 tensor of times, got {t.dtype if torch.is_tensor(t) else type(t).__name__}'
-        )
+        got = t.dtype if torch.is_tensor(t) else type(t).__name__
+        raise TypeError(f't must be an int64 tensor of timesteps, got {got}')
     if t.device.type == 'cpu' and t.numel() and not 0 <= t.min() <= t.max() <= self.T:
         raise ValueError(f't must be in 0…{self.T}, got {t.min()} … {t.max()}')
-    if t.device not in self._on:
-        self._on[t.device] = self.alpha_bar.to(t.device)
-    ab = self._on[t.device][t.clamp(0, self.T)]
-    return ab.where(
-        (t >= 0) & (t <= self.T), torch.nan
-    )  # where looking would wait for the GPU, a t outside gives NaN
+    if t.device not in self._on_device:
+        self._on_device[t.device] = self.alpha_bar.to(t.device)
+    alpha_bar = self._on_device[t.device][t.clamp(0, self.T)]
+    return alpha_bar.where((t >= 0) & (t <= self.T), torch.nan)
 
 
 # %% ../nbs/01_forward.ipynb #a6565dbe
 @patch(cls_method=True)
 def linear(
     cls: Schedule,
-    T=1000,  # number of steps
-    lo=1e-4,  # first beta at T=1000; another T rescales both, so that alpha_bar(t/T) stays nearly the same curve
-    hi=2e-2,  # last beta at T=1000
-):
-    "DDPM's table, used for images by PDAE and Diff-AE (Diff-AE Table 5)"
+    T: int = 1000,  # number of steps
+    lo: float = 1e-4,  # β_1 for T=1000
+    hi: float = 2e-2,  # β_T for T=1000
+) -> Schedule:
+    """DDPM's schedule of images: β rises linearly with t (Diff-AE Table 5).
+
+    For another T, all β are multiplied by 1000/T. ᾱ then stays nearly the same function of t/T.
+    """
     return cls(torch.linspace(lo, hi, T, dtype=torch.float64) * 1000 / T)
 
 
@@ -89,10 +91,10 @@ def linear(
 @patch(cls_method=True)
 def constant(
     cls: Schedule,
-    T=1000,  # number of steps
-    beta=8e-3,  # every beta at T=1000
-):
-    "The table of both papers' latent DPMs (Diff-AE Table 6)"
+    T: int = 1000,  # number of steps
+    beta: float = 8e-3,  # every β_t for T=1000; for another T, it is multiplied by 1000/T
+) -> Schedule:
+    "The schedule of the latent DPMs of PDAE and Diff-AE: a constant β (Diff-AE Table 6)."
     return cls(torch.full((T,), beta * 1000 / T, dtype=torch.float64))
 
 
@@ -100,13 +102,12 @@ def constant(
 @patch(cls_method=True)
 def cosine(
     cls: Schedule,
-    T=1000,  # number of steps
-    s=8e-3,  # offset that keeps the first beta away from 0
-):
-    "alpha_bar as a squared cosine, beta at most 0.999 (Nichol and Dhariwal 2021, Eq. 17)"
-    f = torch.cos(
-        (torch.arange(T + 1, dtype=torch.float64) / T + s) / (1 + s) * math.pi / 2
-    ).square()
+    T: int = 1000,  # number of steps
+    s: float = 8e-3,  # offset; it keeps β_1 away from 0
+) -> Schedule:
+    "ᾱ_t = f(t)/f(0), f(t) = cos²(π/2·(t/T+s)/(1+s)), β ≤ 0.999 (Nichol and Dhariwal 2021, Eq. 17)."
+    u = torch.arange(T + 1, dtype=torch.float64) / T
+    f = torch.cos((u + s) / (1 + s) * math.pi / 2).square()
     return cls((1 - f[1:] / f[:-1]).clamp(max=0.999))
 
 
@@ -114,158 +115,177 @@ def cosine(
 @patch(cls_method=True)
 def vp_sde(
     cls: Schedule,
-    T=1000,  # number of points in (0,1]
-    beta_min=0.1,  # noise rate at time 0, 1/time
-    beta_max=20,  # noise rate at time 1, 1/time
-):
-    "ScoreVAE's continuous VP-SDE dx = -β(u)x/2 du + sqrt(β(u)) dw, read at u = t/T (ScoreVAE Eq. 3)"
+    T: int = 1000,  # number of steps
+    beta_min: float = 0.1,  # β(0), noise rate per unit of time
+    beta_max: float = 20,  # β(1), noise rate per unit of time
+) -> Schedule:
+    """ScoreVAE's variance-preserving SDE dx = -β(u)x/2 du + √β(u) dw at u = t/T (ScoreVAE Eq. 3).
+
+    β(u) rises linearly from `beta_min` to `beta_max`, and ᾱ(u) = exp(-∫₀ᵘ β).
+    """
     u = torch.arange(T + 1, dtype=torch.float64) / T
-    log_ab = -(beta_min * u + (beta_max - beta_min) * u**2 / 2)
-    return cls(-torch.expm1(log_ab.diff()))
+    log_alpha_bar = -(beta_min * u + (beta_max - beta_min) * u**2 / 2)
+    return cls(-torch.expm1(log_alpha_bar.diff()))
 
 
 # %% ../nbs/01_forward.ipynb #c546726b
 def snr(
-    sched: Schedule,  # noise table
-    t: Tensor,  # times: int64 (B,)
-) -> Tensor:  # alpha_bar/(1-alpha_bar), float64 (B,); infinite at t=0
-    "Signal-to-noise ratio of x_t, a ratio of variances"
-    ab = sched(t)
-    return ab / (1 - ab)
+    sched: Schedule,  # noise schedule
+    t: Tensor,  # timesteps: int64 (B,)
+) -> Tensor:  # float64 (B,); infinite at t=0
+    "Signal-to-noise ratio of x_t: ᾱ_t/(1-ᾱ_t), a ratio of variances."
+    alpha_bar = sched(t)
+    return alpha_bar / (1 - alpha_bar)
 
 
 # %% ../nbs/01_forward.ipynb #ebe552a1
 def at(
-    coef: Tensor,  # one coefficient per sample: float64 (B,)
-    x: Tensor,  # what it will multiply: floating point (B,...)
+    coef: Tensor,  # one coefficient per sample, or one for all: float64 (B,) or (1,)
+    x: Tensor,  # the data it will multiply: floating point (B,...)
 ) -> Tensor:  # (B,1,...), dtype and device of `x`
-    "A per-sample coefficient, ready to multiply `x`"
+    "Coefficients in the dtype, device and number of axes of the data that they multiply."
     if not x.is_floating_point():
         raise TypeError(
             f'expected floating-point data such as pixel/127.5-1, got {x.dtype}; see `to_signed`'
         )
     if coef.ndim != 1:
-        raise ValueError(
-            f'expected one time per sample, t of shape (B,), got shape {tuple(coef.shape)}'
-        )
+        raise ValueError(f'expected one timestep per sample, (B,), got shape {tuple(coef.shape)}')
     if len(coef) not in (1, len(x)):
-        raise ValueError(f'{len(coef)} times for a batch of {len(x)}')
+        raise ValueError(
+            f'expected one timestep per sample, got {len(coef)} times for a batch of {len(x)}'
+        )
     return coef.to(x).reshape(-1, *[1] * (x.ndim - 1))
 
 
 # %% ../nbs/01_forward.ipynb #1ebfa8ac
 def add_noise(
-    sched: Schedule,  # noise table
-    x0: Tensor,  # clean data: (B,...), images in [-1,1]
-    t: Tensor,  # times: int64 (B,)
+    sched: Schedule,  # noise schedule
+    x0: Tensor,  # clean data: floating point (B,...)
+    t: Tensor,  # timesteps: int64 (B,)
     eps: Tensor,  # unit Gaussian noise, like `x0`
 ) -> Tensor:  # x_t, like `x0`
-    "Draw x_t ~ q(x_t|x_0) in one jump (PDAE Sec. 2.1, below Eq. 1)"
+    "x_t = √ᾱ_t·x_0 + √(1-ᾱ_t)·ε, a sample of q(x_t|x_0) (PDAE Section 2.1)."
     if x0.shape != eps.shape:
         raise ValueError(f'noise of shape {tuple(eps.shape)} for data of shape {tuple(x0.shape)}')
-    ab = sched(t)
-    return at(ab.sqrt(), x0) * x0 + at((1 - ab).sqrt(), x0) * eps
+    alpha_bar = sched(t)
+    return at(alpha_bar.sqrt(), x0) * x0 + at((1 - alpha_bar).sqrt(), x0) * eps
 
 
 # %% ../nbs/01_forward.ipynb #a83ea2c7
 def eps_to_x0(
-    sched: Schedule,  # noise table
-    xt: Tensor,  # noisy data: (B,...)
-    t: Tensor,  # times: int64 (B,)
-    eps: Tensor,  # noise in `xt`, like `xt`
-) -> Tensor:  # the x_0 that this noise implies, like `xt`
-    "Solve the jump for x_0 (Diff-AE Eq. 5)"
-    ab = sched(t)
-    return at(ab.rsqrt(), xt) * xt - at((1 / ab - 1).sqrt(), xt) * eps
+    sched: Schedule,  # noise schedule
+    xt: Tensor,  # noisy data x_t: (B,...)
+    t: Tensor,  # timesteps: int64 (B,)
+    eps: Tensor,  # noise ε in `xt`, like `xt`
+) -> Tensor:  # x_0, like `xt`
+    "x_0 = (x_t - √(1-ᾱ_t)·ε)/√ᾱ_t: `add_noise` solved for x_0 (Diff-AE Eq. 5)."
+    alpha_bar = sched(t)
+    return at(alpha_bar.rsqrt(), xt) * xt - at((1 / alpha_bar - 1).sqrt(), xt) * eps
 
 
 # %% ../nbs/01_forward.ipynb #aaeeb343
 def x0_to_eps(
-    sched: Schedule,  # noise table
-    xt: Tensor,  # noisy data: (B,...)
-    t: Tensor,  # times in 1…T: int64 (B,)
-    x0: Tensor,  # clean data, like `xt`
-) -> Tensor:  # the noise that this x_0 implies, like `xt`
-    "Solve the jump for the noise (PDAE Sec. 2.1); NaN at t=0, where x_t holds none"
-    ab = sched(t)
-    return at((1 - ab).rsqrt(), xt) * xt - at((ab / (1 - ab)).sqrt(), xt) * x0
+    sched: Schedule,  # noise schedule
+    xt: Tensor,  # noisy data x_t: (B,...)
+    t: Tensor,  # timesteps in 1…T: int64 (B,); t=0 gives NaN
+    x0: Tensor,  # clean data x_0, like `xt`
+) -> Tensor:  # ε, like `xt`
+    "ε = (x_t - √ᾱ_t·x_0)/√(1-ᾱ_t): `add_noise` solved for the noise (PDAE Section 2.1)."
+    alpha_bar = sched(t)
+    snr_t = alpha_bar / (1 - alpha_bar)
+    return at((1 - alpha_bar).rsqrt(), xt) * xt - at(snr_t.sqrt(), xt) * x0
 
 
 # %% ../nbs/01_forward.ipynb #b2c66295
 def _now_and_before(sched, t):
-    "alpha_bar at t and at t-1"
-    ab = sched(t)
+    "ᾱ_t and ᾱ_{t-1}, float64 (B,), for timesteps t in 1…T."
+    alpha_bar = sched(t)
     if t.device.type == 'cpu' and (t < 1).any():
         raise ValueError(f'nothing comes before t=0: t must be in 1…{sched.T}, got {t.min()}')
-    return ab, sched(t - 1)
+    return alpha_bar, sched(t - 1)
 
 
 def posterior(
-    sched: Schedule,  # noise table
-    x0: Tensor,  # clean data: (B,...)
-    xt: Tensor,  # noisy data, like `x0`
-    t: Tensor,  # times in 1…T: int64 (B,)
-) -> tuple:  # mean, like `xt`; variance (B,1,...)
-    "The Gaussian q(x_{t-1}|x_t,x_0), its mean μ̃_t and variance β̃_t (PDAE Sec. 3.1, DDPM Eq. 7)"
-    ab, ab1 = _now_and_before(sched, t)
-    a = ab / ab1
-    mean = (
-        at(ab1.sqrt() * (1 - a) / (1 - ab), xt) * x0 + at(a.sqrt() * (1 - ab1) / (1 - ab), xt) * xt
-    )
-    return mean, at((1 - ab1) / (1 - ab) * (1 - a), xt)
+    sched: Schedule,  # noise schedule
+    x0: Tensor,  # clean data x_0: (B,...)
+    xt: Tensor,  # noisy data x_t, like `x0`
+    t: Tensor,  # timesteps in 1…T: int64 (B,)
+) -> tuple[Tensor, Tensor]:  # mean μ̃_t, like `xt`; variance β̃_t: (B,1,...)
+    "Mean and variance of q(x_{t-1}|x_t,x_0) = N(μ̃_t, β̃_t·I) (PDAE Section 3.1, DDPM Eq. 7)."
+    alpha_bar, alpha_bar_prev = _now_and_before(sched, t)
+    alpha = alpha_bar / alpha_bar_prev
+    beta = 1 - alpha
+    x0_coef = alpha_bar_prev.sqrt() * beta / (1 - alpha_bar)
+    xt_coef = alpha.sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar)
+    mean = at(x0_coef, xt) * x0 + at(xt_coef, xt) * xt
+    variance = (1 - alpha_bar_prev) / (1 - alpha_bar) * beta
+    return mean, at(variance, xt)
 
 
 # %% ../nbs/01_forward.ipynb #56547838
 def score_to_eps(
-    sched: Schedule,  # noise table
-    t: Tensor,  # times: int64 (B,)
-    score: Tensor,  # gradient of a log density at x_t, 1/x: (B,...)
-) -> Tensor:  # like `score`, in units of the noise
-    "A score as noise: -sqrt(1-alpha_bar_t)·score (PDAE Eq. 6)"
+    sched: Schedule,  # noise schedule
+    t: Tensor,  # timesteps: int64 (B,)
+    score: Tensor,  # gradient of a log density at x_t: (B,...), in 1/x
+) -> Tensor:  # noise, like `score`
+    "A score as noise: -√(1-ᾱ_t)·score (PDAE Eq. 6)."
     return -at((1 - sched(t)).sqrt(), score) * score
 
 
 # %% ../nbs/01_forward.ipynb #995fdbcc
 def shift_to_eps(
-    sched: Schedule,  # noise table
-    t: Tensor,  # times in 1…T: int64 (B,)
-    score: Tensor,  # gradient of a log density at x_t, 1/x: (B,...)
-) -> Tensor:  # like `score`, in units of the noise
-    "The noise that moves the posterior mean by β̃_t·score: -sqrt(a_t)(1-alpha_bar_{t-1})/sqrt(1-alpha_bar_t)·score (PDAE Eqs 5, 7)"
-    ab, ab1 = _now_and_before(sched, t)
-    return -at((ab / ab1).sqrt() * (1 - ab1) * (1 - ab).rsqrt(), score) * score
+    sched: Schedule,  # noise schedule
+    t: Tensor,  # timesteps in 1…T: int64 (B,)
+    score: Tensor,  # gradient of a log density at x_t: (B,...), in 1/x
+) -> Tensor:  # noise, like `score`
+    """The change of ε that shifts the posterior mean by β̃_t·score (PDAE Eqs 5 and 7).
+
+    It is -√α_t·(1-ᾱ_{t-1})/√(1-ᾱ_t)·score.
+    """
+    alpha_bar, alpha_bar_prev = _now_and_before(sched, t)
+    alpha = alpha_bar / alpha_bar_prev
+    return -at(alpha.sqrt() * (1 - alpha_bar_prev) * (1 - alpha_bar).rsqrt(), score) * score
 
 
 # %% ../nbs/01_forward.ipynb #d323711a
+def _check_timesteps(timesteps, T):
+    changes = [after - before for before, after in pairwise(timesteps)]
+    falling = all(change < 0 for change in changes)
+    rising = all(change > 0 for change in changes)
+    if not changes or not (falling or rising):
+        raise ValueError(f'times must rise or fall strictly, got {str(timesteps)[:80]}')
+    if min(timesteps) < 0 or max(timesteps) > T:
+        raise ValueError(f'times must be in 0…{T}, got {min(timesteps)} … {max(timesteps)}')
+
+
 @patch
 def times(
     self: Schedule,
-    steps,  # how many steps, 1…T; or the times themselves, a strictly monotone sequence in 0…T
-) -> list:  # T … 0: `steps`+1 times, as evenly spaced as integers can be
-    "The times that a sampler visits"
+    steps: int | Iterable[int],  # number of steps, 1…T; or timesteps in 0…T, falling or rising
+) -> list[int]:  # `steps`+1 timesteps T … 0, spaced evenly and rounded; or the given ones
+    "The timesteps that a sampler visits."
     if isinstance(steps, Iterable):
-        ts = [int(t) for t in steps]
-    elif not 1 <= index(steps) <= self.T:
+        timesteps = [int(t) for t in steps]
+        _check_timesteps(timesteps, self.T)
+        return timesteps
+    if not 1 <= index(steps) <= self.T:
         raise ValueError(f'steps must be in 1…{self.T}, got {steps}')
-    else:
-        ts = (
-            torch.linspace(self.T, 0, index(steps) + 1, dtype=torch.float64).round().long().tolist()
-        )
-    d = [b - a for a, b in zip(ts, ts[1:])]
-    if not d or not (all(o < 0 for o in d) or all(o > 0 for o in d)):
-        raise ValueError(f'times must rise or fall strictly, got {str(ts)[:80]}')
-    if min(ts) < 0 or max(ts) > self.T:
-        raise ValueError(f'times must be in 0…{self.T}, got {min(ts)} … {max(ts)}')
-    return ts
+    even = torch.linspace(self.T, 0, index(steps) + 1, dtype=torch.float64)
+    return even.round().long().tolist()
 
 
 # %% ../nbs/01_forward.ipynb #c192502a
 @patch
 def rand_t(
     self: Schedule,
-    n,  # how many times
-    device=None,  # where
+    n: int,  # number of timesteps
+    device: str | torch.device | None = None,  # device of the result
 ) -> Tensor:  # int64 (n,), each uniform on 1…T
-    "Random times for a training batch: each is uniform, and together they cover 1…T evenly, one in each n-th of it"
-    u = (torch.rand((), device=device) + torch.arange(n, device=device) / max(n, 1)) % 1
-    return (u * self.T).long().clamp(max=self.T - 1)[torch.randperm(n, device=device)] + 1
+    """Stratified random timesteps of a training batch.
+
+    1…T is divided into n equal parts. Each part contains one of the timesteps, in random order.
+    """
+    offset = torch.rand((), device=device)
+    u = (offset + torch.arange(n, device=device) / max(n, 1)) % 1
+    t = (u * self.T).long().clamp(max=self.T - 1) + 1
+    return t[torch.randperm(n, device=device)]

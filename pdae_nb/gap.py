@@ -25,17 +25,29 @@ __all__ = [
 # %% ../nbs/06_gap.ipynb #7a8856d2
 import json
 import os
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from .data import load_images, to_signed
+from pdae_nb.train import (
+    RECIPES,
+    TASKS,
+    Recipe,
+    Task,
+    _conditioned,
+    _device,
+    _preview_noise,
+    _test_noise_mse,
+    _whole_lines,
+)
+
+from .data import load_images
 from .denoise import Denoiser, denoising_loss, loss_curve, predict_x0
 from .files import models_dir
 from .forward import Schedule, _now_and_before, add_noise, posterior
 from .sample import sample
-from .train import RECIPES, TASKS, Recipe, Task, noise_mse
 from .unet import UNet, zero
 
 
@@ -43,33 +55,39 @@ from .unet import UNet, zero
 def posterior_gap(
     denoiser: Denoiser,  # (xt,t) -> eps
     x0: Tensor,  # clean data: (B,...)
-    sched: Schedule,  # noise table
-    t: Tensor,  # times in 1…T: int64 (B,)
-    eps: Tensor = None,  # unit Gaussian noise like `x0`, else drawn
+    sched: Schedule,  # noise schedule
+    t: Tensor,  # timesteps in 1…T: int64 (B,)
+    eps: Tensor | None = None,  # Gaussian noise like `x0`; None samples it
 ) -> Tensor:  # squared norm, summed over pixels: (B,)
-    "‖μ̃_t(x_t,x_0) - μ_θ(x_t,t)‖²: how far the mean that the denoiser steps to is from the true one (PDAE Sec. 3.1, Fig. 5)"
+    """The posterior mean gap ‖μ̃_t(x_t,x_0) - μ_θ(x_t,t)‖² (PDAE Sec. 3.1, Fig. 5).
+
+    μ_θ is the posterior mean with the predicted x_0 in the place of x_0.
+    """
     eps = torch.randn_like(x0) if eps is None else eps
     xt = add_noise(sched, x0, t, eps)
-    true, mine = (posterior(sched, o, xt, t)[0] for o in (x0, predict_x0(denoiser, xt, t, sched)))
-    return (true - mine).square().flatten(1).sum(1)
+    x0_hat = predict_x0(denoiser, xt, t, sched)
+    mu, _ = posterior(sched, x0, xt, t)
+    mu_theta, _ = posterior(sched, x0_hat, xt, t)
+    return (mu - mu_theta).square().flatten(1).sum(1)
 
 
 # %% ../nbs/06_gap.ipynb #d3369529
 def gap_factor(
-    sched: Schedule,  # noise table
-    t: Tensor,  # times in 1…T: int64 (B,)
+    sched: Schedule,  # noise schedule
+    t: Tensor,  # timesteps in 1…T: int64 (B,)
 ) -> Tensor:  # float64 (B,)
-    "β_t²/(α_t(1-ᾱ_t)): the gap per unit of ‖eps - eps_θ‖² (PDAE Sec. 3.2, below Eq. 7)"
-    ab, ab1 = _now_and_before(sched, t)
-    a = ab / ab1
-    return (1 - a) ** 2 / (a * (1 - ab))
+    "β_t²/(α_t(1-ᾱ_t)): the gap per unit of ‖eps - eps_θ‖² (PDAE Sec. 3.2, below Eq. 7)."
+    alpha_bar, alpha_bar_before = _now_and_before(sched, t)
+    alpha = alpha_bar / alpha_bar_before
+    beta = 1 - alpha
+    return beta**2 / (alpha * (1 - alpha_bar))
 
 
 # %% ../nbs/06_gap.ipynb #7290f897
 def bar(
-    passes,  # what is worked through
-):  # the same, one by one
-    "A progress bar for what lasts longer than two seconds, in a notebook or a terminal; gone when done"
+    passes: Sequence,  # what is iterated over
+) -> Iterable:  # the same elements
+    "A progress bar for loops of more than two seconds, in a notebook or a terminal."
     from tqdm.auto import tqdm
 
     return tqdm(passes, leave=False, delay=2, disable=None)
@@ -77,56 +95,55 @@ def bar(
 
 # %% ../nbs/06_gap.ipynb #194f8c98
 def gap_curve(
-    denoiser: Denoiser,  # (xt,t) -> eps, or (xt,t,y) -> eps if there is `y`
+    denoiser: Denoiser,  # (xt,t) -> eps, or (xt,t,y) -> eps if `y` is given
     x0: Tensor,  # clean data: (B,...)
-    sched: Schedule,  # noise table
-    ts,  # times in 1…T to look at
-    seed=0,  # of the noise, the same for every t and every denoiser
+    sched: Schedule,  # noise schedule
+    ts: Iterable[int],  # timesteps in 1…T
+    seed: int = 0,  # of the noise, which is the same for every timestep and every denoiser
     *,
-    y: Tensor = None,  # what the denoiser is conditioned on, a row for each sample: (B,...)
-    bs=500,  # samples at a pass
-    progress=bar,  # wraps the list of passes
+    y: Tensor | None = None,  # condition of each sample: (B,...)
+    bs: int = 500,  # samples per forward pass
+    progress: Callable = bar,  # wraps the list of passes
 ) -> Tensor:  # squared norm, summed over pixels: (len(ts), B)
-    "The gap at each time, from the loss at each time: one evaluation serves both (PDAE Fig. 5, right)"
+    "The posterior mean gap at each timestep, computed from the loss (PDAE Fig. 5, right)."
     ts = list(ts)
-    factor = gap_factor(sched, torch.tensor(ts)) * x0[0].numel()
-    return factor[:, None].to(x0) * loss_curve(
-        denoiser, x0, sched, ts, seed, y=y, bs=bs, progress=progress
-    )
+    loss = loss_curve(denoiser, x0, sched, ts, seed, y=y, bs=bs, progress=progress)
+    factor = gap_factor(sched, torch.tensor(ts)) * x0[0].numel()  # the loss is a mean over pixels
+    return factor[:, None].to(x0) * loss
 
 
 # %% ../nbs/06_gap.ipynb #da13f327
 def band(
     v,  # values: (repeats,...)
-    level=0.95,  # how many of such bands are to hold the true mean
-) -> tuple:  # the mean, and half the width of its band: (...); NaN for a single repeat
-    "What repeats tell about their mean: mean ± Student's t × standard error"
+    level: float = 0.95,  # confidence level
+) -> tuple[Tensor, Tensor]:  # mean, and half the width of the interval: (...); NaN for one repeat
+    "Confidence interval of the mean over repeats: mean ± Student's t × standard error."
     from scipy.special import stdtrit
 
     v = torch.as_tensor(v)
     n = len(v)
-    half = (
-        stdtrit(n - 1, (1 + level) / 2).item() * v.std(0) / n**0.5
-        if n > 1
-        else torch.full_like(v[0], torch.nan)
-    )
-    return v.mean(0), half
+    if n < 2:
+        return v.mean(0), torch.full_like(v[0], torch.nan)
+    student_t = stdtrit(n - 1, (1 + level) / 2).item()
+    return v.mean(0), student_t * v.std(0) / n**0.5
 
 
 # %% ../nbs/06_gap.ipynb #31e97a81
 def plot_gap(
-    curves,  # name -> values (repeats, len(ts)), or (len(ts),)
-    ts,  # the times
-    ylabel='gap',  # what is drawn, with its unit
-    ax=None,  # matplotlib axes, else new ones
+    curves: dict,  # name -> values (repeats, len(ts)), or (len(ts),)
+    ts,  # timesteps
+    ylabel: str = 'gap',  # quantity, with its unit
+    ax=None,  # matplotlib axes; None makes them
     **kw,  # for `ax.set`: title, ylim, …
 ):  # the axes
-    "Curves over time on a logarithmic axis, each with a 95 % `band` over its repeats, time by time (PDAE Figs 1 and 5)"
+    "Curves over t on a logarithmic axis, with pointwise 95 % bands (PDAE Figs 1 and 5)."
     import matplotlib.pyplot as plt
 
-    ax = ax or plt.subplots(figsize=(6, 2.8))[1]
+    if ax is None:
+        _, ax = plt.subplots(figsize=(6, 2.8))
     for name, v in curves.items():
-        mean, half = band(torch.atleast_2d(torch.as_tensor(v).cpu()))
+        repeats = torch.atleast_2d(torch.as_tensor(v).cpu())
+        mean, half = band(repeats)
         (line,) = ax.plot(ts, mean, label=name, lw=1.2)
         ax.fill_between(ts, mean - half, mean + half, color=line.get_color(), alpha=0.3, lw=0)
     ax.set(**dict(xlabel='time t', ylabel=ylabel, yscale='log') | kw)
@@ -135,33 +152,42 @@ def plot_gap(
 
 
 # %% ../nbs/06_gap.ipynb #11c29d73
-def as_labels(
-    y,  # a class, a list of them, or an integer tensor
-    n,  # how many are wanted; a single one serves for all
-    classes,  # how many classes there are
-    device=None,  # where they are wanted
-) -> Tensor:  # int64 (n,)
-    "Labels as a network takes them; a clear sentence for any others"
-    y = torch.as_tensor(y)  # looked at where it is, before a GPU gets it
+def _check_labels(y, n, classes):
+    "Raise if `y` is not one label in 0…classes-1, or n of them."
     if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
         raise TypeError(f'labels must be integers in 0…{classes - 1}, got {y.dtype}')
     if y.ndim > 1 or y.numel() not in (1, n):
         raise ValueError(f'expected {n} labels or one for all, got shape {tuple(y.shape)}')
-    look = (
-        y.device.type == 'cpu' and not torch.compiler.is_compiling() and y.numel()
-    )  # there already: looking would wait for it
-    if look and not 0 <= y.min() <= y.max() < classes:
+    # The values of a tensor on a GPU are not checked: reading them would wait for the GPU.
+    if y.device.type != 'cpu' or torch.compiler.is_compiling() or not y.numel():
+        return
+    if not 0 <= y.min() <= y.max() < classes:
         raise ValueError(f'labels must be in 0…{classes - 1}, got {y.min()} … {y.max()}')
+
+
+def as_labels(
+    y,  # a class, a list of classes, or an integer tensor
+    n: int,  # number of labels to return; a single label is repeated
+    classes: int,  # number of classes
+    device=None,  # device of the result; None keeps that of `y`
+) -> Tensor:  # int64 (n,)
+    "Labels as a tensor for a network. Labels that are no classes raise an error."
+    y = torch.as_tensor(y)
+    _check_labels(y, n, classes)
     return y.to(device or y.device).long().reshape(-1).expand(n)
 
 
 # %% ../nbs/06_gap.ipynb #af7cd31c
 class LabelUNet(UNet):
-    "eps_θ(x_t,t,y): a U-Net that is told the class, as a vector added to that of the time (PDAE Fig. 1; silent at birth)"
+    """eps_θ(x_t,t,y): a class-conditional U-Net (PDAE Fig. 1).
+
+    One vector per class is added to the embedding of t. These vectors are zero-initialised, so the
+    untrained network is the unconditional U-Net of the same seed.
+    """
 
     def __init__(
         self,
-        classes=10,  # how many classes there are
+        classes: int = 10,  # number of classes
         **kw,  # for `UNet`: c, ch, mult, size, attn, dt, …
     ):
         super().__init__(**kw)
@@ -171,116 +197,137 @@ class LabelUNet(UNet):
     def forward(
         self,
         xt: Tensor,  # noisy images: float (B,c,size,size)
-        t: Tensor,  # times: (B,), or (1,) for all
+        t: Tensor,  # timesteps: (B,), or (1,) for all
         y: Tensor,  # classes: int64 (B,), or (1,) for all
-    ) -> Tensor:  # the noise in `xt`, like `xt`
-        "Predict the noise, knowing what is in the picture"
+    ) -> Tensor:  # predicted noise, like `xt`
+        "Predict the noise in images of the classes `y`."
         self._check(xt, t, None)
-        e = self.embed(t) + self.label(as_labels(y, len(xt), self.config['classes'], xt.device))
+        y = as_labels(y, len(xt), self.config['classes'], xt.device)
+        e = self.embed(t) + self.label(y)
         return self.up(self.down(xt, e), e).to(xt.dtype)
 
 
 # %% ../nbs/06_gap.ipynb #849c3bb2
 def cdpm_task(
-    r: Recipe,  # its row
+    r: Recipe,  # recipe of the run
 ) -> Task:
-    "A class-conditional DPM: the same loss on the same batches, times and noise as `dpm_task` with that row; only the label differs (PDAE Fig. 1)"
-    images, test, sched = (
-        load_images(r.data, 'train', r.px),
-        load_images(r.data, 'test', r.px),
-        Schedule.linear(),
-    )
+    """A class-conditional DPM (PDAE Fig. 1).
+
+    Loss, initial weights, batches, timesteps and noise equal those of `dpm_task` with this recipe.
+    """
+    images = load_images(r.data, 'train', r.px)
+    test = load_images(r.data, 'test', r.px)
+    sched = Schedule.linear()
     if images.y is None or images.y.ndim > 1:
         raise ValueError(
             f'{r.data} has no classes; a class-conditional DPM needs one label per image'
         )
     net = LabelUNet(len(images.classes), c=images.x.shape[1], size=r.px, **r.net)
-    dev = lambda m: next(m.parameters()).device
-    noise, y64 = (
-        torch.randn(64, *images.x.shape[1:], generator=torch.Generator().manual_seed(r.seed)),
-        torch.arange(64) % len(images.classes),
-    )
+    xT = _preview_noise(r, images)
+    labels = torch.arange(len(xT)) % len(images.classes)
 
     def loss_fn(x0, y):
         t = sched.rand_t(len(x0), x0.device)
-        return denoising_loss(lambda xt, t: net(xt, t, y), x0, sched, t=t, reduce=None), t
+        return denoising_loss(_conditioned(net, y), x0, sched, t=t, reduce=None), t
 
     def result(parts):
-        net = parts['dpm']
-        mse, _ = noise_mse(
-            net, to_signed(test.x[:10_000]).to(dev(net)), sched, y=test.y[:10_000].to(dev(net))
-        )
-        return dict(
-            test_noise_mse=mse.mean().item(),
-            standard_error=(mse.std() / len(mse) ** 0.5).item(),
-            test_images=len(mse),
-        )
+        return _test_noise_mse(parts['dpm'], test, sched, y=test.y)
 
     def preview(parts):
-        net = parts['dpm']
-        return sample(
-            lambda xt, t: net(xt, t, y64.to(xt.device)), noise.to(dev(net)), sched, 20, clip=1.0
-        )
+        dpm = parts['dpm']
+        device = _device(dpm)
+        denoiser = _conditioned(dpm, labels.to(device))
+        return sample(denoiser, xT.to(device), sched, 20, clip=1.0)
 
     return Task(dict(dpm=net), images, loss_fn, result, sched, preview)
 
 
+# %% ../nbs/06_gap.ipynb #e1f4c4ac
 TASKS['cdpm'] = cdpm_task
-for _size in ('smoke', 'lesson', 'paper'):
-    RECIPES['mnist_cdpm', _size] = RECIPES['mnist_dpm', _size]  # data/models/mnist_cdpm/run.json
+
+# %% ../nbs/06_gap.ipynb #fefd3d9b
+for _size in ('smoke', 'lesson', 'paper'):  # result: data/models/mnist_cdpm/run.json
+    RECIPES['mnist_cdpm', _size] = RECIPES['mnist_dpm', _size]
 
 
 # %% ../nbs/06_gap.ipynb #b3ebe73c
+def _windows(values, k):
+    "Sliding windows of k entries of a log, a fifth of a window apart: float64 (k, points, ...)."
+    values = torch.tensor(values, dtype=torch.float64)
+    return values.unfold(0, k, max(1, k // 5)).movedim(-1, 0)
+
+
+def _thousand_images(d, k):
+    "Mean number of images in each window, in thousands."
+    return _windows(d['seen'], k).mean(0) / 1000
+
+
+def _plot_losses(ax, d, k):
+    "Loss of each entry, and its mean in each window."
+    seen = torch.tensor(d['seen']) / 1000
+    for name, colour in (('conditional', 'C1'), ('unconditional', 'C0')):
+        ax.plot(seen, d[name], colour, lw=0.5, alpha=0.4)
+        mean = _windows(d[name], k).mean(0)
+        ax.plot(_thousand_images(d, k), mean, colour, lw=1.2, label=name)
+    ax.set_yscale('log')
+    ax.legend(fontsize=7)
+    ax.set_title('training loss', fontsize=9)
+
+
+def _plot_difference(ax, d, k):
+    "Mean of the paired difference in each window, with its 95 % band."
+    seen = _thousand_images(d, k)
+    mean, half = band(_windows(d['unconditional'], k) - _windows(d['conditional'], k))
+    ax.plot(seen, mean, 'C2', lw=1.2)
+    ax.fill_between(seen, mean - half, mean + half, color='C2', alpha=0.3, lw=0)
+    ax.axhline(0, c='k', ls=':', lw=0.8)
+    ax.set_title('unconditional - conditional', fontsize=9)
+
+
+def _plot_ratio(ax, d, k):
+    "Ratio of the mean losses in each window, for each quarter of the timesteps."
+    conditional = _windows(d['quarters']['conditional'], k).mean(0)  # (points, 4)
+    unconditional = _windows(d['quarters']['unconditional'], k).mean(0)
+    ratio = conditional / unconditional
+    for q, label in enumerate(('0…T/4', 'T/4…T/2', 'T/2…3T/4', '3T/4…T')):
+        ax.plot(_thousand_images(d, k), ratio[:, q], lw=1, label=label)
+    ax.axhline(1, c='k', ls=':', lw=0.8)
+    ax.legend(fontsize=7, title='t', title_fontsize=7, loc='center left', bbox_to_anchor=(1, 0.5))
+    ax.set_title('conditional / unconditional', fontsize=9)
+
+
 def plot_training(
-    d,  # two logs: 'seen' (n,), 'unconditional' and 'conditional' (n,), 'quarters': both by quarters of t (n,4)
-    k=None,  # entries that are averaged to a point; None is a tenth of all
+    d: dict,  # 'seen', 'unconditional', 'conditional': (n,); 'quarters': the two, (n,4) each
+    k: int | None = None,  # entries that are averaged to a point; None is a tenth of all
 ):  # the figure
-    "A pair in training on the same batches, times and noise: losses, paired difference with its 95 % `band`, ratio by quarters of t (PDAE Fig. 1)"
+    """Training of a pair on the same batches, timesteps and noise (PDAE Fig. 1).
+
+    Losses, their paired difference with a 95 % band, and their ratio by quarters of the timesteps.
+    """
     import matplotlib.pyplot as plt
 
-    fig, (a, b, c) = plt.subplots(1, 3, figsize=(8, 2), layout='constrained')
     k = k or max(2, len(d['seen']) // 10)
-    runs = lambda v: (
-        torch.tensor(v, dtype=torch.float64).unfold(0, k, max(1, k // 5)).movedim(-1, 0)
-    )  # (k, points, ...)
-    seen = torch.tensor(d['seen']) / 1000
-    x, names = runs(d['seen']).mean(0) / 1000, ('conditional', 'unconditional')
-    for name, colour in zip(names, ('C1', 'C0')):
-        a.plot(seen, d[name], colour, lw=0.5, alpha=0.4)
-        a.plot(x, runs(d[name]).mean(0), colour, lw=1.2, label=name)
-    mean, half = band(runs(d['unconditional']) - runs(d['conditional']))
-    b.plot(x, mean, 'C2', lw=1.2)
-    b.fill_between(x, mean - half, mean + half, color='C2', alpha=0.3, lw=0)
-    b.axhline(0, c='k', ls=':', lw=0.8)
-    told, untold = (runs(d['quarters'][name]).mean(0) for name in names)  # (points, 4)
-    for v, o in zip((told / untold).T, ('0…T/4', 'T/4…T/2', 'T/2…3T/4', '3T/4…T')):
-        c.plot(x, v, lw=1, label=o)
-    c.axhline(1, c='k', ls=':', lw=0.8)
-    a.set_yscale('log')
-    a.legend(fontsize=7)
-    c.legend(fontsize=7, title='t', title_fontsize=7, loc='center left', bbox_to_anchor=(1, 0.5))
-    for ax, title in zip(
-        (a, b, c), ('training loss', 'unconditional - conditional', 'conditional / unconditional')
-    ):
-        ax.set_title(title, fontsize=9)
+    fig, axs = plt.subplots(1, 3, figsize=(8, 2), layout='constrained')
+    for plot, ax in zip((_plot_losses, _plot_difference, _plot_ratio), axs, strict=True):
+        plot(ax, d, k)
         ax.set_xlabel('thousand images seen')
     return fig
 
 
 # %% ../nbs/06_gap.ipynb #ebf4f5e0
 def results_path(
-    experiment,  # name of the experiment or the run
-    size='lesson',  # smoke, lesson or paper
+    experiment: str,  # name of the experiment or the run
+    size: str = 'lesson',  # smoke, lesson or paper
 ) -> Path:
-    "Where the numbers of a figure or table are kept: data/results/<experiment>/<size>.json"
+    "The file with the numbers of a figure or table: data/results/<experiment>/<size>.json."
     return models_dir().parent / 'results' / experiment / f'{size}.json'
 
 
 def write_json(
     path,  # file to write
-    d,  # anything JSON can hold, without NaN
+    d,  # what JSON can hold, without NaN
 ) -> str:  # the path
-    "Write numbers where a figure will look for them: whole or not at all"
+    "Write a JSON file atomically: a reader finds the whole new file or the old one."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(d, indent=1, allow_nan=False) + '\n'
@@ -298,47 +345,51 @@ def write_json(
 
 # %% ../nbs/06_gap.ipynb #3faf00d3
 def load_results(
-    experiment,  # name of the experiment or the run
-    size='lesson',  # smoke, lesson or paper
+    experiment: str,  # name of the experiment or the run
+    size: str = 'lesson',  # smoke, lesson or paper
 ) -> dict:
-    "The numbers that an experiment left behind"
+    "The numbers of an experiment, from the file that `results_path` names."
     path = results_path(experiment, size)
     if not path.exists():
         raise FileNotFoundError(f'no results {path}; `pdae evaluate` and `pdae stages` make them')
     return json.loads(path.read_text())
 
 
+# %% ../nbs/06_gap.ipynb #c979ffd1
+def _lines_by_images(folder):
+    "The lines of a training log: number of images seen -> line."
+    lines = map(json.loads, _whole_lines(Path(folder) / 'log.jsonl'))
+    return {line['seen']: line for line in lines}
+
+
 def pair_logs(
-    uncond,  # folder of an unconditional DPM's training
-    cond,  # folder of the conditional one's, with the same row and seed
-) -> dict:  # what `plot_training` draws
-    "The common part of two training logs, for PDAE's Figure 1: `write_json(results_path('mnist_cdpm', 'training'), pair_logs(…))`"
-    logs = [
-        {
-            o['seen']: o
-            for o in (
-                json.loads(l)
-                for l in (Path(d) / 'log.jsonl').read_text().splitlines(True)
-                if l.endswith('\n')
-            )
-        }
-        for d in (uncond, cond)
-    ]
-    if len(common := sorted(logs[0].keys() & logs[1].keys())) < 2:
+    uncond,  # folder of the training of an unconditional DPM
+    cond,  # folder of the training of a conditional DPM with the same recipe
+) -> dict:  # argument of `plot_training`
+    """The lines that two training logs have in common, for PDAE's Figure 1.
+
+    The result is stored by `write_json(results_path('mnist_cdpm', 'training'), pair_logs(…))`.
+    """
+    unconditional = _lines_by_images(uncond)
+    conditional = _lines_by_images(cond)
+    common = sorted(unconditional.keys() & conditional.keys())
+    if len(common) < 2:
         raise ValueError(
             f'{uncond} and {cond} have {len(common)} log lines in common, at least 2 are wanted'
         )
-    every = logs[0][common[1]]['step'] - logs[0][common[0]]['step']
-    seen = [
-        n for n in common if logs[0][n]['step'] % every == 0
-    ]  # a stop in between leaves a line of its own
-    both = {k: [log[n] for n in seen] for k, log in zip(('unconditional', 'conditional'), logs)}
+    every = unconditional[common[1]]['step'] - unconditional[common[0]]['step']
+    # A run that was stopped and resumed may have additional lines.
+    seen = [n for n in common if unconditional[n]['step'] % every == 0]
     return dict(
         seen=seen,
-        **{k: [o['loss'] for o in v] for k, v in both.items()},
-        quarters={k: [o['loss_by_t_quarter'] for o in v] for k, v in both.items()},
+        unconditional=[unconditional[n]['loss'] for n in seen],
+        conditional=[conditional[n]['loss'] for n in seen],
+        quarters=dict(
+            unconditional=[unconditional[n]['loss_by_t_quarter'] for n in seen],
+            conditional=[conditional[n]['loss_by_t_quarter'] for n in seen],
+        ),
         images=seen[-1],
-        batch=seen[0] // both['conditional'][0]['step'],
+        batch=seen[0] // conditional[seen[0]]['step'],
         every=every,
     )
 
@@ -347,23 +398,34 @@ def pair_logs(
 FIG1_TIMES = [1, 2, 5, 10, 20, 35, 50, 75, *range(100, 1001, 50)]
 
 
+# %% ../nbs/06_gap.ipynb #8f6a6bcc
+def _losses_of_repeats(denoiser, x0, y, sched, ts, **kw):
+    "Mean `loss_curve` of each repeat, from its own images and the noise of seed i: (repeats, n)."
+    losses = []
+    for i, (images, labels) in enumerate(zip(x0, y, strict=True)):
+        losses.append(loss_curve(denoiser, images, sched, ts, seed=i, y=labels, **kw).mean(1))
+    return torch.stack(losses)
+
+
 @torch.no_grad()
 def compare_losses(
-    cond,  # class-conditional: (xt,t,y) -> eps
-    uncond,  # unconditional: (xt,t) -> eps
+    cond: Callable,  # class-conditional: (xt,t,y) -> eps
+    uncond: Denoiser,  # unconditional: (xt,t) -> eps
     x0: Tensor,  # held-out images: (N,...)
     y: Tensor,  # their classes: int64 (N,)
-    sched: Schedule,  # noise table
-    ts=FIG1_TIMES,  # times to look at
-    repeats=5,  # each with its own share of the images and its own noise
+    sched: Schedule,  # noise schedule
+    ts=FIG1_TIMES,  # timesteps
+    *,
+    repeats: int = 5,  # repeats, each with its share of the images and its own noise
     **kw,  # for `loss_curve`: bs, progress
 ) -> dict:  # 'conditional' and 'unconditional' -> loss (repeats, len(ts))
-    "The loss at each time, with the label and without it, on the same images and noise (PDAE Fig. 1)"
+    "The loss at each timestep with and without the label, on the same data (PDAE Fig. 1)."
     if len(x0) < repeats:
         raise ValueError(f'{repeats} repeats need at least as many images, got {len(x0)}')
-    parts = list(zip(x0.tensor_split(repeats), y.tensor_split(repeats)))
-    curve = lambda f, i, x, y=None: loss_curve(f, x, sched, ts, seed=i, y=y, **kw).mean(1)
+    images = x0.tensor_split(repeats)
+    labels = y.tensor_split(repeats)
+    no_labels = [None] * repeats
     return dict(
-        conditional=torch.stack([curve(cond, i, x, y) for i, (x, y) in enumerate(parts)]),
-        unconditional=torch.stack([curve(uncond, i, x) for i, (x, _) in enumerate(parts)]),
+        conditional=_losses_of_repeats(cond, images, labels, sched, ts, **kw),
+        unconditional=_losses_of_repeats(uncond, images, no_labels, sched, ts, **kw),
     )

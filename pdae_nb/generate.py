@@ -21,119 +21,176 @@ __all__ = [
 # %% ../nbs/13c_generate.ipynb #7261669f
 import hashlib
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .data import cache_dir, load_images, to_signed, to_uint8
-from .evaluate import EVALUATORS, coder_of, dpm_of, noise_for, part_of, size_of, where
+from pdae_nb.evaluate import (
+    EVALUATORS,
+    _provenance,
+    coder_of,
+    dpm_of,
+    noise_for,
+    part_of,
+    size_of,
+    where,
+)
+from pdae_nb.latent import (
+    ZStats,
+    check_codes,
+    encode_all,
+    fit_probe,
+    oversample,
+    passes,
+    sample_z,
+)
+
+from .data import Images, cache_dir, load_images, to_signed, to_uint8
 from .files import fingerprint, load_run, read_tensors, write_tensors
-from .latent import check_codes, encode_all, fit_probe, oversample, passes, sample_z
-from .metrics import features, frechet, frechet_inf, judge_feats, mmd, stats
+from .metrics import Feats, features, frechet, frechet_inf, judge_feats, mmd, stats
 from .pdae import decode, kind_of
 from .sample import sample
 from .scorevae import Posterior, prior_z
-from .train import hardware, versions
 from .unet import autocast, bf16_pays
 
 
 # %% ../nbs/13c_generate.ipynb #9aca6fdf
 def shuffled(
-    images,  # `Images`
-):  # the same in another order, always the same one
-    "So that the first of them are like the rest: MNIST's test set has writers of one kind first, of another last"
-    return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
+    images: Images,  # a dataset
+) -> Images:  # the same images in another order
+    """A dataset in a random order that is always the same one.
+
+    The first images of the result are like the others. In MNIST's test set they are not: it begins
+    with writers of one group and ends with writers of another.
+    """
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    return images[order]
 
 
 # %% ../nbs/13c_generate.ipynb #3febf884
-def _drew(f, net, run, n, seed, steps):
-    "Samples, in bf16 if that is faster, as in training"
+def _sample_images(denoiser, net, run, n, seed, steps):
+    "Images by DDIM, in bf16 where bf16 arithmetic is faster, as in training."
     with autocast(where(net)):
-        return sample(f, noise_for(net, n, seed), run.sched, steps, clip=1.0)
+        return sample(denoiser, noise_for(net, n, seed), run.sched, steps, clip=1.0)
 
 
-def _plain(run, net):
-    return lambda n, seed, steps: (_drew(net, net, run, n, seed, steps), torch.zeros(n, 0))
+def _way_without_codes(run, net):
+    "(n, seed, steps) -> samples of an unconditional DPM, and codes of width 0."
+
+    def way(n, seed, steps):
+        return _sample_images(net, net, run, n, seed, steps), torch.zeros(n, 0)
+
+    return way
+
+
+def _way_with_codes(base, net, codes, **kw):
+    "(n, seed, steps) -> decoded codes, and the codes; `codes` takes the same arguments."
+
+    def way(n, seed, steps):
+        z = codes(n, seed, steps).to(where(net))
+        x = _sample_images(decode(base, z, **kw), net, base, n, seed, steps)
+        return x, z.cpu()
+
+    return way
+
+
+def _codes_of_test_images(base, net):
+    "(n, seed, steps) -> codes of the test images, continued from the start after the last one."
+
+    def codes(n, seed, steps):
+        images = load_images(base.recipe['data'], 'test', net.config['size'])
+        z = encode_all(base.enc, shuffled(images))
+        return z[(seed * n + torch.arange(n)) % len(z)]
+
+    return codes
+
+
+def _codes_in_100_steps(codes):
+    "(n, seed, steps) -> codes in 100 steps, whatever `steps` is."
+
+    def in_100_steps(n, seed, steps):
+        return codes(n, seed, 100)
+
+    return in_100_steps
 
 
 def _by_codes(base, net, new, latent=False):
-    "New codes, or those of test images, decoded in every way that the autoencoder has; `new`: (n, seed, steps) -> codes"
-    where_to = where(net)
+    """All ways to sample images from an autoencoder `base` with the geometry of `net`.
 
-    def way(codes, **kw):
-        return lambda n, seed, steps: (
-            _drew(
-                decode(base, z := codes(n, seed, steps).to(where_to), **kw),
-                net,
-                base,
-                n,
-                seed,
-                steps,
-            ),
-            z.cpu(),
-        )
-
-    def old(n, seed, steps):
-        z = encode_all(
-            base.enc, shuffled(load_images(base.recipe['data'], 'test', net.config['size']))
-        )
-        return z[(seed * n + torch.arange(n)) % len(z)]
-
-    kind, pdae = (
-        kind_of(base) + (', latent DPM' if latent and isinstance(base.enc, Posterior) else ''),
-        kind_of(base) == 'PDAE',
-    )
-    quiet = dict(window=(round(0.3 * base.sched.T), base.sched.T)) if pdae else {}
-    fine = (
-        {f'{kind} + codes in 100 steps': way(lambda n, seed, steps: new(n, seed, 100), **quiet)}
-        if latent
-        else {}
-    )
-    return (
-        ({'DDIM': _plain(base, net)} if pdae else {})
-        | {kind: way(new, **quiet)}
-        | fine
-        | ({f'{kind}, shift to the end': way(new)} if pdae else {})
-        | {f'{kind} + autoencoding': way(old)}
-    )
+    `new`: (n, seed, steps) -> new codes. `latent`: they are samples of a latent DPM.
+    """
+    kind = kind_of(base)
+    name = kind
+    if latent and isinstance(base.enc, Posterior):
+        name = f'{kind}, latent DPM'
+    window = {}
+    ways = {}
+    if kind == 'PDAE':
+        window = dict(window=(round(0.3 * base.sched.T), base.sched.T))  # PDAE Sec. 4.8
+        ways['DDIM'] = _way_without_codes(base, net)
+    ways[name] = _way_with_codes(base, net, new, **window)
+    if latent:
+        codes = _codes_in_100_steps(new)
+        ways[f'{name} + codes in 100 steps'] = _way_with_codes(base, net, codes, **window)
+    if kind == 'PDAE':
+        ways[f'{name}, shift to the end'] = _way_with_codes(base, net, new)
+    old = _codes_of_test_images(base, net)
+    ways[f'{name} + autoencoding'] = _way_with_codes(base, net, old)
+    return ways
 
 
 # %% ../nbs/13c_generate.ipynb #b1af9ba7
+def _networks(run):
+    "All networks of a run."
+    return [getattr(run, k) for k in run.about['parts']]
+
+
+def _ways_of_latent(run, device):
+    "Ways to sample from a latent run and the autoencoder whose codes it generates."
+    base, net = coder_of(run.recipe['net']['run'], device)
+    check_codes(run, base)
+    run.net.to(where(net))
+    run.stats.to(where(net))
+
+    def codes(n, seed, steps):
+        return sample_z(run, n, steps, seed=seed)
+
+    return _by_codes(base, net, codes, latent=True), _networks(base) + _networks(run)
+
+
 def ways(
-    name,  # a DPM, a latent run, or an autoencoder whose codes have a prior
-    device=None,  # cpu or cuda; else the GPU if there is one
-) -> (
-    tuple
-):  # name -> (n, seed, steps) -> images in [-1,1] and codes; and the networks that decide them
-    "All the ways in which a run can draw (PDAE Table 2, Diff-AE Table 4)"
-    run, parts = load_run(name), lambda r: [getattr(r, k) for k in r.about['parts']]
+    name: str | Path,  # a DPM, a latent run, or an autoencoder whose codes have a prior
+    device: str | torch.device | None = None,  # cpu or cuda; None selects the GPU if there is one
+) -> tuple:  # way -> ((n, seed, steps) -> images in [-1,1], codes); and the networks that sample
+    "All ways in which a run samples new images (PDAE Table 2, Diff-AE Table 4)."
+    run = load_run(name)
     if hasattr(run, 'stats'):
-        base, net = coder_of(run.recipe['net']['run'], device)
-        check_codes(run, base)
-        run.net.to(where(net))
-        run.stats.to(where(net))
-        return _by_codes(
-            base, net, lambda n, seed, steps: sample_z(run, n, steps, seed=seed), True
-        ), parts(base) + parts(run)
+        return _ways_of_latent(run, device)
     if isinstance(getattr(run, 'enc', None), Posterior):
         run, net = coder_of(name, device)
-        return _by_codes(run, net, lambda n, seed, steps: prior_z(run.enc, n, seed)), parts(run)
+
+        def codes(n, seed, steps):
+            return prior_z(run.enc, n, seed)
+
+        return _by_codes(run, net, codes), _networks(run)
     run, net = dpm_of(name, device)
-    return {'DDIM': _plain(run, net)}, [net]
+    return {'DDIM': _way_without_codes(run, net)}, [net]
 
 
 # %% ../nbs/13c_generate.ipynb #bca9e672
 class Drawn(NamedTuple):
-    "What is kept of images that were drawn"
+    "What is stored of sampled images."
 
     f: Tensor  # features: (N,D)
     z: Tensor  # codes, of width 0 if there are none: (N,d)
     x: Tensor  # the first few images: uint8 (M,C,H,W)
 
 
-def _kept(path):
+def _stored(path):
+    "The stored samples of a file; None if there is no such file, or no whole one."
     try:
         return Drawn(**read_tensors(path)[0])
     except (OSError, ValueError, TypeError):
@@ -141,64 +198,84 @@ def _kept(path):
 
 
 # %% ../nbs/13c_generate.ipynb #1c1bac30
+def _sample_file(label, nets, feats, *, steps, chunk, keep):
+    "The file of stored samples. Its name is a hash of all that determines the samples."
+    weights = ' '.join(map(fingerprint, nets))
+    devices = {p.device for p in nn.ModuleList(nets).parameters()}
+    bf16 = ' bf16' if any(map(bf16_pays, devices)) else ''
+    key = f'3 {label} {steps} {chunk} {keep} {feats.name} {feats.key} {weights}{bf16}'
+    return cache_dir() / f'drawn-{hashlib.sha256(key.encode()).hexdigest()[:20]}.safetensors'
+
+
+@torch.no_grad()
+def _sample_chunk(way, feats, n, seed, steps, *, label):
+    "Features, codes and pixels of `n` new images."
+    x, z = way(n, seed, steps)
+    bad = (~x.isfinite()).flatten(1).any(1).sum()
+    if bad:
+        raise ValueError(
+            f'{label}, {steps} steps: {bad} of {len(x)} images have NaN or infinite pixels'
+        )
+    return Drawn(feats(x).float().cpu(), z.float(), to_uint8(x).cpu())
+
+
 def drawn(
     way: Callable,  # (n, seed, steps) -> images and codes
-    nets,  # networks that decide what is drawn: their weights name the file
-    label,  # what else names it
-    feats,  # whose features to keep, `Feats`
-    n,  # how many images are wanted
-    steps,  # DDIM steps
+    nets: list,  # networks that determine the samples: their weights enter the file's name
+    label: str,  # what else enters the file's name
+    feats: Feats,  # feature network
+    n: int,  # number of images
+    steps: int,  # DDIM steps
     *,
-    chunk=50,  # images at a time; more are slower on a CPU
-    keep=1000,  # images to keep as pixels
-    log=print,  # where progress is told
+    chunk: int = 50,  # images at a time; a larger number is slower on a CPU
+    keep: int = 1000,  # number of images whose pixels are stored
+    log: Callable = print,  # receives messages about the progress
 ) -> Drawn:  # of the first `n` images
-    "Draw, keep, go on: the same call continues what an earlier one began"
-    key = f'3 {label} {steps} {chunk} {keep} {feats.name} {feats.key} {" ".join(map(fingerprint, nets))}{" bf16" * any(map(bf16_pays, {p.device for o in nets for p in o.parameters()}))}'
-    path = cache_dir() / f'drawn-{hashlib.sha256(key.encode()).hexdigest()[:20]}.safetensors'
-    d = _kept(path)
-    while not d or len(d.f) < n:
-        with torch.no_grad():
-            x, z = way(chunk, len(d.f) // chunk if d else 0, steps)
-        if bad := (~x.isfinite()).flatten(1).any(1).sum():
-            raise ValueError(
-                f'{label}, {steps} steps: {bad} of {len(x)} images have NaN or infinite pixels'
-            )
-        with torch.no_grad():
-            new = Drawn(feats(x).float().cpu(), z.float(), to_uint8(x).cpu())
-        d = Drawn(*map(torch.cat, zip(d, new))) if d else new
-        d = d._replace(x=d.x[:keep])
-        write_tensors(path, d._asdict())
-        if len(d.f) >= n or len(d.f) % 1000 < chunk:
-            log(f'{label}, {steps} steps: {len(d.f)} of {n}')
-    return Drawn(d.f[:n], d.z[:n], d.x[:n])
+    """Sample images and store their features and codes; a later call continues.
+
+    Chunk k is sampled with seed k, so it does not depend on what is stored.
+    """
+    path = _sample_file(label, nets, feats, steps=steps, chunk=chunk, keep=keep)
+    stored = _stored(path)
+    count = len(stored.f) if stored else 0
+    while count < n:
+        new = _sample_chunk(way, feats, chunk, count // chunk, steps, label=label)
+        if stored:
+            new = Drawn(*map(torch.cat, zip(stored, new, strict=True)))
+        stored = new._replace(x=new.x[:keep])
+        count = len(stored.f)
+        write_tensors(path, stored._asdict())
+        if count >= n or count % 1000 < chunk:
+            log(f'{label}, {steps} steps: {count} of {n}')
+    return Drawn(stored.f[:n], stored.z[:n], stored.x[:n])
 
 
 # %% ../nbs/13c_generate.ipynb #4996045c
+def _jackknife_error(values):
+    "Standard error of an estimate, from its values (blocks,) with one block left out each."
+    return ((len(values) - 1) * values.var(correction=0)).sqrt().item()
+
+
 def fid_kid(
-    real,  # features of the real images: (M,D)
-    f: Tensor,  # features of drawn ones: (N,D)
-    blocks=10,  # parts for the standard errors
-) -> (
-    dict
-):  # fid, kid: value and standard error; fid_inf, None if there are too few images for it; n
-    "How near two crowds are (Heusel et al. 2017; Bińkowski et al. 2018; Chong and Forsyth 2020)"
+    real: Tensor,  # features of real images: (M,D)
+    f: Tensor,  # features of generated images: (N,D)
+    blocks: int = 10,  # parts for the standard errors
+) -> dict:  # fid and kid: value and standard error; fid_inf: None if N is too small for it; n
+    """FID, FID extrapolated to infinitely many images, and KID.
+
+    See Heusel et al. 2017, Chong and Forsyth 2020, and Bińkowski et al. 2018.
+    """
     if len(f) < 2 * blocks:
         raise ValueError(f'{blocks} blocks need at least {2 * blocks} images, got {len(f)}')
-    exact, parts = (
-        stats(real),
-        [
-            torch.cat([p for j, p in enumerate(f.tensor_split(blocks)) if j != i])
-            for i in range(blocks)
-        ],
-    )
-    without = torch.tensor([frechet(exact, p) for p in parts]).double()
-    far = (
-        frechet_inf(exact, f) if len(f) // 8 > f.shape[1] else None
-    )  # its smallest sample must fill all directions
+    exact = stats(real)
+    parts = f.tensor_split(blocks)
+    without = [frechet(exact, torch.cat(parts[:i] + parts[i + 1 :])) for i in range(blocks)]
+    error = _jackknife_error(torch.tensor(without).double())
+    # FID∞ fits subsets of N/8 images and more: they must span all D directions.
+    fid_inf = frechet_inf(exact, f) if len(f) // 8 > f.shape[1] else None
     return dict(
-        fid=[frechet(exact, f), ((blocks - 1) * without.var(correction=0)).sqrt().item()],
-        fid_inf=far,
+        fid=[frechet(exact, f), error],
+        fid_inf=fid_inf,
         kid=list(mmd(real[:5000], f[:5000])),
         n=len(f),
     )
@@ -207,217 +284,287 @@ def fid_kid(
 # %% ../nbs/13c_generate.ipynb #328c4aed
 def labelled(
     has: Tensor,  # which training images belong to the class: bool (N,)
-    scenario,  # 'binary': 50 with and 50 without; 'PU': 100 with, and unlabelled ones that count as without
-    seed=0,  # of the choice
-    unlabelled=10_000,  # how many of those
-) -> tuple:  # indices, and what their labels say: bool
-    "The few labels of Diff-AE Sec. 5.6 and PDAE Sec. 4.7; in PU the positives are repeated until both are equally many"
+    scenario: str,  # 'binary' or 'PU'
+    seed: int = 0,  # of the choice
+    unlabelled: int = 10_000,  # number of unlabelled images of 'PU'
+) -> tuple:  # indices of images, and their labels: bool
+    """The few labels of Diff-AE Sec. 5.6 and PDAE Sec. 4.7.
+
+    'binary' has 50 images of the class and 50 others. 'PU' (positive–unlabelled) has 100 images
+    of the class, and unlabelled images that count as others. There the rarer label is repeated
+    until both labels have equal counts.
+    """
     if scenario not in ('binary', 'PU'):
         raise ValueError(f'scenario must be binary or PU, got {scenario!r}')
-    g = torch.Generator().manual_seed(seed)
-    pick = lambda m, k: (i := m.nonzero()[:, 0])[torch.randperm(len(i), generator=g)[:k]]
     k = 50 if scenario == 'binary' else 100
     if has.sum() < k or (~has).sum() < 50:
         raise ValueError(
-            f'{scenario} wants {k} images of the class and 50 others, got {int(has.sum())} and {int((~has).sum())}'
+            f'{scenario} wants {k} images of the class and 50 others, '
+            f'got {int(has.sum())} and {int((~has).sum())}'
         )
-    a = pick(has, k)
-    rest = torch.ones_like(has)
-    rest[a] = False
-    b = pick(~has, k) if scenario == 'binary' else pick(rest, unlabelled)
-    i, said = torch.cat([a, b]), torch.arange(len(a) + len(b)) < len(a)
+    generator = torch.Generator().manual_seed(seed)
+
+    def choose(mask, count):
+        candidates = mask.nonzero()[:, 0]
+        return candidates[torch.randperm(len(candidates), generator=generator)[:count]]
+
+    positive = choose(has, k)
+    if scenario == 'binary':
+        other = choose(~has, k)
+    else:
+        rest = torch.ones_like(has)
+        rest[positive] = False
+        other = choose(rest, unlabelled)
+    i = torch.cat([positive, other])
+    label = torch.arange(len(i)) < len(positive)
     if scenario == 'PU':
-        j = oversample(said, seed)
-        i, said = i[j], said[j]
-    return i, said
+        j = oversample(label, seed)
+        return i[j], label[j]
+    return i, label
 
 
 # %% ../nbs/13c_generate.ipynb #a0fecd6d
 def few_shot(
-    d: Drawn,  # the one drawing
+    d: Drawn,  # generated images
     z: Tensor,  # codes of training images: (N,D)
     f: Tensor,  # their features: (N,E)
     y: Tensor,  # their classes: int64 (N,)
-    stats,  # normalisation of codes
-    classes,  # which ones
-    seeds=(0, 1, 2),  # of the labels and of the rejection; the drawing is one
-) -> dict:  # '<scenario> <class>' -> FIDs of all seeds, numbers accepted, naive FID and floor
-    "FID of each class drawn with few labels; naive: of drawn images of any class; floor: of real ones of it. All of `m` images (PDAE Table 3)"
+    stats: ZStats,  # normalisation of codes
+    classes: Sequence[int],  # classes to evaluate
+    *,
+    seeds: tuple[int, ...] = (0, 1, 2),  # of the choice of labels and of the rejection
+) -> dict:  # '<scenario> <class>' -> m, accepted and fid of each seed, naive and floor
+    """FID of each class, sampled with few labels by rejection (PDAE Table 3).
 
-    def one(scenario, c, seed):
-        i, said = labelled(y == c, scenario, seed)
-        return d.f[passes(fit_probe(z[i], said, stats, C=10 / len(i)).prob(d.z), seed)]
+    A probe, trained on the labelled codes, selects among the generated images `d`. `naive` is the
+    FID of images of any class, `floor` that of real images of the class. All FIDs are of `m`
+    images, the smallest number that any probe accepts.
+    """
 
-    kept = {
-        f'{s} {c}': [one(s, c, seed) for seed in seeds] for s in ('binary', 'PU') for c in classes
-    }
-    m = max(2, min(len(o) for v in kept.values() for o in v))
+    def accepted(scenario, c, seed):
+        i, label = labelled(y == c, scenario, seed)
+        probe = fit_probe(z[i], label, stats, C=10 / len(i))
+        return d.f[passes(probe.prob(d.z), seed)]
+
+    kept = {}
+    for scenario in ('binary', 'PU'):
+        for c in classes:
+            kept[scenario, c] = [accepted(scenario, c, seed) for seed in seeds]
+    counts = {key: [len(o) for o in v] for key, v in kept.items()}
+    m = max(2, min(map(min, counts.values())))
     real = {c: f[y == c] for c in classes}
-    score = lambda c, o: frechet(real[c], o[:m]) if len(o) > 1 else None
-    return {
-        k: dict(
+
+    def fid(c, generated):
+        return frechet(real[c], generated[:m]) if len(generated) > 1 else None
+
+    rows = {}
+    for (scenario, c), v in kept.items():
+        rows[f'{scenario} {c}'] = dict(
             m=m,
-            accepted=[len(o) for o in v],
-            fid=[score(c, o) for o in v],
-            naive=score(c, d.f),
-            floor=score(c, real[c]),
+            accepted=counts[scenario, c],
+            fid=[fid(c, o) for o in v],
+            naive=fid(c, d.f),
+            floor=fid(c, real[c]),
         )
-        for k, v in kept.items()
-        for c in [int(k.split()[1])]
-    }
+    return rows
 
 
 # %% ../nbs/13c_generate.ipynb #73562d9a
 class Near(NamedTuple):
-    "Nearest neighbours"
+    "Nearest neighbours of N vectors."
 
-    d: Tensor  # distances, root mean square per number: (N,)
-    i: Tensor  # which ones: int64 (N,)
-    ratio: Tensor  # distance to the nearest, in distances to the second nearest: (N,), 0 for a copy
+    d: Tensor  # distance to the nearest, root mean square per number: (N,)
+    i: Tensor  # index of the nearest: int64 (N,)
+    ratio: Tensor  # distance to the nearest over distance to the second nearest: (N,)
 
 
 def nearest(
-    x: Tensor,  # some vectors: (N,...)
-    many: Tensor,  # where to look, of the same shape: (M,...), M > 1
-    bs=500,  # at a pass
+    x: Tensor,  # vectors: (N,...)
+    many: Tensor,  # candidates, of the same shape: (M,...), M > 1
+    bs: int = 500,  # vectors at a time
 ) -> Near:
-    "The nearest of many, and how much nearer it is than the next (Yoon et al. 2023)"
+    """The nearest candidate of each vector, and its distance relative to the second nearest.
+
+    The ratio of the distances is 0 for a copy (Yoon et al. 2023).
+    """
     if x.shape[1:] != many.shape[1:] or len(many) < 2:
         raise ValueError(
-            f'nearest wants at least 2 vectors to look among, of the shape of those to look for, got {tuple(many.shape)} for {tuple(x.shape)}'
+            'nearest needs at least 2 candidates, of the shape of the vectors, '
+            f'got {tuple(many.shape)} for {tuple(x.shape)}'
         )
-    x, many = x.flatten(1).float(), many.flatten(1).float()
-    sq = many.square().sum(1)
-    d, i = map(
-        torch.cat,
-        zip(*[
-            (b.square().sum(1, keepdim=True) + sq - 2 * b @ many.T).topk(2, largest=False)
-            for b in x.split(bs)
-        ]),
-    )
-    d = d.clamp(min=0)
-    return Near((d[:, 0] / x.shape[1]).sqrt(), i[:, 0], (d[:, 0] / d[:, 1].clamp(min=1e-30)).sqrt())
+    x = x.flatten(1).float()
+    many = many.flatten(1).float()
+    squares = many.square().sum(1)
+    two_nearest = []
+    for b in x.split(bs):
+        squared_distance = b.square().sum(1, keepdim=True) + squares - 2 * b @ many.T
+        two_nearest.append(squared_distance.topk(2, largest=False))
+    d = torch.cat([o.values for o in two_nearest]).clamp(min=0)
+    i = torch.cat([o.indices for o in two_nearest])
+    ratio = (d[:, 0] / d[:, 1].clamp(min=1e-30)).sqrt()
+    return Near((d[:, 0] / x.shape[1]).sqrt(), i[:, 0], ratio)
 
 
 # %% ../nbs/13c_generate.ipynb #5f11d8d5
 def nearer_share(
-    d: Tensor,  # distances of drawn images to their nearest training images, or ratios: (N,)
+    d: Tensor,  # distances, or ratios, of generated images to training images: (N,)
     held: Tensor,  # the same of held-out images: (M,)
-    share=0.05,  # of the held-out ones that is nearest
-    boots=1000,  # resamplings, for the interval
-    seed=0,  # of the resampling
-) -> dict:  # share of the drawn ones that is nearer than these, with its 95 % interval; ratio of the medians
-    "About `share` if drawn images are like held-out ones; more if they are copied, or, by distance, merely typical"
-    g = torch.Generator().manual_seed(seed)
-    again = lambda v: v[torch.randint(len(v), (len(v),), generator=g)]
-    at = lambda d, h: (d < h.quantile(share)).double().mean().item()
-    b = torch.tensor([at(again(d), again(held)) for _ in range(boots)]).double()
+    share: float = 0.05,  # of the held-out images, which sets the threshold
+    boots: int = 1000,  # bootstrap samples, for the interval
+    seed: int = 0,  # of the bootstrap
+) -> dict:  # expected and measured share, 95 % interval, ratio of the medians, n
+    """Share of generated images that are nearer than the nearest held-out images.
+
+    The threshold is the quantile `share` of the held-out images. The result is near `share` if
+    generated images are like held-out ones. It is larger if they are copies. For distances, it is
+    also larger if they are typical images.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def resampled(v):
+        return v[torch.randint(len(v), (len(v),), generator=generator)]
+
+    def nearer(d, held):
+        return (d < held.quantile(share)).double().mean().item()
+
+    shares = torch.tensor([nearer(resampled(d), resampled(held)) for _ in range(boots)]).double()
     return dict(
         expected=share,
-        nearer=at(d, held),
-        interval=b.quantile(torch.tensor([0.025, 0.975]).double()).tolist(),
+        nearer=nearer(d, held),
+        interval=shares.quantile(torch.tensor([0.025, 0.975]).double()).tolist(),
         median_ratio=(d.median() / held.median()).item(),
         n=len(d),
     )
 
 
 # %% ../nbs/13c_generate.ipynb #bb56b80d
+def _vectors(d, space):
+    "The vectors that stand for images in a space: pixels, features or codes."
+    if space == 'pixels':
+        return to_signed(d.x)
+    return d.f if space == 'features' else d.z
+
+
 def memorisation(
-    d: Drawn,  # the drawing
-    train,
-    test,  # features, codes and images (uint8) of the training images, and of held-out ones: a `Drawn` each
-    m=1000,  # images to look at
-) -> dict:  # pixels, features, codes -> what `nearer_share` says of distances and of ratios; the share of ratios below 1/3, and the least ratio
-    "Nearest neighbours in three spaces, against those of held-out images (Diff-AE Fig. 9)"
-    spaces = dict(pixels=lambda o: to_signed(o.x), features=lambda o: o.f, codes=lambda o: o.z)
-    near = {k: [nearest(of(o)[:m], of(train)) for o in (d, test)] for k, of in spaces.items()}
-    return {
-        k: dict(
-            distance=nearer_share(a.d, b.d),
-            ratio=nearer_share(a.ratio, b.ratio),
-            third=(a.ratio < 1 / 3).double().mean().item(),
-            least=a.ratio.min().item(),
+    d: Drawn,  # generated images
+    train: Drawn,  # training images
+    test: Drawn,  # held-out images
+    m: int = 1000,  # number of images to compare
+) -> dict:  # pixels, features, codes -> distance, ratio, third and least
+    """Nearest training images, of generated and of held-out images (Diff-AE Fig. 9).
+
+    `distance` and `ratio` are results of `nearer_share`. `third` is the share of generated
+    images with a ratio below 1/3, and `least` is the smallest ratio.
+    """
+    rows = {}
+    for space in ('pixels', 'features', 'codes'):
+        training = _vectors(train, space)
+        generated = nearest(_vectors(d, space)[:m], training)
+        held_out = nearest(_vectors(test, space)[:m], training)
+        rows[space] = dict(
+            distance=nearer_share(generated.d, held_out.d),
+            ratio=nearer_share(generated.ratio, held_out.ratio),
+            third=(generated.ratio < 1 / 3).double().mean().item(),
+            least=generated.ratio.min().item(),
         )
-        for k, (a, b) in near.items()
-    }
+    return rows
 
 
 # %% ../nbs/13c_generate.ipynb #82b63603
-def _about_codes(run, base, net, d, real, eyes, ns):
-    "What the one drawing says of few labels and of copies"
-    norm = lambda z: run.stats.norm(z.to(run.stats.mean)).cpu()
-    images, held = (
-        load_images(base.recipe['data'], s, net.config['size']) for s in ('train', 'test')
-    )
-    held, y = shuffled(held), images.y
-    train, test = (
-        Drawn(real, encode_all(base.enc, images), images.x),
-        Drawn(features(eyes, held), encode_all(base.enc, held), held.x),
-    )
+def _real_images(base, net, real, feats):
+    "Training and held-out images as `Drawn`, and the training labels; `real`: training features."
+    images = load_images(base.recipe['data'], 'train', net.config['size'])
+    held = shuffled(load_images(base.recipe['data'], 'test', net.config['size']))
+    train = Drawn(real, encode_all(base.enc, images), images.x)
+    test = Drawn(features(feats, held), encode_all(base.enc, held), held.x)
+    return train, test, images.y
+
+
+def _about_codes(run, d, train, test, y, ns):
+    "FIDs of test images, memorisation and few-shot FIDs, for the generated images `d`."
+
+    def normalised(o):
+        return o._replace(z=run.stats.norm(o.z.to(run.stats.mean)).cpu())
+
     out = dict(
         floor={str(n): fid_kid(train.f, test.f[:n]) for n in sorted(ns)},
-        copies=memorisation(*(o._replace(z=norm(o.z)) for o in (d, train, test))),
+        copies=memorisation(normalised(d), normalised(train), normalised(test)),
     )
     if y is not None and y.ndim == 1 and (y.bincount() >= 100).all():
-        out['few_shot'] = few_shot(d, train.z, train.f, y, run.stats.cpu(), range(int(y.max()) + 1))
+        classes = range(int(y.max()) + 1)
+        out['few_shot'] = few_shot(d, train.z, train.f, y, run.stats.cpu(), classes)
     return out
 
 
 # %% ../nbs/13c_generate.ipynb #07d76f27
+def _check_row_length(n, steps, calls):
+    "Each row needs at least 20 images for its FID."
+    affordable = calls // max(steps)
+    fewest = min(n, affordable)
+    if fewest < 20:
+        raise ValueError(
+            f'a row of {fewest} images is too short for FIDs: n is {n}, '
+            f'and {calls:,} calls are {affordable} images of {max(steps)} steps'
+        )
+
+
+def _best_codes(samples, ways, steps):
+    "The row with codes in 100 steps that has most images, and of those the most steps."
+    way = next(way for way in ways if 'codes in' in way)
+    candidates = [f'{way} {s}' for s in sorted(steps, reverse=True)]
+    return max(candidates, key=lambda name: len(samples[name].f))
+
+
 def evaluate_latent(
-    name,  # a latent run, or a DPM
-    n=1000,  # images for each row of the table
-    steps=(10, 20, 50, 100),  # DDIM steps, for images and, but in one row, for codes
-    judge='mnist_judge',  # run with a classifier of clean images: the eyes
-    device=None,  # cpu or cuda; else the GPU if there is one
-    log=print,  # where progress is told
-    chunk=50,  # images at a time; more are slower on a CPU, faster on a GPU
+    name: str | Path,  # a latent run, or a DPM
+    n: int = 1000,  # images for each row of the table
+    steps: tuple[int, ...] = (10, 20, 50, 100),  # DDIM steps, for images and most rows' codes
+    judge: str | Path = 'mnist_judge',  # run of an evaluation classifier: the feature network
+    device: str | torch.device | None = None,  # cpu or cuda; None selects the GPU if there is one
+    log: Callable = print,  # receives messages about the progress
     *,
-    calls=10
-    ** 9,  # network calls that a row may cost: more steps get fewer images, in whole chunks; the fewest steps get all `n`
+    chunk: int = 50,  # images at a time; a larger number is slower on a CPU, faster on a GPU
+    calls: int = 10**9,  # network calls of a row; the row of the fewest steps is not limited
 ) -> dict:  # numbers, ready for JSON
-    "FID of every way to draw, few-shot classes, and copies (PDAE Tables 2 and 3, Diff-AE Tables 3 and 4, Fig. 9)"
-    (ways_, nets), (_, jury), run, t0 = (
-        ways(name, device),
-        part_of(judge, 'judge', device),
-        load_run(name),
-        time.time(),
-    )
-    eyes, latent = judge_feats(jury, Path(judge).name), hasattr(run, 'stats')
+    """FID of all ways to sample, few-shot FIDs, and memorisation.
+
+    See PDAE Tables 2 and 3, and Diff-AE Tables 3 and 4 and Fig. 9. A row of s steps has
+    min(n, calls // s) images.
+    """
+    ways_, nets = ways(name, device)
+    _, jury = part_of(judge, 'judge', device)
+    run = load_run(name)
+    t0 = time.time()
+    feats = judge_feats(jury, Path(judge).name)
+    latent = hasattr(run, 'stats')
     base, net = coder_of(run.recipe['net']['run'], device) if latent else dpm_of(name, device)
     if jury.config['c'] != net.config['c']:
         raise ValueError(
-            f'{judge} looks at images of {jury.config["c"]} channels, {name} draws {net.config["c"]}'
+            f'the evaluation classifier {judge} takes images of {jury.config["c"]} channels, '
+            f'but {name} generates images of {net.config["c"]} channels'
         )
-    if (few := min(n, calls // max(steps))) < 20:
-        raise ValueError(
-            f'a row of {few} images is too short for FIDs: n is {n}, and {calls:,} calls are {calls // max(steps)} images of {max(steps)} steps'
-        )
-    got = {
-        f'{w} {s}': drawn(
-            f, nets, w, eyes, n if s == min(steps) else min(n, calls // s), s, chunk=chunk, log=log
-        )
-        for s in steps
-        for w, f in ways_.items()
-    }
-    real = features(eyes, load_images(base.recipe['data'], 'train', net.config['size']))
-    d = dict(table={k: fid_kid(real, o.f) for k, o in got.items()}, feats=eyes.name, real=len(real))
+    _check_row_length(n, steps, calls)
+    samples = {}
+    for s in steps:
+        count = n if s == min(steps) else min(n, calls // s)
+        for label, way in ways_.items():
+            row = drawn(way, nets, label, feats, count, s, chunk=chunk, log=log)
+            samples[f'{label} {s}'] = row
+    real = features(feats, load_images(base.recipe['data'], 'train', net.config['size']))
+    table = {k: fid_kid(real, o.f) for k, o in samples.items()}
+    d = dict(table=table, feats=feats.name, real=len(real))
     if latent:
-        own = next(w for w in ways_ if 'codes in' in w)
-        k = max(
-            (f'{own} {s}' for s in sorted(steps, reverse=True)), key=lambda k: len(got[k].f)
-        )  # the best codes; the largest drawing, of the most steps
-        d |= _about_codes(
-            run, base, net, got[k], real, eyes, {len(o.f) for o in got.values()}
-        ) | dict(drawing=k)
-    return d | dict(
-        run=run.about['name'],
-        size=size_of(run),
-        seconds=round(time.time() - t0),
-        hardware=hardware(where(net)),
-        versions=versions(),
-        result=run.about['result'],
+        drawing = _best_codes(samples, ways_, steps)
+        train, test, y = _real_images(base, net, real, feats)
+        ns = {len(o.f) for o in samples.values()}
+        d |= _about_codes(run, samples[drawing], train, test, y, ns) | dict(drawing=drawing)
+    return (
+        d
+        | dict(run=run.about['name'], size=size_of(run))
+        | _provenance(where(net), t0)
+        | dict(result=run.about['result'])
     )
 
 
+# %% ../nbs/13c_generate.ipynb #c43c81fe
 EVALUATORS['net', 'stats'] = evaluate_latent

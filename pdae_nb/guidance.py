@@ -23,12 +23,13 @@ __all__ = [
 # %% ../nbs/07_guidance.ipynb #1bce4b81
 import json
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
-from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .data import load_images, to_signed
@@ -36,39 +37,50 @@ from .denoise import Denoiser
 from .forward import Schedule, add_noise, at, score_to_eps
 from .gap import as_labels, bar, write_json
 from .sample import sample
-from .train import RECIPES, TASKS, Recipe, Task
+from .train import RECIPES, TASKS, Recipe, Task, _device, _json
 from .unet import HalfUNet, norm
 
 
 # %% ../nbs/07_guidance.ipynb #50ffbeee
+def _differentiable(xt, keep_graph):
+    "A tensor like `xt` that requires a gradient, connected to the graph of `xt` if it is kept."
+    if xt.is_inference():
+        x = xt.clone()
+    elif keep_graph and xt.requires_grad:
+        x = xt.view_as(xt)
+    else:
+        x = xt.detach()
+    return x.requires_grad_()
+
+
 def grad_log(
-    log_prob,  # xt -> log densities in nats, one per sample: (B,)
-    xt: Tensor,  # where: (B,...)
+    log_prob: Callable,  # xt -> log densities in nats, one per sample: (B,)
+    xt: Tensor,  # points: (B,...)
 ) -> Tensor:  # the score ∇_xt log p, 1/x, like `xt`
-    "The gradient of a log density: differentiable inside a loss, cheap inside a sampler; neither `xt` nor the grad mode is touched (PDAE Sec. 2.3)"
-    graph = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    """The gradient of a log density (PDAE Sec. 2.3).
+
+    With gradients enabled, the score is differentiable. Without, no graph is kept. Neither `xt` nor
+    the grad mode of the caller is changed.
+    """
+    keep_graph = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     with torch.inference_mode(False), torch.enable_grad():
-        x = (
-            xt.clone()
-            if xt.is_inference()
-            else xt.view_as(xt)
-            if graph and xt.requires_grad
-            else xt.detach()
-        ).requires_grad_()
+        x = _differentiable(xt, keep_graph)
         log_p = log_prob(x)
         if log_p.shape != x.shape[:1]:
             raise ValueError(
-                f'log_prob must return one number per sample, shape ({len(x)},), got {tuple(log_p.shape)}'
+                f'log_prob must return one number per sample, shape ({len(x)},), '
+                f'got {tuple(log_p.shape)}'
             )
-        return torch.autograd.grad(log_p.sum(), x, create_graph=graph)[0]
+        (score,) = torch.autograd.grad(log_p.sum(), x, create_graph=keep_graph)
+        return score
 
 
 # %% ../nbs/07_guidance.ipynb #3b53b39d
 def check_window(
-    window,  # (t1,t2): the stage t1 < t <= t2
-    sched: Schedule,  # noise table
-) -> tuple:  # the same
-    "A stage of the process, or a clear sentence"
+    window: tuple[int, int],  # (t1,t2): the stage t1 < t <= t2
+    sched: Schedule,  # noise schedule
+) -> tuple[int, int]:  # (t1,t2)
+    "A stage of the diffusion process, checked to be within 0…T."
     t1, t2 = window
     if not 0 <= t1 < t2 <= sched.T:
         raise ValueError(f'a window is (t1, t2) with 0 <= t1 < t2 <= {sched.T}, got ({t1}, {t2})')
@@ -77,14 +89,18 @@ def check_window(
 
 # %% ../nbs/07_guidance.ipynb #66c01650
 def guided(
-    eps_and_score,  # (xt,t) -> eps, score
-    sched: Schedule,  # noise table
-    scale=1.0,  # strength: 1 is Bayes' rule, 0 no guidance
-    window=None,  # (t1,t2): guide only where t1 < t <= t2; None is everywhere
-    to_eps=score_to_eps,  # how a score becomes noise: `score_to_eps` (Eq. 6) or `shift_to_eps` (Eqs 5, 7)
-    unguided: Denoiser = None,  # (xt,t) -> eps alone, for times outside the window: there the score need not be computed
+    eps_and_score: Callable,  # (xt,t) -> eps, score
+    sched: Schedule,  # noise schedule
+    scale: float = 1.0,  # guidance scale: 1 is Bayes' rule, 0 no guidance
+    window: tuple[int, int] | None = None,  # (t1,t2): guide where t1 < t <= t2; None: everywhere
+    to_eps: Callable = score_to_eps,  # `score_to_eps` (Eq. 6) or `shift_to_eps` (Eqs 5, 7)
+    unguided: Denoiser | None = None,  # (xt,t) -> eps, used where no sample is in the window
 ) -> Denoiser:
-    "Bayes' rule for scores as a denoiser: eps + scale·to_eps(score) (PDAE Eq. 6; with `window` the mixed sampling of Fig. 3)"
+    """Bayes' rule for scores: the denoiser eps + scale·to_eps(score) (PDAE Eq. 6).
+
+    With a window this is the mixed sampling of PDAE's Figure 3. With `unguided`, the score is not
+    computed outside the window.
+    """
     t1, t2 = check_window(window or (0, sched.T), sched)
 
     def denoiser(xt, t):
@@ -96,27 +112,30 @@ def guided(
             raise ValueError(
                 f'the score has shape {tuple(score.shape)}, the noise {tuple(eps.shape)}'
             )
-        push = at(scale * torch.ones_like(inside, dtype=torch.float64), eps) * to_eps(
-            sched, t, score
-        )
-        return torch.where(inside.reshape(-1, *[1] * (eps.ndim - 1)), eps + push, eps)
+        scales = scale * torch.ones_like(inside, dtype=torch.float64)
+        guidance = at(scales, eps) * to_eps(sched, t, score)
+        inside = inside.reshape(-1, *[1] * (eps.ndim - 1))
+        return torch.where(inside, eps + guidance, eps)
 
     return denoiser
 
 
 # %% ../nbs/07_guidance.ipynb #3b0d0943
 class NoisyClassifier(HalfUNet):
-    "log p_φ(y|x_t): the first half of a U-Net, its last feature map averaged, and a linear layer (PDAE Sec. 2.3)"
+    """log p_φ(y|x_t): a classifier of noisy images (PDAE Sec. 2.3).
+
+    The first half of a U-Net, the mean of its last feature map over the pixels, a linear layer.
+    """
 
     def __init__(
         self,
-        c=1,  # channels of the image
-        ch=32,  # channels of the first feature map
-        mult=(1, 2, 3),  # channels of each level, in units of `ch`
-        size=28,  # height and width of the image, pixels
-        classes=10,  # how many classes there are
+        c: int = 1,  # channels of the image
+        ch: int = 32,  # channels of the first feature map
+        mult: tuple = (1, 2, 3),  # channels of each level, in units of `ch`
+        size: int = 28,  # height and width of the image, pixels
+        classes: int = 10,  # number of classes
         *,
-        groups=32,  # groups of each norm
+        groups: int = 32,  # groups of each norm
         **kw,  # for `Down`: n_res=2, attn, drop, heads, twice
     ):
         super().__init__(c, ch, mult, size, groups=groups, **kw)
@@ -124,34 +143,27 @@ class NoisyClassifier(HalfUNet):
         self.out = nn.Sequential(norm(self.down.chs[-1], groups), nn.SiLU())
         self.head = nn.Linear(self.down.chs[-1], classes)
 
+    def forward(
+        self,
+        xt: Tensor,  # noisy images: float (B,c,size,size)
+        t: Tensor,  # timesteps in 0…T: (B,)
+    ) -> Tensor:  # logits: (B,classes)
+        "Logits of the classes."
+        features = self.out(self.deepest(xt, t)).mean((2, 3))
+        return self.head(features).to(xt.dtype)
 
-# %% ../nbs/07_guidance.ipynb #95ab40e2
-@patch
-def forward(
-    self: NoisyClassifier,
-    xt: Tensor,  # noisy images: float (B,c,size,size)
-    t: Tensor,  # times in 0…T: (B,)
-) -> Tensor:  # logits: (B,classes)
-    return self.head(self.out(self.deepest(xt, t)).mean((2, 3))).to(xt.dtype)
-
-
-# %% ../nbs/07_guidance.ipynb #0ddf2321
-@patch
-def log_p(
-    self: NoisyClassifier,
-    xt: Tensor,  # noisy images: (B,c,size,size)
-    t: Tensor,  # times: int64 (B,)
-    y: Tensor = None,  # classes: int64 (B,), or (1,) for all
-) -> Tensor:  # nats: (B,classes), or (B,) if `y` is given
-    "log p(y|x_t), as `GaussianMixture.log_p` says it for the mixture"
-    log_p = self(xt, t).log_softmax(-1)
-    return (
-        log_p
-        if y is None
-        else log_p.gather(1, as_labels(y, len(xt), self.config['classes'], xt.device)[:, None])[
-            :, 0
-        ]
-    )
+    def log_p(
+        self,
+        xt: Tensor,  # noisy images: (B,c,size,size)
+        t: Tensor,  # timesteps: int64 (B,)
+        y: Tensor | None = None,  # classes: int64 (B,), or (1,) for all
+    ) -> Tensor:  # nats: (B,classes), or (B,) if `y` is given
+        "log p(y|x_t), with the arguments of `GaussianMixture.log_p`."
+        log_p = self(xt, t).log_softmax(-1)
+        if y is None:
+            return log_p
+        y = as_labels(y, len(xt), self.config['classes'], xt.device)
+        return log_p.gather(1, y[:, None])[:, 0]
 
 
 # %% ../nbs/07_guidance.ipynb #8fd503f3
@@ -159,53 +171,57 @@ def classifier_loss(
     clf,  # has `log_p(xt,t,y)`
     x0: Tensor,  # clean images: (B,...)
     y: Tensor,  # their classes: int64 (B,)
-    sched: Schedule,  # noise table
+    sched: Schedule,  # noise schedule
     *,
-    t: Tensor = None,  # times: int64 (B,), else drawn
-    eps: Tensor = None,  # noise like `x0`, else drawn
-    reduce=torch.mean,  # over the batch; None keeps one loss per sample (B,)
+    t: Tensor | None = None,  # timesteps: int64 (B,); None samples them
+    eps: Tensor | None = None,  # noise like `x0`; None samples it
+    reduce: Callable | None = torch.mean,  # over the batch; None keeps one loss per sample (B,)
 ) -> Tensor:  # nats
-    "Cross-entropy on noisy images, -log p(y|x_t) (PDAE Sec. 2.3)"
+    "Cross-entropy of a classifier on noisy images, -log p(y|x_t) (PDAE Sec. 2.3)."
     t = sched.rand_t(len(x0), x0.device) if t is None else t
     eps = torch.randn_like(x0) if eps is None else eps
-    loss = -clf.log_p(add_noise(sched, x0, t, eps), t, y)
+    xt = add_noise(sched, x0, t, eps)
+    loss = -clf.log_p(xt, t, y)
     return loss if reduce is None else reduce(loss)
 
 
 # %% ../nbs/07_guidance.ipynb #89f9eb5b
+def _accuracy(clf, passes, sched, t):
+    "Accuracy at one timestep; a pass consists of clean images, their classes, and noise."
+    right = []
+    for x0, y, eps in passes:
+        times = torch.full((len(x0),), t, device=x0.device)
+        xt = add_noise(sched, x0, times, eps)
+        right.append(clf.log_p(xt, times).argmax(1) == y)
+    return torch.cat(right).double().mean()
+
+
 @torch.no_grad()
 def classifier_accuracy(
     clf,  # has `log_p(xt,t)`
-    x0: Tensor,  # clean images: (B,...)
-    y: Tensor,  # their classes: int64 (B,)
-    sched: Schedule,  # noise table
-    ts,  # times in 0…T to look at
-    seed=0,  # of the noise, the same for every t
-    bs=500,  # images at a pass
-) -> Tensor:  # share that it gets right: float64 (len(ts),)
-    "How long a label can be read as the noise rises"
-    eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed), dtype=x0.dtype).to(
-        x0.device
-    )
-
-    def right(t, x0, y, eps):
-        t = torch.full((len(x0),), t, device=x0.device)
-        return clf.log_p(add_noise(sched, x0, t, eps), t).argmax(1) == y
-
-    parts = list(zip(x0.split(bs), y.split(bs), eps.split(bs)))
-    return torch.stack([torch.cat([right(t, *p) for p in parts]).double().mean() for t in ts])
+    x0: Tensor,  # clean images: (N,...)
+    y: Tensor,  # their classes: int64 (N,)
+    sched: Schedule,  # noise schedule
+    ts,  # timesteps in 0…T
+    *,
+    seed: int = 0,  # of the noise, which is the same for every timestep
+    bs: int = 500,  # images per forward pass
+) -> Tensor:  # fraction that is classified correctly: float64 (len(ts),)
+    "Accuracy of a classifier on noisy images, at each timestep."
+    generator = torch.Generator().manual_seed(seed)
+    eps = torch.randn(x0.shape, generator=generator, dtype=x0.dtype).to(x0.device)
+    passes = list(zip(x0.split(bs), y.split(bs), eps.split(bs), strict=True))
+    return torch.stack([_accuracy(clf, passes, sched, t) for t in ts])
 
 
 # %% ../nbs/07_guidance.ipynb #3fd23496
 def classifier_task(
-    r: Recipe,  # its row
+    r: Recipe,  # recipe of the run
 ) -> Task:
-    "A classifier of noisy images, trained at all times"
-    images, test, sched = (
-        load_images(r.data, 'train', r.px),
-        load_images(r.data, 'test', r.px),
-        Schedule.linear(),
-    )
+    "A classifier of noisy images, trained at all timesteps."
+    images = load_images(r.data, 'train', r.px)
+    test = load_images(r.data, 'test', r.px)
+    sched = Schedule.linear()
     net = NoisyClassifier(images.x.shape[1], size=r.px, classes=len(images.classes), **r.net)
 
     def loss_fn(x0, y):
@@ -213,317 +229,397 @@ def classifier_task(
         return classifier_loss(net, x0, y, sched, t=t, reduce=None), t
 
     def result(parts):
-        clf, ts = parts['clf'], range(0, sched.T + 1, 100)
-        dev = next(clf.parameters()).device
-        acc = classifier_accuracy(
-            clf, to_signed(test.x[:5000]).to(dev), test.y[:5000].to(dev), sched, ts
-        )
-        return dict(t=list(ts), test_accuracy=acc.tolist(), test_images=min(5000, len(test.x)))
+        clf = parts['clf']
+        device = _device(clf)
+        x0 = to_signed(test.x[:5000]).to(device)
+        y = test.y[:5000].to(device)
+        ts = list(range(0, sched.T + 1, 100))
+        accuracy = classifier_accuracy(clf, x0, y, sched, ts)
+        return dict(t=ts, test_accuracy=accuracy.tolist(), test_images=len(x0))
 
     return Task(dict(clf=net), images, loss_fn, result, sched)
 
 
 # %% ../nbs/07_guidance.ipynb #2c27c024
 TASKS['classifier'] = classifier_task
-RECIPES['mnist_classifier', 'lesson'] = Recipe(
-    'mnist',
-    28,
-    dict(ch=32, mult=(1, 2, 3), n_res=1, groups=8),
-    320_000,
-    128,
-    1e-3,
-    200,
-    0.4,
-    0.999,
-    wd=0.05,
-)  # data/models/mnist_classifier/run.json
-RECIPES['mnist_classifier', 'smoke'] = Recipe(
-    'digits', 28, dict(ch=8, mult=(1, 2), n_res=1), 2048, 16, 2e-3, 5, ema=0.99
-)
-RECIPES['mnist_classifier', 'paper'] = Recipe(
-    'mnist', 32, dict(ch=64, mult=(1, 2, 2, 4)), 12_800_000, lr=3e-4, wd=0.05
-)  # the paper gives no recipe; rate and decay are guided-diffusion's
+
+# %% ../nbs/07_guidance.ipynb #240fe6f6
+# fmt: off
+RECIPES.update({
+    # result: data/models/mnist_classifier/run.json
+    ('mnist_classifier', 'lesson'): Recipe(
+        'mnist', 28, dict(ch=32, mult=(1, 2, 3), n_res=1, groups=8),
+        images=320_000, lr=1e-3, warmup=200, cool=0.4, ema=0.999, wd=0.05),
+    ('mnist_classifier', 'smoke'): Recipe(
+        'digits', 28, dict(ch=8, mult=(1, 2), n_res=1),
+        images=2048, batch=16, lr=2e-3, warmup=5, ema=0.99),
+    # PDAE gives no recipe; learning rate and weight decay are those of guided-diffusion
+    ('mnist_classifier', 'paper'): Recipe(
+        'mnist', 32, dict(ch=64, mult=(1, 2, 2, 4)),
+        images=12_800_000, lr=3e-4, wd=0.05),
+})
+# fmt: on
 
 
 # %% ../nbs/07_guidance.ipynb #dee808ba
+def _check_sizes(dpm, clf):
+    "Raise if both networks name the size of their images, and the sizes differ."
+    sizes = [(m.config['c'], m.config['size']) for m in (dpm, clf) if hasattr(m, 'config')]
+    if len(set(sizes)) > 1:
+        raise ValueError(
+            f'the DPM makes images of (channels, pixels) {sizes[0]}, '
+            f'the classifier was built for {sizes[1]}'
+        )
+
+
 def classifier_guided(
     dpm: Denoiser,  # unconditional: (xt,t) -> eps
     clf,  # has `log_p(xt,t,y)`
-    y,  # the class to steer towards: one for all, or one per sample
-    sched: Schedule,  # noise table
+    y,  # class to guide towards: one for all samples, or one per sample
+    sched: Schedule,  # noise schedule
     **kw,  # for `guided`: scale, window, to_eps
 ) -> Denoiser:
-    "Classifier guidance: eps_θ(x_t,t) - scale·sqrt(1-ᾱ_t)·∇log p_φ(y|x_t) (PDAE Eq. 6)"
-    sizes = [tuple(m.config[k] for k in ('c', 'size')) for m in (dpm, clf) if hasattr(m, 'config')]
-    if len(set(sizes)) > 1:
-        raise ValueError(
-            f'the DPM makes images of (channels, pixels) {sizes[0]}, the classifier was built for {sizes[1]}'
-        )
+    "Classifier guidance: eps_θ(x_t,t) - scale·sqrt(1-ᾱ_t)·∇log p_φ(y|x_t) (PDAE Eq. 6)."
+    _check_sizes(dpm, clf)
     with torch.inference_mode(False):
-        y = torch.as_tensor(y).clone()  # autograd could not keep a tensor of inference mode
+        y = torch.as_tensor(y).clone()  # autograd cannot save a tensor made in inference mode
     if hasattr(clf, 'config'):
         as_labels(y, y.numel(), clf.config['classes'])
-    return guided(
-        lambda xt, t: (dpm(xt, t), grad_log(lambda x: clf.log_p(x, t, y.to(x.device)), xt)),
-        sched,
-        unguided=dpm,
-        **kw,
-    )
+
+    def eps_and_score(xt, t):
+        eps = dpm(xt, t)
+        score = grad_log(lambda x: clf.log_p(x, t, y.to(x.device)), xt)
+        return eps, score
+
+    return guided(eps_and_score, sched, unguided=dpm, **kw)
 
 
 # %% ../nbs/07_guidance.ipynb #0815ccf3
+def _class_variance(x, y, classes):
+    "Variance of the pixels within each class, summed over pixels; mean over the classes."
+    return torch.stack([x[y == k].var(0).sum() for k in classes]).mean()
+
+
 @torch.no_grad()
 def scale_sweep(
-    dpm,
-    clf,
-    judge,  # as in `stage_accuracy`
+    dpm: Denoiser,  # unconditional: (xt,t) -> eps
+    clf,  # has `log_p(xt,t,y)`
+    judge: Callable,  # evaluation classifier: clean images -> logits (B,classes)
     xT: Tensor,  # unit Gaussian noise: (B,...)
-    y: Tensor,  # the class that each sample is asked for: int64 (B,)
-    sched: Schedule,  # noise table
+    y: Tensor,  # class that each sample is guided towards: int64 (B,)
+    sched: Schedule,  # noise schedule
     *,
-    real: Tensor,  # clean images, to compare the variance with: (N,...)
+    real: Tensor,  # clean images, for comparison: (N,...)
     real_y: Tensor,  # their classes: int64 (N,)
-    scales=(0, 0.5, 1, 2, 3, 5, 7.5, 10),  # strengths of the guidance
-    steps=20,  # DDIM steps
-    clip=1.0,  # keep the predicted x_0 within [-clip,clip]
-) -> dict:  # scale, accuracy, diversity: a list each
-    "Guidance too strong: more accurate and less diverse; diversity is the variance of pixels within a class, as a multiple of that of `real`"
-    if (n := min((y == k).sum() for k in y.unique())) < 2:
-        raise ValueError(f'diversity needs at least 2 samples of each class, got {n}')
+    scales: Sequence = (0, 0.5, 1, 2, 3, 5, 7.5, 10),  # guidance scales
+    steps: int = 20,  # DDIM steps
+    clip: float | None = 1.0,  # limit of the predicted x_0: it is kept within [-clip,clip]
+) -> dict:  # scale, accuracy, diversity: a list each; samples, steps
+    """Accuracy and diversity of guided samples at each guidance scale.
+
+    Accuracy is the fraction of samples that `judge` classifies as `y`. Diversity is the variance
+    of the pixels within a class, divided by that of the real images.
+    """
+    classes = y.unique()
+    fewest = min(int((y == k).sum()) for k in classes)
+    if fewest < 2:
+        raise ValueError(f'diversity needs at least 2 samples of each class, got {fewest}')
     y = y.to(xT.device)
-    spread = lambda x, of: torch.stack([x[of == k].var(0).sum() for k in y.unique()]).mean()
-
-    def one(scale):
-        x = sample(classifier_guided(dpm, clf, y, sched, scale=scale), xT, sched, steps, clip=clip)
-        return (judge(x).argmax(1) == y).double().mean().item(), (
-            spread(x, y) / spread(real, real_y)
-        ).item()
-
-    accuracy, diversity = zip(*map(one, scales))
+    classes = classes.to(xT.device)
+    real_variance = _class_variance(real, real_y, classes)
+    accuracy = []
+    diversity = []
+    for scale in scales:
+        denoiser = classifier_guided(dpm, clf, y, sched, scale=scale)
+        x0 = sample(denoiser, xT, sched, steps, clip=clip)
+        right = judge(x0).argmax(1) == y
+        accuracy.append(right.double().mean().item())
+        diversity.append((_class_variance(x0, y, classes) / real_variance).item())
     return dict(
-        scale=list(scales),
-        accuracy=list(accuracy),
-        diversity=list(diversity),
-        samples=len(y),
-        steps=steps,
+        scale=list(scales), accuracy=accuracy, diversity=diversity, samples=len(y), steps=steps
     )
 
 
 # %% ../nbs/07_guidance.ipynb #fb1c4736
-def _leg(denoiser, x, sched, ts, eta, clip, seed):
-    "Walk along falling times; the noise of a step is a function of the seed and its time alone"
-    for t, s in pairwise(ts):
-        with torch.random.fork_rng([x.device] if x.is_cuda else []):
-            torch.manual_seed(seed * (sched.T + 1) + t)
-            x = sample(denoiser, x, sched, [t, s], eta, clip)
-    return x
-
-
-def _times(hi, lo, step, substeps):
-    return list(range(hi, lo - 1, -(step // substeps)))  # both ends included
-
-
 def _grid(sched, step, substeps):
+    "The timesteps T, T - step, …, 0 of a grid of windows; `substeps` steps lie between two."
     if sched.T % step or step % substeps:
         raise ValueError(
-            f'step must divide T={sched.T}, and substeps must divide step; got step {step}, substeps {substeps}'
+            f'step must divide T={sched.T}, and substeps must divide step; '
+            f'got step {step}, substeps {substeps}'
         )
-    return list(range(sched.T, -1, -step))  # T … 0
+    return list(range(sched.T, -1, -step))
 
 
+@dataclass(frozen=True)
+class _Sampler:
+    "DDIM or DDPM from one timestep of a grid to another."
+
+    sched: Schedule
+    step: int  # distance of the grid's timesteps
+    substeps: int  # sampling steps between two of them
+    eta: float  # 0 is DDIM, 1 is DDPM
+    clip: float | None  # limit of the predicted x_0
+    seed: int
+
+    def run(self, denoiser, x, start, end):
+        "Sample from timestep `start` to `end`. The noise of a step depends on seed and timestep."
+        ts = range(start, end - 1, -(self.step // self.substeps))
+        for t, s in pairwise(ts):
+            with torch.random.fork_rng([x.device] if x.is_cuda else []):
+                torch.manual_seed(self.seed * (self.sched.T + 1) + t)
+                x = sample(denoiser, x, self.sched, [t, s], eta=self.eta, clip=self.clip)
+        return x
+
+
+# %% ../nbs/07_guidance.ipynb #eccc9cc2
 @torch.no_grad()
 def stage_accuracy(
     dpm: Denoiser,  # unconditional: (xt,t) -> eps
     clf,  # has `log_p(xt,t,y)`
-    judge,  # clean images -> logits (B,classes); trained apart from `clf`
+    judge: Callable,  # evaluation classifier: clean images -> logits (B,classes)
     xT: Tensor,  # unit Gaussian noise: (B,...)
-    y: Tensor,  # the class that each sample is asked for: int64 (B,)
-    sched: Schedule,  # noise table
+    y: Tensor,  # class that each sample is guided towards: int64 (B,)
+    sched: Schedule,  # noise schedule
     *,
-    window=None,  # (t1,t2): guide only where t1 < t <= t2; None is everywhere
-    scale=1.0,  # strength of the guidance
-    step=50,  # distance of the times that the sampler visits, over …
-    substeps=1,  # … this many steps
-    eta=0.0,  # 0 is DDIM, 1 is DDPM
-    clip=1.0,  # keep the predicted x_0 within [-clip,clip]
-    seed=0,  # of the noise that DDPM draws
-) -> Tensor:  # bool (B,): does the judge see what was asked for?
-    "Mixed sampling: unguided, but for one stage (PDAE Fig. 3)"
+    window: tuple[int, int] | None = None,  # (t1,t2): guide where t1 < t <= t2; None: everywhere
+    scale: float = 1.0,  # guidance scale
+    step: int = 50,  # distance of the grid's timesteps
+    substeps: int = 1,  # sampling steps between two of them
+    eta: float = 0.0,  # 0 is DDIM, 1 is DDPM
+    clip: float | None = 1.0,  # limit of the predicted x_0: it is kept within [-clip,clip]
+    seed: int = 0,  # of the noise of DDPM
+) -> Tensor:  # bool (B,): does `judge` classify the sample as `y`?
+    "Mixed sampling: guidance in one stage, none elsewhere (PDAE Fig. 3)."
     y = y.to(xT.device)
-    f, grid = (
-        classifier_guided(dpm, clf, y, sched, scale=scale, window=window),
-        _grid(sched, step, substeps),
-    )
-    x = _leg(f, xT, sched, _times(grid[0], grid[-1], step, substeps), eta, clip, seed)
-    return judge(x).argmax(1) == y
+    denoiser = classifier_guided(dpm, clf, y, sched, scale=scale, window=window)
+    grid = _grid(sched, step, substeps)
+    sampler = _Sampler(sched, step, substeps, eta, clip, seed)
+    x0 = sampler.run(denoiser, xT, grid[0], grid[-1])
+    return judge(x0).argmax(1) == y
 
 
 # %% ../nbs/07_guidance.ipynb #e9894572
 def grid_calls(
-    sched: Schedule,  # noise table
-    step=50,  # distance of the grid's times
-    substeps=1,  # sampler's steps between two of them
-) -> dict:  # calls per sample: of the DPM when shared and one cell at a time, and of the classifier
-    "What `stage_grid` costs, and what it would cost cell by cell from the start"
+    sched: Schedule,  # noise schedule
+    step: int = 50,  # distance of the grid's timesteps
+    substeps: int = 1,  # sampling steps between two of them
+) -> dict:  # per sample: calls of the DPM with and without sharing, and of the classifier
+    "The number of network evaluations of `stage_grid`, and of sampling each cell from x_T."
     n = len(_grid(sched, step, substeps)) - 1
-    guided, tails = n * (n + 1) // 2, sum(j * (n - j) for j in range(n))
+    windows = n * (n + 1) // 2
+    tails = sum(j * (n - j) for j in range(n))
     return dict(
-        cells=guided,
-        shared=substeps * (n + guided + tails),
-        apart=substeps * n * (guided + 1),
-        classifier=substeps * guided,
+        cells=windows,
+        shared=substeps * (n + windows + tails),
+        apart=substeps * n * (windows + 1),
+        classifier=substeps * windows,
     )
 
 
 # %% ../nbs/07_guidance.ipynb #b8182e09
 def _pack(hit):
+    "Booleans (B,) as a string: one bit per sample, in hexadecimal digits."
     return np.packbits(hit.cpu().numpy()).tobytes().hex()
 
 
+def _unpack(text, n):
+    "The inverse of `_pack` for n samples."
+    bits = np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8))
+    return torch.from_numpy(bits[:n].astype(bool))
+
+
 def unpack_cells(
-    d,  # what `stage_grid` wrote: dict
-) -> dict:  # what it returned: (t1,t2) -> bool (B,)
-    "The cells of a stored grid, sample by sample"
-    bits = lambda s: torch.from_numpy(
-        np.unpackbits(np.frombuffer(bytes.fromhex(s), np.uint8))[: d['about']['samples']].astype(
-            bool
-        )
-    )
-    return {tuple(map(int, k.split('-'))): bits(s) for k, s in d['cells'].items()}
+    d: dict,  # a file of `stage_grid`
+) -> dict:  # (t1,t2) -> bool (B,)
+    "The cells of a stored grid, as `stage_grid` returns them."
+    cells = {}
+    for key, text in d['cells'].items():
+        t1, t2 = map(int, key.split('-'))
+        cells[t1, t2] = _unpack(text, d['about']['samples'])
+    return cells
 
 
 def _stored(path, about):
-    "Cells that an earlier call has finished, and the seconds that they took"
+    "The cells that an earlier call stored, and the seconds that it took."
     if not path or not Path(path).exists():
         return {}, 0.0
     try:
         d = json.loads(Path(path).read_text())
-        old, cells, seconds = d['about'], unpack_cells(d), d['seconds']
+        old = d['about']
+        cells = unpack_cells(d)
+        seconds = d['seconds']
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(
-            f'{path} is not a whole stage grid ({type(e).__name__}: {e}); choose another path, or delete it'
+            f'{path} is not a whole stage grid ({type(e).__name__}: {e}); '
+            'choose another path, or delete it'
         ) from e
-    if diff := [k for k in old | about if old.get(k) != about.get(k)]:
-        raise ValueError(
-            f'{path} holds a grid of another {diff[0]}: {old.get(diff[0])}, not {about.get(diff[0])}. Choose another path, or delete that one'
-        )
+    for key in old | about:
+        if old.get(key) != about.get(key):
+            raise ValueError(
+                f'{path} holds a grid of another {key}: {old.get(key)}, not {about.get(key)}. '
+                'Choose another path, or delete that one'
+            )
     return cells, seconds
 
 
 # %% ../nbs/07_guidance.ipynb #754a296f
+class _Cells:
+    "The cells (t1,t2) -> bool (B,) of a grid, and the file that keeps them."
+
+    def __init__(self, path, about):
+        self.path = path
+        self.about = about
+        self.cells, self.seconds = _stored(path, about)
+        self.start = time.time()
+
+    def add(self, window, hit):
+        "Add a cell, and write the file."
+        self.cells[window] = hit
+        if not self.path:
+            return
+        packed = {f'{t1}-{t2}': _pack(cell) for (t1, t2), cell in sorted(self.cells.items())}
+        seconds = round(self.seconds + time.time() - self.start)
+        write_json(self.path, dict(about=self.about, seconds=seconds, cells=packed))
+
+
+def _guided_down_to(sampler, denoiser, x, t2, last):
+    "Guide from t2 to the timestep `last` of the grid. Yields each timestep t1 and the sample x_t1."
+    for t1 in range(t2 - sampler.step, last - 1, -sampler.step):
+        x = sampler.run(denoiser, x, t1 + sampler.step, t1)
+        yield t1, x
+
+
 @torch.no_grad()
 def stage_grid(
     dpm: Denoiser,  # unconditional: (xt,t) -> eps
     clf,  # has `log_p(xt,t,y)`
-    judge,  # clean images -> logits (B,classes); trained apart from `clf`
+    judge: Callable,  # evaluation classifier: clean images -> logits (B,classes)
     xT: Tensor,  # unit Gaussian noise: (B,...)
-    y: Tensor,  # the class that each sample is asked for: int64 (B,)
-    sched: Schedule,  # noise table
+    y: Tensor,  # class that each sample is guided towards: int64 (B,)
+    sched: Schedule,  # noise schedule
     *,
-    step=50,  # distance of the grid's times
-    path=None,  # JSON to keep every finished cell in; an existing one is gone on with
-    about=None,  # what else to write there, and to compare when going on: dict
-    progress=bar,  # wraps the list of t2
-    scale=1.0,
-    substeps=1,
-    eta=0.0,
-    clip=1.0,
-    seed=0,  # as in `stage_accuracy`
-) -> dict:  # (t1,t2) -> bool (B,); (0,0) is no guidance at all
-    "Every window of the grid: `stage_accuracy` for each pair, with shared beginnings walked once (PDAE Fig. 3)"
-    grid, y = _grid(sched, step, substeps), y.to(xT.device)
-    about = json.loads(
-        json.dumps(
-            dict(
-                samples=len(xT),
-                step=step,
-                substeps=substeps,
-                scale=scale,
-                eta=eta,
-                clip=clip,
-                seed=seed,
-                T=sched.T,
-            )
-            | (about or {})
-        )
+    step: int = 50,  # distance of the grid's timesteps
+    path=None,  # JSON file that keeps every finished cell; what it has is not computed again
+    about: dict
+    | None = None,  # further entries of the file; they must be those of an existing file
+    progress: Callable = bar,  # wraps the list of t2
+    scale: float = 1.0,  # this and the following as in `stage_accuracy`
+    substeps: int = 1,
+    eta: float = 0.0,
+    clip: float | None = 1.0,
+    seed: int = 0,
+) -> dict:  # (t1,t2) -> bool (B,); (0,0) is no guidance
+    """`stage_accuracy` for all pairs t1 < t2 of the grid (PDAE Fig. 3).
+
+    Windows share the unguided steps before t2, and the guided steps after t2.
+    """
+    grid = _grid(sched, step, substeps)
+    y = y.to(xT.device)
+    settings = dict(
+        samples=len(xT),
+        step=step,
+        substeps=substeps,
+        scale=scale,
+        eta=eta,
+        clip=clip,
+        seed=seed,
+        T=sched.T,
     )
-    (cells, before), start, guide = (
-        _stored(path, about),
-        time.time(),
-        classifier_guided(dpm, clf, y, sched, scale=scale),
-    )
+    store = _Cells(path, _json(settings | (about or {})))
+    cells = store.cells
+    guide = classifier_guided(dpm, clf, y, sched, scale=scale)
     if len(cells) == len(grid) * (len(grid) - 1) // 2 + 1:
         return cells
-    leg = lambda f, x, hi, lo: (
-        _leg(f, x, sched, _times(hi, lo, step, substeps), eta, clip, seed) if hi > lo else x
-    )
+    sampler = _Sampler(sched, step, substeps, eta, clip, seed)
 
-    def done(t1, t2, x):
-        cells[t1, t2] = (judge(x).argmax(1) == y).cpu()
-        if path:
-            write_json(
-                path,
-                dict(
-                    about=about,
-                    seconds=round(before + time.time() - start),
-                    cells={f'{a}-{b}': _pack(v) for (a, b), v in sorted(cells.items())},
-                ),
-            )
+    def finish(window, x, t):
+        x0 = sampler.run(dpm, x, t, 0)
+        store.add(window, (judge(x0).argmax(1) == y).cpu())
 
-    x = xT  # unguided, now at time t2
+    x = xT  # unguided sample at t2
     for t2 in progress(grid[:-1]):
-        todo, g = [t1 for t1 in grid if t1 < t2 and (t1, t2) not in cells], x
-        for t1 in [
-            t for t in grid if todo and todo[-1] <= t < t2
-        ]:  # guided from t2 down to t1, unguided from there
-            g = leg(guide, g, t1 + step, t1)
+        todo = [t1 for t1 in grid if t1 < t2 and (t1, t2) not in cells]
+        last = min(todo, default=t2)
+        for t1, x_guided in _guided_down_to(sampler, guide, x, t2, last):
             if t1 in todo:
-                done(t1, t2, leg(dpm, g, t1, 0))
-        x = leg(dpm, x, t2, t2 - step)
+                finish((t1, t2), x_guided, t1)
+        x = sampler.run(dpm, x, t2, t2 - step)
     if (0, 0) not in cells:
-        done(0, 0, x)
+        finish((0, 0), x, 0)
     return cells
 
 
 # %% ../nbs/07_guidance.ipynb #2f3c7be5
+def _resampling_counts(n, boots, seed):
+    "How often each of n samples occurs in each of `boots` resamplings: float64 (boots, n)."
+    counts = np.random.default_rng(seed).multinomial(n, [1 / n] * n, boots)
+    return torch.from_numpy(counts).double()
+
+
+def _shortest(length, accuracy, full, share):
+    """Row of the shortest sufficient window, for each column of `accuracy` (windows, columns).
+
+    A window suffices if it has `share` of the accuracy in row `full`. Of equally short windows, the
+    one with the highest accuracy is chosen.
+    """
+    insufficient = accuracy < share * accuracy[full] - 1e-9
+    cost = length[:, None] - accuracy + 1e9 * insufficient
+    return cost.argmin(0)
+
+
+def _held_out_accuracy(right, left_out, rows):
+    """Accuracy of the window rows[b] on the samples that resampling b left out, for all b together.
+
+    `right` (windows, boots): correct samples among those left out; `left_out`: their number.
+    """
+    return (right.gather(0, rows[None]).sum() / left_out).item()
+
+
+def _interval(values):
+    "95 % interval of the resampled values; the first value belongs to the samples themselves."
+    values = values[1:].double()
+    return [torch.quantile(values, q).item() for q in (0.025, 0.975)]
+
+
 def shortest_window(
-    cells,  # what `stage_grid` returns
-    share=0.95,  # of the accuracy of guidance everywhere
-    boots=1000,  # resamplings of the samples, for the intervals
-    seed=0,  # of the resampling
-) -> (
-    dict
-):  # window, accuracy, length, 95 % intervals of all, and accuracies held out, ready for JSON
-    "The shortest stage that is as good as guidance everywhere, or nearly: the critical stage (PDAE Sec. 3.4); of equal lengths the most accurate"
-    keys = sorted(k for k in cells if k[1])
-    w = torch.tensor(keys)
-    length = w[:, 1] - w[:, 0]
-    hit = torch.stack([cells[k] for k in keys]).double()
-    n, full = hit.shape[1], keys.index((0, max(b for _, b in keys)))
-    counts = torch.from_numpy(
-        np.random.default_rng(seed).multinomial(n, [1 / n] * n, boots)
-    ).double()
-    acc = hit @ torch.cat([torch.ones(1, n).double(), counts]).T / n  # (windows, 1 + boots)
-    best = (length[:, None] - acc + 1e9 * (acc < share * acc[full] - 1e-9)).argmin(0)
-    w = w[best]
-    spared = (counts == 0).double()
-    fresh = hit @ spared.T  # by samples that a resampling left out …
-    held = lambda rows: (
-        fresh.gather(0, rows[None]).sum() / spared.sum()
-    ).item()  # … of the windows it chose
-    between = lambda v: [torch.quantile(v[1:].double(), q).item() for q in (0.025, 0.975)]
+    cells: dict,  # result of `stage_grid`
+    share: float = 0.95,  # required fraction of the accuracy of guidance at all timesteps
+    boots: int = 1000,  # resamplings of the samples, for the intervals
+    seed: int = 0,  # of the resampling
+) -> dict:  # window, accuracy, length, their 95 % intervals, held-out accuracies; for JSON
+    "The critical stage: the shortest window whose accuracy is `share` of the full one (Sec. 3.4)."
+    keys = sorted(key for key in cells if key != (0, 0))
+    windows = torch.tensor(keys)
+    length = windows[:, 1] - windows[:, 0]
+    full = keys.index((0, windows[:, 1].max().item()))
+    hit = torch.stack([cells[key] for key in keys]).double()  # (windows, samples)
+    n = hit.shape[1]
+
+    counts = _resampling_counts(n, boots, seed)
+    weights = torch.cat([torch.ones(1, n).double(), counts])  # the first row: every sample once
+    accuracy = hit @ weights.T / n  # (windows, 1 + boots)
+    best = _shortest(length, accuracy, full, share)
+    chosen = windows[best]
+
+    left_out = (counts == 0).double()
+    right = hit @ left_out.T
+    everywhere = torch.full_like(best[1:], full)
     return dict(
-        window=w[0].tolist(),
+        window=chosen[0].tolist(),
         length=length[best[0]].item(),
-        accuracy=acc[best[0], 0].item(),
-        full=acc[full, 0].item(),
+        accuracy=accuracy[best[0], 0].item(),
+        full=accuracy[full, 0].item(),
         none=cells[0, 0].double().mean().item(),
         share=share,
         samples=n,
         boots=boots,
-        t1_interval=between(w[:, 0]),
-        t2_interval=between(w[:, 1]),
-        length_interval=between(length[best]),
-        accuracy_interval=between(acc[best[0]]),
-        held_out=dict(accuracy=held(best[1:]), full=held(torch.full_like(best[1:], full))),
+        t1_interval=_interval(chosen[:, 0]),
+        t2_interval=_interval(chosen[:, 1]),
+        length_interval=_interval(length[best]),
+        accuracy_interval=_interval(accuracy[best[0]]),
+        held_out=dict(
+            accuracy=_held_out_accuracy(right, left_out.sum(), best[1:]),
+            full=_held_out_accuracy(right, left_out.sum(), everywhere),
+        ),
     )

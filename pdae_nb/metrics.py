@@ -30,13 +30,14 @@ __all__ = [
 # %% ../nbs/13_metrics.ipynb #2137ebc8
 import hashlib
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .data import Images, cache_dir, to_signed, to_uint8
 from .files import read_tensors, write_tensors
@@ -44,25 +45,27 @@ from .latent import slerp
 
 
 # %% ../nbs/13_metrics.ipynb #05cb1608
-def _images(x):
-    "Images in [-1,1] as floats, or a clear sentence; float64 stays"
+def _images(x) -> Tensor:
+    "Images in [-1,1] as float32, or float64 if they are; raises for anything else"
     if not torch.is_tensor(x) or not x.is_floating_point():
-        raise TypeError(
-            f'expected float images in [-1,1], got {x.dtype if torch.is_tensor(x) else type(x).__name__}; see `to_signed`'
-        )
+        kind = x.dtype if torch.is_tensor(x) else type(x).__name__
+        raise TypeError(f'expected float images in [-1,1], got {kind}; see `to_signed`')
     if x.ndim != 4 or not x.numel():
         raise ValueError(f'expected images (B,C,H,W), got shape {tuple(x.shape)}')
     if not x.isfinite().all():
         raise ValueError(f'{(~x.isfinite()).sum()} of {x.numel()} pixels are NaN or infinite')
     if x.abs().max() > 10:
         raise ValueError(
-            f'expected images in [-1,1], a little outside at most, got {x.min():.4g} … {x.max():.4g}'
+            'expected images in [-1,1], a little outside at most, '
+            f'got {x.min():.4g} … {x.max():.4g}'
         )
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _pair(x, y):
-    x, y = _images(x), _images(y)
+def _pair(x, y) -> tuple[Tensor, Tensor]:
+    "Two batches of images of one shape, as `_images` returns them"
+    x = _images(x)
+    y = _images(y)
     if x.shape != y.shape:
         raise ValueError(
             f'expected two batches of one shape, got {tuple(x.shape)} and {tuple(y.shape)}'
@@ -73,70 +76,90 @@ def _pair(x, y):
 # %% ../nbs/13_metrics.ipynb #ece83d0a
 def mse(
     x: Tensor,  # images in [-1,1]: float (B,C,H,W)
-    y: Tensor,  # what they should be, like `x`
-) -> Tensor:  # (B,), squared units of pixels in [0,1]
-    "Mean squared error of each image (PDAE Table 1, Diff-AE Table 1)"
+    y: Tensor,  # reference images, like `x`
+) -> Tensor:  # (B,), for pixels in [0,1]
+    "Mean squared error of each image, for pixels in [0,1] (PDAE Table 1, Diff-AE Table 1)"
     x, y = _pair(x, y)
     return ((x - y) / 2).square().flatten(1).mean(1)
 
 
 def psnr(
     x: Tensor,  # images in [-1,1]: float (B,C,H,W)
-    y: Tensor,  # what they should be, like `x`
-) -> Tensor:  # decibels, infinite where nothing differs: (B,)
-    "Peak signal-to-noise ratio, -10·log10(MSE), for a peak of 1"
+    y: Tensor,  # reference images, like `x`
+) -> Tensor:  # decibels, infinite for equal images: (B,)
+    "Peak signal-to-noise ratio of each image, -10·log10(MSE), for pixels in [0,1]"
     return -10 * mse(x, y).log10()
 
 
 # %% ../nbs/13_metrics.ipynb #a902412c
-def ssim(
-    x: Tensor,  # images in [-1,1]: float (B,C,H,W)
-    y: Tensor,  # what they should be, like `x`
-) -> Tensor:  # -1…1, 1 where nothing differs: (B,)
-    "Structural similarity: 11x11 Gaussian window of sigma 1.5, zero padding, on [0,1] (Wang et al. 2004; PDAE Table 1)"
-    x, y = _pair(x, y)
-    dtype = x.dtype
-    x, y = (x.double() + 1) / 2, (y.double() + 1) / 2  # E[x²] - E[x]² cancels
+def _window_means(x: Tensor) -> Tensor:
+    "Means in an 11x11 Gaussian window of σ = 1.5 around each pixel, zeros outside: (N,1,H,W)"
     w = torch.exp(-(torch.arange(-5, 6).to(x) ** 2) / (2 * 1.5**2))
     w = w / w.sum()
-    v = torch.stack([x, y, x * x, y * y, x * y]).flatten(0, 2)[:, None]
-    v = F.conv2d(
-        F.conv2d(v, w.view(1, 1, -1, 1), padding=(5, 0)), w.view(1, 1, 1, -1), padding=(0, 5)
-    )
-    mx, my, xx, yy, xy = v.view(5, *x.shape)
-    c1, c2 = 0.01**2, 0.03**2
-    s = (
-        (2 * mx * my + c1)
-        * (2 * (xy - mx * my) + c2)
-        / ((mx**2 + my**2 + c1) * (xx - mx**2 + yy - my**2 + c2))
-    )
-    return s.flatten(1).mean(1).to(dtype)
+    rows = F.conv2d(x, w.view(1, 1, -1, 1), padding=(5, 0))
+    return F.conv2d(rows, w.view(1, 1, 1, -1), padding=(0, 5))
+
+
+def ssim(
+    x: Tensor,  # images in [-1,1]: float (B,C,H,W)
+    y: Tensor,  # reference images, like `x`
+) -> Tensor:  # in -1…1, and 1 for equal images: (B,)
+    """Structural similarity of each image (Wang et al. 2004; PDAE Table 1).
+
+    The mean over all pixels and channels, for pixels in [0,1], with zero padding.
+    """
+    x, y = _pair(x, y)
+    dtype = x.dtype
+    x = (x.double() + 1) / 2  # float64, because E[x²] - E[x]² loses digits
+    y = (y.double() + 1) / 2
+    moments = torch.stack([x, y, x * x, y * y, x * y])
+    means = _window_means(moments.flatten(0, 2)[:, None])
+    mu_x, mu_y, mean_xx, mean_yy, mean_xy = means.view(5, *x.shape)
+    C1 = 0.01**2
+    C2 = 0.03**2
+    covariance = mean_xy - mu_x * mu_y
+    variances = mean_xx - mu_x**2 + mean_yy - mu_y**2
+    numerator = (2 * mu_x * mu_y + C1) * (2 * covariance + C2)
+    denominator = (mu_x**2 + mu_y**2 + C1) * (variances + C2)
+    return (numerator / denominator).flatten(1).mean(1).to(dtype)
 
 
 # %% ../nbs/13_metrics.ipynb #f1e41b72
+def _unit(h: Tensor) -> Tensor:
+    "Feature vectors (B,C,H,W), scaled to length 1 over C"
+    return h * (h.square().sum(1, keepdim=True) + 1e-20).rsqrt()
+
+
 def feature_distance(
-    maps,  # images -> list of feature maps (B,C_l,H_l,W_l), one for each layer
+    maps: Callable,  # images -> list of feature maps (B,C_l,H_l,W_l), one for each layer
     x: Tensor,  # images in [-1,1]: float (B,C,H,W)
-    y: Tensor,  # the others, like `x`
-) -> Tensor:  # 0 same … 2 unrelated … 4 opposite: (B,)
-    "Squared differences of unit feature vectors, mean over places and layers (Zhang et al. 2018, Eq. 1 without learnt weights)"
-    unit = lambda h: h * (h.square().sum(1, keepdim=True) + 1e-20).rsqrt()
-    each = [
-        (unit(a) - unit(b)).square().sum(1).flatten(1).mean(1) for a, b in zip(maps(x), maps(y))
-    ]
-    return torch.stack(each).mean(0)
+    y: Tensor,  # images to compare with, like `x`
+) -> Tensor:  # (B,): 0 for equal, 2 for orthogonal, 4 for opposite feature vectors
+    """Mean squared difference of unit feature vectors, over positions and layers.
+
+    This is Eq. 1 of Zhang et al. (2018), with weights of 1, and a mean over the layers.
+    """
+    layers = []
+    for a, b in zip(maps(x), maps(y), strict=True):
+        difference = (_unit(a) - _unit(b)).square().sum(1)
+        layers.append(difference.flatten(1).mean(1))
+    return torch.stack(layers).mean(0)
 
 
 # %% ../nbs/13_metrics.ipynb #aed6c8a6
 class Feats(NamedTuple):
-    "A feature network and its name: what FID, KID, LPIPS and PPL look through"
+    "A feature network and its name, for FID, KID, LPIPS and PPL"
 
-    name: str  # printed beside every number
-    embed: Callable = None  # images in [-1,1] -> (B,D), for `fid` and `kid`
-    distance: Callable = None  # two batches of images -> (B,), for `lpips` and `ppl`
-    key: str = None  # changes with the weights; without it no reference statistics are kept
+    name: str  # reported beside every number
+    embed: Callable | None = None  # images in [-1,1] -> (B,D), for `fid` and `kid`
+    distance: Callable | None = None  # two batches of images -> (B,), for `lpips` and `ppl`
+    key: str | None = None  # hash of the weights; None: `reference_stats` stores nothing
 
-    def __call__(self, x):
+    def __call__(
+        self,
+        x: Tensor,  # images in [-1,1]: float (B,C,H,W)
+    ) -> Tensor:  # (B,D)
+        "Features of images"
         if self.embed is None:
             raise TypeError(f'{self.name} gives distances between images, not features')
         f = self.embed(_images(x))
@@ -145,40 +168,49 @@ class Feats(NamedTuple):
         return f
 
 
-def _key(net):
-    "A number that changes with any weight of the network"
-    h = hashlib.sha256(f'{type(net).__name__} {getattr(net, "config", "")}'.encode())
-    for k, v in net.state_dict().items():
-        h.update(f'{k} {v.dtype} {tuple(v.shape)}'.encode())
-        h.update(v.detach().cpu().reshape(-1).view(torch.uint8).numpy())
-    return h.hexdigest()
+# %% ../nbs/13_metrics.ipynb #57600bdb
+def _key(net: nn.Module) -> str:
+    "SHA-256 of the network's class, configuration and weights"
+    digest = hashlib.sha256(f'{type(net).__name__} {getattr(net, "config", "")}'.encode())
+    for name, value in net.state_dict().items():
+        digest.update(f'{name} {value.dtype} {tuple(value.shape)}'.encode())
+        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def judge_feats(
-    judge,  # a `train.Judge`
-    name='judge',  # its name
+    judge: nn.Module,  # evaluation classifier: a `train.Judge`
+    name: str = 'judge',  # for FID-judge and LPIPS-judge
 ) -> Feats:
-    "The eyes of our own classifier: 'FID-judge', 'LPIPS-judge'"
-    on = lambda x: x.to(next(judge.parameters()))
+    "The evaluation classifier as a feature network: the maxima of its last layer"
+
+    def as_input(x):
+        return x.to(next(judge.parameters()))
+
+    def embed(x):
+        return judge.body(as_input(x)).amax((2, 3))
 
     def maps(x):
-        h, out = on(x), []
+        h = as_input(x)
+        layers = []
         for layer in judge.body:
-            out.append(h := layer(h))
-        return out
+            h = layer(h)
+            layers.append(h)
+        return layers
 
-    return Feats(
-        name, lambda x: judge.body(on(x)).amax((2, 3)), partial(feature_distance, maps), _key(judge)
-    )
+    return Feats(name, embed, partial(feature_distance, maps), _key(judge))
 
 
 # %% ../nbs/13_metrics.ipynb #cc0f753b
 def lpips(
     x: Tensor,  # images in [-1,1]: float (B,C,H,W)
-    y: Tensor,  # what they should be, like `x`
-    net: Feats,  # through whose eyes; say `net.name` beside the number
-) -> Tensor:  # 0 where nothing differs: (B,)
-    "Perceptual distance, f'LPIPS-{net.name}' (Zhang et al. 2018; PDAE Table 1, ScoreVAE Tables 1-2)"
+    y: Tensor,  # reference images, like `x`
+    net: Feats,  # feature network; report `net.name` beside the number
+) -> Tensor:  # 0 for equal images: (B,)
+    """Perceptual distance of each image, f'LPIPS-{net.name}' (Zhang et al. 2018).
+
+    PDAE Table 1 and ScoreVAE Tables 1-2 report it.
+    """
     x, y = _pair(x, y)
     if net.distance is None:
         raise TypeError(f'{net.name} gives features, not distances between images')
@@ -187,14 +219,15 @@ def lpips(
 
 # %% ../nbs/13_metrics.ipynb #57c7b35d
 class Stats(NamedTuple):
-    "All that a Fréchet distance knows of a set of images"
+    "Mean and covariance of features, which determine a Fréchet distance"
 
     mean: Tensor  # float64 (D,)
     cov: Tensor  # float64 (D,D)
-    n: int = None  # how many images they come from
+    n: int | None = None  # number of images
 
 
-def _rows(f):
+def _rows(f) -> Tensor:
+    "Features (N,D) as float64 on the CPU; raises for anything else"
     if isinstance(f, tuple):
         raise TypeError('expected features (N,D), got statistics, which are not enough here')
     f = torch.as_tensor(f).detach().cpu()
@@ -202,217 +235,303 @@ def _rows(f):
         raise ValueError(
             f'expected real features (N,D) of at least 2 images, got {f.dtype} {tuple(f.shape)}'
         )
-    if not (f := f.double()).isfinite().all():
+    f = f.double()
+    if not f.isfinite().all():
         raise ValueError(f'{(~f.isfinite()).sum()} of {f.numel()} features are NaN or infinite')
     return f
 
 
-def stats(f) -> Stats:  # of features (N,D)
+def stats(
+    f: Tensor,  # features: (N,D)
+) -> Stats:
     "Mean and unbiased covariance of features, in float64"
     f = _rows(f)
     return Stats(f.mean(0), f.T.cov().reshape(f.shape[1], -1), len(f))
 
 
 # %% ../nbs/13_metrics.ipynb #0689be03
-def _root(f):
-    "Mean and an R with RᵀR = covariance, of features or of (mean, cov)"
-    if not isinstance(f, tuple):
-        f = _rows(f)
-        r = (f - f.mean(0)) / (len(f) - 1) ** 0.5
-        return f.mean(0), torch.linalg.qr(r, mode='r').R if len(r) > r.shape[1] else r
-    mean, cov = (torch.as_tensor(o).detach().cpu().double() for o in f[:2])
+def _root_of_features(f: Tensor) -> tuple[Tensor, Tensor]:
+    "Mean and an R with RᵀR = covariance, for features (N,D)"
+    mean = f.mean(0)
+    centred = (f - mean) / (len(f) - 1) ** 0.5
+    if len(centred) > centred.shape[1]:
+        return mean, torch.linalg.qr(centred, mode='r').R
+    return mean, centred
+
+
+def _root_of_stats(mean, cov) -> tuple[Tensor, Tensor]:
+    "Mean and an R with RᵀR = covariance, for a mean (D,) and a covariance (D,D)"
+    mean = torch.as_tensor(mean).detach().cpu().double()
+    cov = torch.as_tensor(cov).detach().cpu().double()
     if mean.ndim != 1 or cov.shape != (len(mean),) * 2:
         raise ValueError(
-            f'expected a mean (D,) and a covariance (D,D), got {tuple(mean.shape)} and {tuple(cov.shape)}'
+            'expected a mean (D,) and a covariance (D,D), '
+            f'got {tuple(mean.shape)} and {tuple(cov.shape)}'
         )
     if not (mean.isfinite().all() and cov.isfinite().all()):
         raise ValueError('the mean or the covariance holds NaN or infinite numbers')
     lam, v = torch.linalg.eigh((cov + cov.T) / 2)
     if lam[0] < -1e-6 * lam[-1].abs():
         raise ValueError(f'a covariance has no negative eigenvalues, this one has {lam[0]:.3g}')
-    return mean, (lam.where(lam > len(lam) * 2.2e-16 * lam[-1], 0).sqrt() * v).T
+    rounding = len(lam) * 2.2e-16 * lam[-1]
+    return mean, (lam.where(lam > rounding, 0).sqrt() * v).T
+
+
+def _root(f) -> tuple[Tensor, Tensor]:
+    "Mean and an R with RᵀR = covariance, for features, `Stats` or (mean, cov)"
+    if isinstance(f, tuple):
+        mean, cov = f[:2]
+        return _root_of_stats(mean, cov)
+    return _root_of_features(_rows(f))
+
+
+def _check_widths(d1: int, d2: int) -> None:
+    "Raise unless two sets of features have the same width"
+    if d1 != d2:
+        raise ValueError(
+            f'expected features of one width, got {d1} and {d2}: '
+            'were they made by the same network?'
+        )
 
 
 def frechet(
-    f1,  # features (N,D), or `Stats`, or (mean, cov)
-    f2,  # the others, of the same D
-) -> float:
-    "Squared Fréchet distance of two Gaussians, in float64, never negative (Dowson and Landau 1982)"
-    (m1, r1), (m2, r2) = _root(f1), _root(f2)
-    if len(m1) != len(m2):
-        raise ValueError(
-            f'expected features of one width, got {len(m1)} and {len(m2)}: were they made by the same network?'
-        )
-    d = (
-        (m1 - m2).square().sum()
-        + r1.square().sum()
-        + r2.square().sum()
-        - 2 * torch.linalg.svdvals(r1 @ r2.T).sum()
-    )
-    return max(d.item(), 0.0)
+    f1: Tensor | tuple,  # features (N,D), `Stats` or (mean, cov)
+    f2: Tensor | tuple,  # features or statistics of the same width D
+) -> float:  # squared units of the features, at least 0
+    """Squared Fréchet distance of two Gaussians, in float64 (Dowson and Landau 1982).
+
+    ‖μ_1-μ_2‖² + tr C_1 + tr C_2 - 2·(sum of the singular values of R_1R_2ᵀ), with C_i = R_iᵀR_i.
+    """
+    mu_1, R_1 = _root(f1)
+    mu_2, R_2 = _root(f2)
+    _check_widths(len(mu_1), len(mu_2))
+    means = (mu_1 - mu_2).square().sum()
+    trace_1 = R_1.square().sum()
+    trace_2 = R_2.square().sum()
+    d2 = means + trace_1 + trace_2 - 2 * torch.linalg.svdvals(R_1 @ R_2.T).sum()
+    return max(d2.item(), 0.0)
 
 
 # %% ../nbs/13_metrics.ipynb #c4bbd17c
 @torch.no_grad()
 def features(
-    feats: Feats,  # the network
-    images,  # `Images`, or float images in [-1,1]: (N,C,H,W)
-    bs=500,  # images at a pass
-) -> Tensor:  # (N,D), on the CPU
-    "What a network sees in each of many images"
-    if not isinstance(images, Images):
+    feats: Feats,  # feature network
+    images: Images | Tensor,  # `Images`, or float images in [-1,1]: (N,C,H,W)
+    bs: int = 500,  # images per batch
+) -> Tensor:  # on the CPU: (N,D)
+    "Features of many images"
+    if isinstance(images, Images):
+        batches = map(to_signed, images.x.split(bs))
+    else:
         _images(images[:1])
-    x = images.x if isinstance(images, Images) else images
-    return torch.cat([
-        feats(to_signed(b) if isinstance(images, Images) else b).cpu() for b in x.split(bs)
-    ])
+        batches = images.split(bs)
+    return torch.cat([feats(x).cpu() for x in batches])
 
 
 def fid(
-    feats: Feats,  # the network; say `feats.name` beside the number
-    real,  # `Images`, images in [-1,1], or `Stats` such as `reference_stats` gives
-    fake,  # the same kinds
-) -> float:  # squared units of the features; falls with the number of images, so say that too
+    feats: Feats,  # feature network; report `feats.name` beside the number
+    real: Images | Tensor | tuple,  # images in [-1,1], or `Stats` as from `reference_stats`
+    fake: Images | Tensor | tuple,  # images or `Stats`
+) -> float:  # squared units of the features; its bias falls with N, so report N
     "Fréchet distance of features, f'FID-{feats.name}' (Heusel et al. 2017; PDAE Table 2)"
-    return frechet(*(o if isinstance(o, tuple) else features(feats, o) for o in (real, fake)))
+    f1 = real if isinstance(real, tuple) else features(feats, real)
+    f2 = fake if isinstance(fake, tuple) else features(feats, fake)
+    return frechet(f1, f2)
 
 
 # %% ../nbs/13_metrics.ipynb #8756becc
+def _kernel_sum(a: Tensor, b: Tensor) -> Tensor:
+    "Sum of k(x,y) = (x·y/D+1)³ over x in a and y in b; without k(x,x) if a is b"
+    k = (a @ b.T / a.shape[1] + 1) ** 3
+    return k.sum() - k.trace() if a is b else k.sum()
+
+
+def _kernel_sums(p: tuple, q: tuple) -> Tensor:
+    "`_kernel_sum` of each block of p with each block of q: (blocks,blocks)"
+    rows = []
+    for a in p:
+        rows.append(torch.stack([_kernel_sum(a, b) for b in q]))
+    return torch.stack(rows)
+
+
+class _Blocks(NamedTuple):
+    "Kernel sums of two sets of features that are divided into blocks"
+
+    n: Tensor  # features in each block of the first set: (blocks,)
+    m: Tensor  # features in each block of the second set: (blocks,)
+    xx: Tensor  # sums within the first set: (blocks,blocks)
+    yy: Tensor  # sums within the second set
+    xy: Tensor  # sums between the sets
+
+    @classmethod
+    def of(cls, p: tuple, q: tuple) -> '_Blocks':
+        "Kernel sums of the blocks p of the first set and q of the second set"
+        n = torch.tensor([len(a) for a in p]).double()
+        m = torch.tensor([len(b) for b in q]).double()
+        return cls(n, m, _kernel_sums(p, p), _kernel_sums(q, q), _kernel_sums(p, q))
+
+    def mmd(self, w: Tensor) -> Tensor:
+        "Unbiased squared maximum mean discrepancy of the blocks whose weight in w is 1"
+        n = w @ self.n
+        m = w @ self.m
+        within_x = w @ self.xx @ w / (n * (n - 1))
+        within_y = w @ self.yy @ w / (m * (m - 1))
+        return within_x + within_y - 2 * (w @ self.xy @ w) / (n * m)
+
+
 def mmd(
-    f1,  # features: (N,D)
-    f2,  # the others: (M,D)
-    blocks=10,  # parts of each, for the error: what happens if one is left out
-    seed=0,  # of the partition
-) -> tuple:  # value, and its standard error (jackknife; rather too large)
-    "Squared maximum mean discrepancy under the kernel (x·y/D+1)³, unbiased; time grows with N² (Bińkowski et al. 2018)"
-    f1, f2 = _rows(f1), _rows(f2)
-    if f1.shape[1] != f2.shape[1]:
-        raise ValueError(
-            f'expected features of one width, got {f1.shape[1]} and {f2.shape[1]}: were they made by the same network?'
-        )
+    f1: Tensor,  # features: (N,D)
+    f2: Tensor,  # features: (M,D)
+    blocks: int = 10,  # parts of each set, for the jackknife, which leaves out one at a time
+    seed: int = 0,  # of the partition
+) -> tuple[float, float]:  # value and jackknife standard error, which is rather too large
+    """Squared maximum mean discrepancy with the kernel (x·y/D+1)³ (Bińkowski et al. 2018).
+
+    The estimate is unbiased. The time grows with N².
+    """
+    f1 = _rows(f1)
+    f2 = _rows(f2)
+    _check_widths(f1.shape[1], f2.shape[1])
     if blocks < 2 or min(len(f1), len(f2)) < 2 * blocks:
         raise ValueError(
-            f'{blocks} blocks: expected at least 2, and 2 images for each, got {len(f1)} and {len(f2)} images'
+            f'{blocks} blocks: expected at least 2, and 2 images for each, '
+            f'got {len(f1)} and {len(f2)} images'
         )
-    g, k = torch.Generator().manual_seed(seed), lambda a, b: (a @ b.T / a.shape[1] + 1) ** 3
-    p, q = (f[torch.randperm(len(f), generator=g)].tensor_split(blocks) for f in (f1, f2))
-    table = lambda p, q: torch.stack([
-        torch.stack([k(a, b).sum() - (k(a, a).trace() if a is b else 0) for b in q]) for a in p
-    ])
-    xx, yy, xy = table(p, p), table(q, q), table(p, q)
-
-    def value(w):  # of the blocks with weight 1
-        n, m = (w @ torch.tensor([len(o) for o in r]).to(w) for r in (p, q))
-        return w @ xx @ w / (n * (n - 1)) + w @ yy @ w / (m * (m - 1)) - 2 * (w @ xy @ w) / (n * m)
-
-    without = torch.stack([value(w) for w in 1 - torch.eye(blocks).double()])
-    return value(torch.ones(blocks).double()).item(), (
-        (blocks - 1) * without.var(correction=0)
-    ).sqrt().item()
+    generator = torch.Generator().manual_seed(seed)
+    p = f1[torch.randperm(len(f1), generator=generator)].tensor_split(blocks)
+    q = f2[torch.randperm(len(f2), generator=generator)].tensor_split(blocks)
+    sums = _Blocks.of(p, q)
+    value = sums.mmd(torch.ones(blocks).double())
+    without = torch.stack([sums.mmd(w) for w in 1 - torch.eye(blocks).double()])
+    variance = (blocks - 1) * without.var(correction=0)
+    return value.item(), variance.sqrt().item()
 
 
 def kid(
-    feats: Feats,  # the network; say `feats.name` beside the number
-    real,  # `Images`, or images in [-1,1]
-    fake,  # the same kinds
+    feats: Feats,  # feature network; report `feats.name` beside the number
+    real: Images | Tensor,  # `Images`, or images in [-1,1]: (N,C,H,W)
+    fake: Images | Tensor,  # `Images`, or images in [-1,1]: (M,C,H,W)
     **kw,  # for `mmd`: blocks, seed
-) -> tuple:  # value, which may be below 0, and standard error
+) -> tuple[float, float]:  # value, which may be below 0, and standard error
     "Kernel distance of features, f'KID-{feats.name}' (Bińkowski et al. 2018)"
-    return mmd(*(features(feats, o) for o in (real, fake)), **kw)
+    return mmd(features(feats, real), features(feats, fake), **kw)
 
 
 # %% ../nbs/13_metrics.ipynb #7561a4d8
 def frechet_inf(
-    f1,  # features (N,D), or `Stats` or (mean, cov), which are taken as exact
-    f2,  # features: (M,D)
-    points=15,  # sample sizes, evenly spaced in 1/N, from all down to an eighth
-    seed=0,  # of the choice of samples
-) -> float:
-    "Fréchet distance extrapolated to infinitely many images, FID∞ (Chong and Forsyth 2020)"
+    f1: Tensor | tuple,  # features (N,D); `Stats` or (mean, cov) count as exact
+    f2: Tensor,  # features: (M,D)
+    points: int = 15,  # sample sizes, evenly spaced in 1/N, from all to an eighth
+    seed: int = 0,  # of the subsets
+) -> float:  # squared units of the features; may be below 0
+    """Fréchet distance extrapolated to 1/N = 0, FID∞ (Chong and Forsyth 2020).
+
+    A least-squares line through the distances of random subsets, as a function of 1/N.
+    """
     exact = isinstance(f1, tuple)
-    f1, f2 = f1 if exact else _rows(f1), _rows(f2)
+    if not exact:
+        f1 = _rows(f1)
+    f2 = _rows(f2)
     n = len(f2) if exact else min(len(f1), len(f2))
     if points < 2 or n < 16:
         raise ValueError(f'a line needs at least 2 points and 16 images, got {points} and {n}')
-    g, ns = torch.Generator().manual_seed(seed), (n / torch.linspace(1, 8, points)).long()
-    some = lambda f, k: f[torch.randperm(len(f), generator=g)[:k]]
-    d = torch.tensor([frechet(f1 if exact else some(f1, k), some(f2, k)) for k in ns]).double()
-    a = torch.stack([torch.ones(points).double(), 1 / ns.double()], 1)
-    return torch.linalg.lstsq(a, d).solution[0].item()
+    generator = torch.Generator().manual_seed(seed)
+
+    def subset(f, size):
+        return f[torch.randperm(len(f), generator=generator)[:size]]
+
+    sizes = (n / torch.linspace(1, 8, points)).long()
+    distances = []
+    for size in sizes:
+        first = f1 if exact else subset(f1, size)
+        distances.append(frechet(first, subset(f2, size)))
+    line = torch.stack([torch.ones(points).double(), 1 / sizes.double()], 1)
+    return torch.linalg.lstsq(line, torch.tensor(distances).double()).solution[0].item()
 
 
 # %% ../nbs/13_metrics.ipynb #a572e38b
-def _weights(file, what):
-    p = Path(torch.hub.get_dir()) / 'checkpoints' / file
-    if not p.is_file():
-        raise FileNotFoundError(f'{what} needs its weights {p}, which are not there')
-    return p
+def _weights(file: str, what: str) -> Path:
+    "Path of downloaded weights in torch's folder of checkpoints; raises if they are missing"
+    path = Path(torch.hub.get_dir()) / 'checkpoints' / file
+    if not path.is_file():
+        raise FileNotFoundError(f'{what} needs its weights {path}, which are not there')
+    return path
 
 
 def inception_feats() -> Feats:
-    "FID's own 2048 features (Heusel et al. 2017), of 8-bit images, through torch-fidelity, if it and its weights are at hand"
+    """The 2048 Inception features of FID (Heusel et al. 2017), for 8-bit images.
+
+    Needs the package torch-fidelity and its weights. Downloads nothing.
+    """
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Net
     except (ImportError, RuntimeError, OSError) as e:
         raise ImportError(
             f'Inception features need the package torch-fidelity, which cannot be imported ({e})'
         ) from e
-    net = Net(
-        'inception',
-        ['2048'],
-        feature_extractor_weights_path=str(
-            _weights('weights-inception-2015-12-05-6726825d.pth', 'torch-fidelity')
-        ),
-    ).eval()
-    return Feats(
-        'Inception',
-        lambda x: net(to_uint8(x).expand(-1, 3, -1, -1).to(next(net.parameters()).device))[0],
-        key=_key(net),
-    )
+    path = _weights('weights-inception-2015-12-05-6726825d.pth', 'torch-fidelity')
+    net = Net('inception', ['2048'], feature_extractor_weights_path=str(path)).eval()
+
+    def embed(x):
+        pixels = to_uint8(x).expand(-1, 3, -1, -1).to(next(net.parameters()).device)
+        return net(pixels)[0]
+
+    return Feats('Inception', embed, key=_key(net))
 
 
 # %% ../nbs/13_metrics.ipynb #ccaee5ae
-def lpips_feats(
-    net='alex',  # alex (PDAE, Diff-AE), vgg (ScoreVAE) or squeeze
-) -> Feats:
-    "LPIPS proper, with its learnt weights, through torchmetrics, if it and its weights are at hand (Zhang et al. 2018)"
-    files = dict(
-        alex='alexnet-owt-7be5be79.pth',
-        vgg='vgg16-397923af.pth',
-        squeeze='squeezenet1_1-b8a52dc0.pth',
-    )
-    if net not in files:
-        raise ValueError(f'net must be one of {list(files)}, got {net!r}')
+_LPIPS_WEIGHTS = {  # backbone: file of its weights
+    'alex': 'alexnet-owt-7be5be79.pth',
+    'vgg': 'vgg16-397923af.pth',
+    'squeeze': 'squeezenet1_1-b8a52dc0.pth',
+}
+
+
+def _lpips_network(net: str) -> nn.Module:
+    "LPIPS of torchmetrics, with its learned weights; raises if the package or a file is missing"
     try:
         from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity as Net
     except (ImportError, RuntimeError, OSError) as e:
         raise ImportError(
             f'LPIPS-{net} needs the package torchmetrics, which cannot be imported ({e})'
         ) from e
-    _weights(files[net], f'LPIPS-{net}')
+    _weights(_LPIPS_WEIGHTS[net], f'LPIPS-{net}')
     try:
-        m = Net(net_type=net).net.eval()
+        return Net(net_type=net).net.eval()
     except (ImportError, RuntimeError) as e:
         raise ImportError(
             f'LPIPS-{net} is installed but does not load ({str(e).strip().splitlines()[0]})'
         ) from e
+
+
+def lpips_feats(
+    net: str = 'alex',  # alex (PDAE, Diff-AE), vgg (ScoreVAE) or squeeze
+) -> Feats:
+    """LPIPS with the learned weights of Zhang et al. (2018).
+
+    Needs the package torchmetrics and the backbone's weights. Downloads nothing.
+    """
+    if net not in _LPIPS_WEIGHTS:
+        raise ValueError(f'net must be one of {list(_LPIPS_WEIGHTS)}, got {net!r}')
+    network = _lpips_network(net)
+
+    def as_input(x):
+        return x.float().expand(-1, 3, -1, -1).to(next(network.parameters()).device)
 
     def distance(x, y):
         if min(x.shape[2:]) < 32:
             raise ValueError(
                 f'LPIPS-{net} needs images of at least 32x32 pixels, got {tuple(x.shape)}'
             )
-        return m(
-            *(o.float().expand(-1, 3, -1, -1).to(next(m.parameters()).device) for o in (x, y))
-        ).flatten()
+        return network(as_input(x), as_input(y)).flatten()
 
-    return Feats(net, None, distance, _key(m))
+    return Feats(net, None, distance, _key(network))
 
 
 def at_hand(
-    *makers,  # each makes a `Feats`, best first
-) -> Feats:
-    "The first feature network that can be had on this machine; its name says which"
+    *makers: Callable[[], Feats],  # functions that make a `Feats`, best first
+) -> Feats:  # its name tells which
+    "The first feature network whose package and weights are on this machine"
     for make in makers[:-1]:
         try:
             return make()
@@ -422,82 +541,113 @@ def at_hand(
 
 
 # %% ../nbs/13_metrics.ipynb #ee1cfa92
+def _stats_path(images: Images, about: dict) -> Path:
+    "File in `cache_dir()`, named after the network and a hash of `about` and the pixels"
+    digest = hashlib.sha256(repr(about).encode())
+    for pixels in images.x.split(10_000):
+        digest.update(pixels.cpu().contiguous().numpy())
+    name = re.sub('[^0-9A-Za-z]+', '-', about['feats'])
+    return cache_dir() / f'stats-{name}-{digest.hexdigest()[:20]}.safetensors'
+
+
+def _stored_stats(path: Path, about: dict) -> Stats | None:
+    "Statistics from a file; None if it is missing, damaged or of other images"
+    try:
+        tensors, stored = read_tensors(path)
+        found = Stats(tensors['mean'], tensors['cov'], about['shape'][0])
+        _root(found)  # raises if they are no statistics
+    except (OSError, ValueError, KeyError):
+        return None
+    return found if stored == about else None
+
+
 def reference_stats(
-    feats: Feats,  # the network
-    images: Images,  # the real images
-    crop='',  # how they were cut out and resized: noted with the statistics, and part of what they are found by
-    bs=500,  # images at a pass
+    feats: Feats,  # feature network
+    images: Images,  # real images
+    crop: str = '',  # how they were cropped and resized, for the key of the cache
+    bs: int = 500,  # images per batch
 ) -> Stats:
-    "`Stats` of real images, kept in `cache_dir()` under a hash of pixels, size, crop and network; a damaged file is made anew"
+    """`Stats` of real images, stored in `cache_dir()`.
+
+    The key is a hash of pixels, shape, `crop` and network. A damaged file is replaced.
+    """
     if not isinstance(images, Images):
         raise TypeError(f'expected Images, got {type(images).__name__}')
     if feats.key is None:
         return stats(features(feats, images, bs))
     about = dict(feats=feats.name, key=feats.key, shape=list(images.x.shape), crop=str(crop))
-    h = hashlib.sha256(repr(about).encode())
-    for b in images.x.split(10_000):
-        h.update(b.cpu().contiguous().numpy())
-    path = (
-        cache_dir()
-        / f'stats-{re.sub("[^0-9A-Za-z]+", "-", feats.name)}-{h.hexdigest()[:20]}.safetensors'
-    )
-    try:
-        t, meta = read_tensors(path)
-        s = Stats(t['mean'], t['cov'], len(images))
-        _root(s)
-        if meta == about:
-            return s
-    except (OSError, ValueError, KeyError):
-        pass
-    s = stats(features(feats, images, bs))
-    write_tensors(path, dict(mean=s.mean, cov=s.cov), about)
-    return s
+    path = _stats_path(images, about)
+    found = _stored_stats(path, about)
+    if found is None:
+        found = stats(features(feats, images, bs))
+        write_tensors(path, dict(mean=found.mean, cov=found.cov), about)
+    return found
 
 
 # %% ../nbs/13_metrics.ipynb #2d710698
 @torch.no_grad()
 def ppl(
-    decode,  # codes -> images
-    z1: Tensor,  # codes to start from: (B,...)
-    z2: Tensor,  # codes to go to, like `z1`
-    dist,  # (images, images) -> (B,), such as `partial(lpips, net=…)`
-    eps=1e-4,  # step, a share of the way
-    path=slerp,  # (z1, z2, t) -> codes on the way, t float64 (B,) in 0…1; slerp for noise, `lerp` for learnt codes
+    decode: Callable,  # codes -> images
+    z1: Tensor,  # codes at t = 0: (B,...)
+    z2: Tensor,  # codes at t = 1, like `z1`
+    dist: Callable,  # (images, images) -> (B,), such as `partial(lpips, net=…)`
+    eps: float = 1e-4,  # step of t
+    path: Callable = slerp,  # (z1, z2, t (B,)) -> codes; `slerp` for noise, `lerp` for codes
     *,
-    t=None,  # where on the way: (B,), else drawn
-) -> Tensor:  # one for each pair, of which the mean is the PPL: (B,)
-    "Perceptual path length of each pair of codes (Diff-AE Eq. 10, App. F)"
+    t: Tensor | None = None,  # positions on the path, in 0…1: (B,); None samples them
+) -> Tensor:  # one for each pair, whose mean is the PPL: (B,)
+    "Perceptual path length d(G(t), G(t+ε))/ε² of each pair of codes (Diff-AE Eq. 10, App. F)"
     if z1.shape != z2.shape or not z1.is_floating_point():
         raise ValueError(
-            f'expected two batches of float codes of one shape, got {z1.dtype} {tuple(z1.shape)} and {tuple(z2.shape)}'
+            'expected two batches of float codes of one shape, '
+            f'got {z1.dtype} {tuple(z1.shape)} and {tuple(z2.shape)}'
         )
-    t = torch.rand(len(z1), dtype=torch.float64) * (1 - eps) if t is None else torch.as_tensor(t)
-    a, b = (
-        decode(path(z1.double(), z2.double(), s.to(z1.device)).to(z1.dtype))
-        for s in (t.double(), t.double() + eps)
-    )
-    return dist(a, b) / eps**2
+    if t is None:
+        t = torch.rand(len(z1), dtype=torch.float64) * (1 - eps)
+    t = torch.as_tensor(t).double()
+
+    def images_at(t):
+        z = path(z1.double(), z2.double(), t.to(z1.device))
+        return decode(z.to(z1.dtype))
+
+    here = images_at(t)
+    ahead = images_at(t + eps)
+    return dist(here, ahead) / eps**2
 
 
 # %% ../nbs/13_metrics.ipynb #581bd37d
-def auroc(
-    scores,  # larger for the attribute: (N,)
-    labels,  # bool, or 0/1: (N,)
-) -> float:  # 0.5 is chance, 1 perfect
-    "Area under the ROC curve, from ranks, ties shared (Diff-AE Table 8; Hanley and McNeil 1982)"
-    s, y = torch.as_tensor(scores).detach().cpu().double(), torch.as_tensor(labels).cpu()
+def _check_scores(s: Tensor, y: Tensor) -> None:
+    "Raise unless there is a score and a label 0 or 1 for each sample"
     if s.ndim != 1 or s.shape != y.shape:
         raise ValueError(
-            f'expected one score and one label for each sample, (N,), got {tuple(s.shape)} and {tuple(y.shape)}'
+            'expected one score and one label for each sample, (N,), '
+            f'got {tuple(s.shape)} and {tuple(y.shape)}'
         )
     if s.isnan().any() or not ((y == 0) | (y == 1)).all():
         raise ValueError(
-            f'expected scores without NaN and labels 0 or 1, got {s.isnan().sum()} NaN and labels {y.unique().tolist()[:5]}'
+            'expected scores without NaN and labels 0 or 1, '
+            f'got {s.isnan().sum()} NaN and labels {y.unique().tolist()[:5]}'
         )
-    p = int((y == 1).sum())
-    n = len(y) - p
-    if not p or not n:
-        raise ValueError(f'expected both labels, got {p} with and {n} without the attribute')
+
+
+def auroc(
+    scores: Tensor,  # larger for samples with the attribute: (N,)
+    labels: Tensor,  # bool, or 0/1: (N,)
+) -> float:  # 0.5 for random scores, 1 for perfect ones
+    """Area under the ROC curve, from ranks (Diff-AE Table 8; Hanley and McNeil 1982).
+
+    Equal scores get their mean rank, so a tie counts one half.
+    """
+    s = torch.as_tensor(scores).detach().cpu().double()
+    y = torch.as_tensor(labels).cpu()
+    _check_scores(s, y)
+    n_with = int((y == 1).sum())
+    n_without = len(y) - n_with
+    if not n_with or not n_without:
+        raise ValueError(
+            f'expected both labels, got {n_with} with and {n_without} without the attribute'
+        )
     _, where, count = s.unique(return_inverse=True, return_counts=True)
     rank = (count.cumsum(0) - (count.double() - 1) / 2)[where]
-    return ((rank[y == 1].sum() - p * (p + 1) / 2) / (p * n)).item()
+    smallest = n_with * (n_with + 1) / 2  # rank sum of the lowest scores
+    return ((rank[y == 1].sum() - smallest) / (n_with * n_without)).item()

@@ -32,14 +32,14 @@ __all__ = [
 # %% ../nbs/09_pdae.ipynb #a89c774d
 import io
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .data import decode_image, load_images, to_signed, to_uint8
+from .data import Images, decode_image, load_images, to_signed, to_uint8
 from .denoise import Denoiser, denoising_loss
 from .files import build, fingerprint, load_run, spec_of
 from .forward import Schedule, shift_to_eps
@@ -51,7 +51,7 @@ from .unet import Attention, Up, norm
 from .weighting import w_pdae
 
 # %% ../nbs/09_pdae.ipynb #9fb69f05
-ENCODERS = {  # pixels: (channels after each halving, halvings before the attention)
+ENCODERS = {  # image size in pixels: (channels after each halving, halvings before the attention)
     128: ((64, 128, 256, 256, 256), 3),
     64: ((64, 128, 128, 128), 2),
     32: ((32, 64, 128), 2),
@@ -63,205 +63,238 @@ ENCODERS = {  # pixels: (channels after each halving, halvings before the attent
 
 # %% ../nbs/09_pdae.ipynb #b0e28423
 class ConvEncoder(nn.Module):
-    "z = E_φ(x_0): convolutions that halve the image, a linear layer (PDAE Sec. 3.3), and attention once on the way, as in the published code"
+    """The encoder z = E_φ(x_0) (PDAE Section 3.3).
+
+    Convolutions halve the image until it is 4×4, and a linear layer follows.
+    Self-attention is applied at one resolution, as in the official implementation.
+    """
 
     def __init__(
         self,
-        c=3,  # channels of the image
-        size=64,  # height and width of the image, pixels: a key of `ENCODERS`
-        z_dim=512,  # width of the code
+        c: int = 3,  # channels of the image
+        size: int = 64,  # height and width of the image in pixels: a key of `ENCODERS`
+        z_dim: int = 512,  # width of the code
         *,
-        groups=32,  # groups of each norm
-        heads=4,  # of the attention
+        groups: int = 32,  # groups of each norm
+        heads: int = 4,  # attention heads
     ):
         super().__init__()
         if size not in ENCODERS:
-            raise ValueError(
-                f'there are encoders for images of {", ".join(map(str, sorted(ENCODERS)))} pixels, got {size}'
-            )
+            sizes = ', '.join(map(str, sorted(ENCODERS)))
+            raise ValueError(f'there are encoders for images of {sizes} pixels, got {size}')
         self.config = dict(c=c, size=size, z_dim=z_dim, groups=groups, heads=heads)
-        (ci, *chs), turn = ENCODERS[size]
-        layers = [nn.Conv2d(c, ci, 3, 2, 1)]
-        for i, co in enumerate(chs + [None], 1):
-            if i == turn:
+        channels, attention_after = ENCODERS[size]
+        layers = [nn.Conv2d(c, channels[0], 3, 2, 1)]
+        for i, ci in enumerate(channels, 1):
+            if i == attention_after:
                 layers.append(Attention(ci, heads, groups))
-            layers += [norm(ci, groups), nn.SiLU()] + ([nn.Conv2d(ci, co, 3, 2, 1)] if co else [])
-            ci = co or ci
-        self.body, self.head = nn.Sequential(*layers), nn.Linear(ci * 4 * 4, z_dim)
+            layers += [norm(ci, groups), nn.SiLU()]
+            if i < len(channels):
+                layers.append(nn.Conv2d(ci, channels[i], 3, 2, 1))
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Linear(channels[-1] * 4 * 4, z_dim)
 
     def forward(
         self,
         x0: Tensor,  # clean images in [-1,1]: (B,c,size,size)
     ) -> Tensor:  # codes: (B,z_dim)
-        c, size = self.config['c'], self.config['size']
+        "Encode clean images."
+        c = self.config['c']
+        size = self.config['size']
         if x0.shape[1:] != (c, size, size):
             raise ValueError(
                 f'this encoder was built for images (B,{c},{size},{size}), got {tuple(x0.shape)}'
             )
-        return self.head(self.body(x0).flatten(1)).to(x0.dtype)
+        features = self.body(x0)
+        return self.head(features.flatten(1)).to(x0.dtype)
 
 
 # %% ../nbs/09_pdae.ipynb #d8e953ff
+def _check_frozen_dpm(dpm):
+    "Raise unless `dpm` is an unconditional U-Net made of `Down` and `Up`."
+    for part in ('config', 'embed', 'down', 'up', 'geometry'):
+        if not hasattr(dpm, part):
+            raise TypeError(
+                'the DPM must be made of `Down` and `Up` as `UNet` is; '
+                f'{type(dpm).__name__} has no `{part}`'
+            )
+    if dpm.config.get('dz') or 'classes' in dpm.config:
+        raise ValueError('the DPM must be unconditional, but this one takes a code or a label')
+
+
 class GradientEstimator(nn.Module):
-    "G_ψ(x_t,t,z), which stands in for ∇log p(z|x_t): a new second half on the first half of a frozen DPM (PDAE Sec. 3.3, Fig. 2)"
+    """The gradient estimator G_ψ(x_t,t,z) in place of ∇log p(z|x_t) (PDAE Section 3.3, Figure 2).
+
+    The first half is shared with a frozen DPM. The second half is new and takes the code z.
+    """
 
     def __init__(
         self,
-        dpm,  # trained U-Net, unconditional; frozen from here on
-        z_dim=512,  # width of the code
-        drop=0.0,  # dropout in the new half, a probability
+        dpm: nn.Module | dict,  # trained unconditional U-Net, or its spec for `build`; gets frozen
+        z_dim: int = 512,  # width of the code
+        drop: float = 0.0,  # dropout probability in the new half
     ):
         super().__init__()
-        dpm = build(dpm, 'a gradient estimator') if isinstance(dpm, dict) else dpm
-        if lacks := [
-            k for k in ('config', 'embed', 'down', 'up', 'geometry') if not hasattr(dpm, k)
-        ]:
-            raise TypeError(
-                f'the DPM must be made of `Down` and `Up` as `UNet` is; {type(dpm).__name__} has no `{lacks[0]}`'
-            )
-        if dpm.config.get('dz') or 'classes' in dpm.config:
-            raise ValueError('the DPM must be unconditional, and this one wants a code or a label')
-        self.z_dim, self.drop, self.dpm = z_dim, drop, dpm.eval().requires_grad_(False)
-        self.label, self.up = (
-            nn.Linear(z_dim, dpm.dt),
-            Up(chs=dpm.down.chs, dt=dpm.dt, dz=dpm.dt, drop=drop, **dpm.geometry),
-        )
+        if isinstance(dpm, dict):
+            dpm = build(dpm, 'a gradient estimator')
+        _check_frozen_dpm(dpm)
+        self.z_dim = z_dim
+        self.drop = drop
+        self.dpm = dpm.eval().requires_grad_(False)
+        self.label = nn.Linear(z_dim, dpm.dt)
+        self.up = Up(chs=dpm.down.chs, dt=dpm.dt, dz=dpm.dt, drop=drop, **dpm.geometry)
 
     @property
-    def config(self):
+    def config(self) -> dict:
+        "Keyword arguments that build this network again, with the spec of the DPM."
         return dict(dpm=spec_of(self.dpm, 'the frozen DPM'), z_dim=self.z_dim, drop=self.drop)
 
-    def train(self, mode=True):
+    def train(
+        self,
+        mode: bool = True,  # mode of the new half
+    ) -> 'GradientEstimator':
+        "Set the mode of the new half; the frozen DPM stays in evaluation mode."
         super().train(mode)
         self.dpm.eval()
         return self
 
+    def shared(
+        self,
+        xt: Tensor,  # noisy images: (B,c,size,size)
+        t: Tensor,  # timesteps: (B,)
+    ) -> tuple[list[Tensor], Tensor]:  # feature maps; embedding of t: (B,dt)
+        "Run the frozen first half, whose output both second halves take."
+        self.dpm._check(xt, t, None)
+        e = self.dpm.embed(t)
+        return self.dpm.down(xt, e), e
 
-# %% ../nbs/09_pdae.ipynb #5dd907dc
-@patch
-def shared(
-    self: GradientEstimator,
-    xt: Tensor,  # noisy images: (B,c,size,size)
-    t: Tensor,  # times: (B,)
-) -> tuple:  # feature maps and time vector
-    "The frozen first half, which both second halves need: run it once"
-    self.dpm._check(xt, t, None)
-    e = self.dpm.embed(t)
-    return self.dpm.down(xt, e), e
+    def score(
+        self,
+        hs: list[Tensor],  # feature maps, from `shared`
+        e: Tensor,  # embedding of t, from `shared`: (B,dt)
+        z: Tensor,  # codes: (B,z_dim), or (1,z_dim) for all images
+    ) -> Tensor:  # G_ψ(x_t,t,z), in units of 1/x: (B,c,size,size)
+        "Run the new second half alone."
+        batch = len(hs[0])
+        if z.ndim != 2 or z.shape[1] != self.z_dim or len(z) not in (1, batch):
+            raise ValueError(
+                f'this gradient estimator wants codes ({batch},{self.z_dim}), got {tuple(z.shape)}'
+            )
+        return self.up(hs, e, self.label(z))
 
-
-# %% ../nbs/09_pdae.ipynb #a9a3470e
-@patch
-def score(
-    self: GradientEstimator,
-    hs: list,  # feature maps, from `shared`
-    e: Tensor,  # time vector, from `shared`
-    z: Tensor,  # codes: (B,z_dim), or (1,z_dim) for all
-) -> Tensor:  # G_ψ, 1/x: (B,c,size,size)
-    "The new second half alone"
-    if z.ndim != 2 or z.shape[1] != self.z_dim or len(z) not in (1, len(hs[0])):
-        raise ValueError(
-            f'this gradient estimator wants codes ({len(hs[0])},{self.z_dim}), got {tuple(z.shape)}'
-        )
-    return self.up(hs, e, self.label(z))
-
-
-# %% ../nbs/09_pdae.ipynb #c3fd7de4
-@patch
-def forward(
-    self: GradientEstimator,
-    xt: Tensor,  # noisy images: float (B,c,size,size)
-    t: Tensor,  # times: (B,), or (1,) for all
-    z: Tensor,  # codes: (B,z_dim), or (1,z_dim) for all
-) -> tuple:  # eps_θ(x_t,t) and G_ψ(x_t,t,z), like `xt`
-    "Noise and score from one pass through the shared half"
-    hs, e = self.shared(xt, t)
-    return self.dpm.up(hs, e).to(xt.dtype), self.score(hs, e, z).to(xt.dtype)
+    def forward(
+        self,
+        xt: Tensor,  # noisy images: float (B,c,size,size)
+        t: Tensor,  # timesteps: (B,), or (1,) for all images
+        z: Tensor,  # codes: (B,z_dim), or (1,z_dim) for all images
+    ) -> tuple[Tensor, Tensor]:  # ε_θ(x_t,t) and G_ψ(x_t,t,z), both like `xt`
+        "Predict noise and score with one pass through the shared first half."
+        hs, e = self.shared(xt, t)
+        eps = self.dpm.up(hs, e).to(xt.dtype)
+        score = self.score(hs, e, z).to(xt.dtype)
+        return eps, score
 
 
 # %% ../nbs/09_pdae.ipynb #b76e23ea
 def pdae_denoiser(
-    G,  # (xt,t,z) -> eps, score; `G.dpm` is the frozen DPM
-    z: Tensor,  # codes: (B,z_dim), or (1,z_dim) for all
-    sched: Schedule,  # noise table
-    to_eps=shift_to_eps,  # how a score becomes noise: `shift_to_eps` (Eq. 7) or `score_to_eps` (Eq. 6)
+    G: GradientEstimator,  # (xt, t, z) -> noise, score; `G.dpm` is the frozen DPM
+    z: Tensor,  # codes: (B,z_dim), or (1,z_dim) for all images
+    sched: Schedule,  # noise schedule
+    to_eps: Callable = shift_to_eps,  # score to noise: `shift_to_eps` (Eq. 7) or `score_to_eps`
     **kw,  # for `guided`: scale, window
 ) -> Denoiser:
-    "The decoder: a frozen DPM whose posterior mean is shifted by Σ·G(x_t,t,z) (PDAE Eq. 7)"
-    return guided(lambda xt, t: G(xt, t, z), sched, to_eps=to_eps, unguided=G.dpm, **kw)
+    """The decoder: ε_θ(x_t,t) + to_eps(G_ψ(x_t,t,z)) (PDAE Eq. 7).
+
+    The posterior mean of the frozen DPM is shifted by Σ_θ·G_ψ(x_t,t,z).
+    """
+
+    def eps_and_score(xt, t):
+        return G(xt, t, z)
+
+    return guided(eps_and_score, sched, to_eps=to_eps, unguided=G.dpm, **kw)
 
 
 # %% ../nbs/09_pdae.ipynb #6e9cef5d
 def pdae_loss(
-    enc,  # x_0 -> z
-    G,  # gradient estimator
-    x0: Tensor,  # clean images: (B,c,size,size)
-    sched: Schedule,  # noise table
-    weight=w_pdae,  # weight(sched,t) -> (B,); None is 1
-    to_eps=shift_to_eps,  # how the score becomes noise
+    enc: nn.Module,  # encoder E_φ: x_0 -> z
+    G: GradientEstimator,  # gradient estimator G_ψ
+    x0: Tensor,  # clean images in [-1,1]: (B,c,size,size)
+    sched: Schedule,  # noise schedule
+    weight: Callable | None = w_pdae,  # (sched, t) -> λ_t (B,); None is λ_t = 1
+    to_eps: Callable = shift_to_eps,  # (sched, t, score) -> change of the noise
     **kw,  # for `denoising_loss`: t, eps, reduce
-) -> Tensor:  # scalar, or (B,)
-    "λ_t·‖eps - eps_θ(x_t,t) - to_eps(G(x_t,t,E(x_0)))‖², mean over pixels (PDAE Eq. 7, with the weight of Eq. 10)"
-    return denoising_loss(pdae_denoiser(G, enc(x0), sched, to_eps), x0, sched, weight, **kw)
+) -> Tensor:  # scalar, or (B,) with reduce=None
+    "λ_t·‖ε - ε_θ(x_t,t) - to_eps(G_ψ(x_t,E_φ(x_0),t))‖², mean over pixels (PDAE Eqs 7 and 10)."
+    denoiser = pdae_denoiser(G, enc(x0), sched, to_eps)
+    return denoising_loss(denoiser, x0, sched, weight, **kw)
 
 
 # %% ../nbs/09_pdae.ipynb #cff4371a
 def with_codes(
-    G,  # gradient estimator
-    sched: Schedule,  # noise table
-    to_eps=shift_to_eps,  # as trained
-):  # (xt,t,z) -> eps
-    "PDAE as a denoiser that takes its codes as a third argument, as `noise_mse` and `gap_curve` want it"
-    return lambda xt, t, z: pdae_denoiser(G, z, sched, to_eps)(xt, t)
+    G: GradientEstimator,  # gradient estimator
+    sched: Schedule,  # noise schedule
+    to_eps: Callable = shift_to_eps,  # score to noise, as in training
+) -> Callable:  # (xt, t, z) -> noise
+    "PDAE as a denoiser with the codes as third argument, for `noise_mse` and `gap_curve`."
+
+    def denoiser(xt, t, z):
+        return pdae_denoiser(G, z, sched, to_eps)(xt, t)
+
+    return denoiser
 
 
+# %% ../nbs/09_pdae.ipynb #abc786f5
 @torch.no_grad()
 def encode(
-    enc,  # x_0 -> z
+    enc: nn.Module,  # encoder: x_0 -> z
     x0: Tensor,  # clean images: (B,...)
-    bs=100,  # images at a pass
+    bs: int = 100,  # images per forward pass
 ) -> Tensor:  # codes: (B,z_dim)
-    "The codes of many images"
-    return torch.cat([enc(o) for o in x0.split(bs)])
+    "Encode images in parts, without gradients."
+    return torch.cat([enc(part) for part in x0.split(bs)])
 
 
 # %% ../nbs/09_pdae.ipynb #c1f88a36
 def gap_ratio(
-    G,  # gradient estimator
+    G: GradientEstimator,  # gradient estimator
     z: Tensor,  # codes: (N,z_dim)
     x0: Tensor,  # clean images: (N,...)
-    sched: Schedule,  # noise table
-    ts,  # times in 2…T
-    to_eps=shift_to_eps,  # as trained
-    seed=0,  # of the noise
-) -> Tensor:  # share of the gap that the code leaves open, at each time: (len(ts),)
-    "Mean gap with the codes over mean gap without: 1 is none filled, 0 is all (PDAE Fig. 5, right)"
-    told, alone = (
-        gap_curve(f, x0, sched, ts, seed, y=y).mean(1)
-        for f, y in ((with_codes(G, sched, to_eps), z), (G.dpm, None))
-    )
-    return told / alone
+    sched: Schedule,  # noise schedule
+    ts: list[int],  # timesteps in 2…T
+    to_eps: Callable = shift_to_eps,  # score to noise, as in training
+    *,
+    seed: int = 0,  # of the noise
+) -> Tensor:  # share of the gap that the codes leave open at each timestep: (len(ts),)
+    """Mean posterior mean gap with the codes over the mean gap of the DPM alone (PDAE Figure 5).
+
+    The ratio is 1 if the codes close nothing of the gap and 0 if they close all of it.
+    """
+    gap = gap_curve(with_codes(G, sched, to_eps), x0, sched, ts, seed=seed, y=z).mean(1)
+    dpm_gap = gap_curve(G.dpm, x0, sched, ts, seed=seed).mean(1)
+    return gap / dpm_gap
 
 
 # %% ../nbs/09_pdae.ipynb #51a0f551
 def pdae_result(
-    enc,
-    G,  # encoder and gradient estimator
+    enc: nn.Module,  # encoder
+    G: GradientEstimator,  # gradient estimator
     x0: Tensor,  # held-out images: (N,...)
-    sched: Schedule,  # noise table
-    to_eps=shift_to_eps,  # as trained
+    sched: Schedule,  # noise schedule
+    to_eps: Callable = shift_to_eps,  # score to noise, as in training
 ) -> dict:  # numbers, ready for JSON
-    "Test noise MSE with the code and without, and the share of the gap that stays open at t = 100…900 (of 200 images)"
+    """Noise MSE on held-out images, with the codes and by the DPM alone, and `gap_ratio`.
+
+    The gap is measured at t = 100, 200, …, 900 on the first 200 images.
+    """
     x0 = x0.to(next(G.parameters()).device)
-    z, ts = encode(enc, x0), list(range(100, min(sched.T, 901), 100))
-    (mse, _), (alone, _) = (
-        noise_mse(with_codes(G, sched, to_eps), x0, sched, y=z),
-        noise_mse(G.dpm, x0, sched),
-    )
+    z = encode(enc, x0)
+    ts = list(range(100, min(sched.T, 901), 100))
+    mse, _ = noise_mse(with_codes(G, sched, to_eps), x0, sched, y=z)
+    dpm_mse, _ = noise_mse(G.dpm, x0, sched)
     return dict(
         test_noise_mse=mse.mean().item(),
         standard_error=(mse.std() / len(mse) ** 0.5).item(),
-        dpm_noise_mse=alone.mean().item(),
+        dpm_noise_mse=dpm_mse.mean().item(),
         test_images=len(mse),
         t=ts,
         gap_ratio=gap_ratio(G, z[:200], x0[:200], sched, ts, to_eps).tolist(),
@@ -271,116 +304,90 @@ def pdae_result(
 
 # %% ../nbs/09_pdae.ipynb #2cd24b26
 def stand_on(
-    dpm,  # a run with a `dpm`, by name or path
-    images,  # the data, `Images`
-    px,  # their height and width, pixels
-) -> tuple:  # the run; channels and pixels as a dict
-    "The run of a frozen DPM, and the channels and pixels of images that fit it, or a clear sentence"
-    if not hasattr(base := load_run(dpm), 'dpm'):
+    dpm: str | Path,  # a run with the part `dpm`: its name or path
+    images: Images,  # the data
+    px: int,  # height and width of the images, pixels
+) -> tuple:  # the run; number of channels `c` and pixels `size` of the images, as a dict
+    "Load the run of a frozen DPM, and check that the images have its channels and size."
+    base = load_run(dpm)
+    if not hasattr(base, 'dpm'):
         raise ValueError(f'{dpm!r} holds {sorted(base.about["parts"])}, no `dpm` to stand on')
-    have, want = {k: base.dpm.config[k] for k in ('c', 'size')}, dict(c=images.x.shape[1], size=px)
+    have = {k: base.dpm.config[k] for k in ('c', 'size')}
+    want = dict(c=images.x.shape[1], size=px)
     if have != want:
         raise ValueError(
-            f'the frozen DPM is for images of {have}, the data are {want}; train one for these first, and name its folder as the DPM'
+            f'the frozen DPM is for images of {have}, the data are {want}; '
+            'train one for these first, and name its folder as the DPM'
         )
     return base, want
 
 
+# %% ../nbs/09_pdae.ipynb #bc584ce2
 def pdae_task(
-    r: Recipe,  # its row; `net` names the DPM, and says how wide the code is
-    weight=w_pdae,  # as in `pdae_loss`
-    to_eps=shift_to_eps,  # as in `pdae_loss`
+    r: Recipe,  # its `net` names the DPM (`dpm`) and the width of the code (`z_dim`)
+    weight: Callable | None = w_pdae,  # loss weight, as in `pdae_loss`
+    to_eps: Callable = shift_to_eps,  # score to noise, as in `pdae_loss`
 ) -> Task:
-    "An encoder and a gradient estimator, on a DPM that was trained before (PDAE Sec. 3.2)"
-    images, test, net = (
-        load_images(r.data, 'train', r.px),
-        load_images(r.data, 'test', r.px),
-        dict(r.net),
-    )
-    base, want = stand_on(net.pop('dpm'), images, r.px)
+    "Training task: an encoder and a gradient estimator on a frozen DPM (PDAE Section 3.2)."
+    images = load_images(r.data, 'train', r.px)
+    test = load_images(r.data, 'test', r.px)
+    net = dict(r.net)
+    base, shape = stand_on(net.pop('dpm'), images, r.px)
     sched = base.sched
-    enc, G = (
-        ConvEncoder(**want, z_dim=net['z_dim'], groups=net.pop('groups', 32)),
-        GradientEstimator(base.dpm, **net),
-    )
+    enc = ConvEncoder(**shape, z_dim=net['z_dim'], groups=net.pop('groups', 32))
+    G = GradientEstimator(base.dpm, **net)
     noise = torch.randn(32, *images.x.shape[1:], generator=torch.Generator().manual_seed(r.seed))
 
     def loss_fn(x0, y):
         t = sched.rand_t(len(x0), x0.device)
         return pdae_loss(enc, G, x0, sched, weight, to_eps, t=t, reduce=None), t
 
+    def result(parts):
+        x0 = to_signed(test.x[:10_000])
+        return pdae_result(parts['enc'], parts['G'], x0, sched, to_eps)
+
     def preview(parts):
         x0 = to_signed(test.x[:32]).to(next(parts['G'].parameters()).device)
-        f = pdae_denoiser(parts['G'], encode(parts['enc'], x0), sched, to_eps)
-        return torch.cat([x0, sample(f, noise[: len(x0)].to(x0), sched, 20, clip=1.0)])
+        denoiser = pdae_denoiser(parts['G'], encode(parts['enc'], x0), sched, to_eps)
+        xT = noise[: len(x0)].to(x0)
+        return torch.cat([x0, sample(denoiser, xT, sched, 20, clip=1.0)])
 
-    return Task(
-        dict(enc=enc, G=G, dpm=G.dpm),
-        images,
-        loss_fn,
-        lambda parts: pdae_result(
-            parts['enc'], parts['G'], to_signed(test.x[:10_000]), sched, to_eps
-        ),
-        sched,
-        preview,
-    )
+    return Task(dict(enc=enc, G=G, dpm=G.dpm), images, loss_fn, result, sched, preview)
 
+
+TASKS['pdae'] = pdae_task
 
 # %% ../nbs/09_pdae.ipynb #6a548a6a
-TASKS['pdae'] = pdae_task
+# fmt: off
 _28 = dict(dpm='mnist_dpm', z_dim=64, groups=8)
-RECIPES |= {
+RECIPES |= {  # data, pixels, networks, images, batch, learning rate, warmup, cooldown, average
     ('mnist_pdae', 'smoke'): Recipe('digits', 28, _28, 512, 16, 2e-3, 5, ema=0.99),
-    ('mnist_pdae', 'lesson'): Recipe(
-        'mnist', 28, _28, 256_000, 64, 1e-3, 200, 0.4, 0.999
-    ),  # data/models/mnist_pdae/run.json
+    # result: data/models/mnist_pdae/run.json
+    ('mnist_pdae', 'lesson'): Recipe('mnist', 28, _28, 256_000, 64, 1e-3, 200, 0.4, 0.999),
+    # the paper trains no model of MNIST
     ('mnist_pdae', 'paper'): Recipe(
-        'mnist', 32, dict(dpm='mnist_dpm', z_dim=64), 6_400_000, flip=False
-    ),  # the paper trains none on MNIST
+        'mnist', 32, dict(dpm='mnist_dpm', z_dim=64), 6_400_000, flip=False,
+    ),
     ('celeba64_pdae', 'lesson'): Recipe(
-        'celeba64',
-        64,
-        dict(dpm='celeba64_dpm', z_dim=512),
-        2_500_000,
-        256,
-        3e-4,
-        500,
-        0.3,
-        0.999,
-        flip=True,
+        'celeba64', 64, dict(dpm='celeba64_dpm', z_dim=512),
+        2_500_000, 256, 3e-4, 500, 0.3, 0.999, flip=True,
     ),
     ('celeba64_pdae', 'paper'): Recipe(
-        'celeba64',
-        64,
-        dict(dpm='celeba64_dpm', z_dim=512, drop=0.1),
-        38_000_000,
-        clip=math.inf,
-        flip=True,
+        'celeba64', 64, dict(dpm='celeba64_dpm', z_dim=512, drop=0.1),
+        38_000_000, clip=math.inf, flip=True,
     ),
     ('cifar10_pdae', 'lesson'): Recipe(
-        'cifar10',
-        32,
-        dict(dpm='cifar10_dpm', z_dim=128),
-        5_000_000,
-        128,
-        3e-4,
-        500,
-        0.3,
-        0.999,
-        flip=True,
+        'cifar10', 32, dict(dpm='cifar10_dpm', z_dim=128),
+        5_000_000, 128, 3e-4, 500, 0.3, 0.999, flip=True,
     ),
 }
-for _data, _images in dict(
-    celebahq128=25, ffhq128=64, horse128=64, bedroom128=70
-).items():  # million images seen (PDAE Sec. 4)
+# million images seen (PDAE Section 4)
+for _data, _millions in dict(celebahq128=25, ffhq128=64, horse128=64, bedroom128=70).items():
     RECIPES[f'{_data}_pdae', 'paper'] = Recipe(
-        _data,
-        128,
-        dict(dpm=f'{_data}_dpm', z_dim=512, drop=0.1),
-        _images * 10**6,
-        clip=math.inf,
-        flip=True,
+        _data, 128, dict(dpm=f'{_data}_dpm', z_dim=512, drop=0.1),
+        _millions * 10**6, clip=math.inf, flip=True,
     )
+# fmt: on
 
 
 # %% ../nbs/09_pdae.ipynb #116fb233
@@ -388,174 +395,209 @@ for _data, _images in dict(
 def restored(
     f: Denoiser,  # with the codes of `x0` bound
     x0: Tensor,  # clean images: (B,...)
-    sched: Schedule,  # noise table
-    steps=20,  # DDIM steps
-    seed=None,  # of a random x_T; None takes the inferred one
+    sched: Schedule,  # noise schedule
+    steps: int = 20,  # DDIM steps
+    seed: int | None = None,  # seed of a random x_T; None infers x_T from `x0`
 ) -> Tensor:  # reconstructions, like `x0`
-    "Decode, from the image's own x_T, or from noise that knows nothing of it (PDAE Sec. 4.3)"
+    "Decode the x_T that is inferred from the image, or a random x_T (PDAE Section 4.3)."
     if seed is None:
-        return sample(f, invert(f, x0, sched, steps), sched, steps)
-    return sample(
-        f,
-        torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed)).to(x0),
-        sched,
-        steps,
-        clip=1.0,
-    )
+        xT = invert(f, x0, sched, steps)
+        return sample(f, xT, sched, steps)
+    xT = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed)).to(x0)
+    return sample(f, xT, sched, steps, clip=1.0)
 
 
 # %% ../nbs/09_pdae.ipynb #00f8b6a4
 def lerp_trajectories(
-    G,  # gradient estimator
-    z1: Tensor,  # codes at lam=0: (B,z_dim)
-    z2: Tensor,  # codes at lam=1, like `z1`
-    lam,  # 0…1
-    sched: Schedule,  # noise table
-    to_eps=shift_to_eps,  # how a score becomes noise
+    G: GradientEstimator,  # gradient estimator
+    z1: Tensor,  # codes at λ=0: (B,z_dim)
+    z2: Tensor,  # codes at λ=1, like `z1`
+    lam: float,  # λ in 0…1
+    sched: Schedule,  # noise schedule
+    to_eps: Callable = shift_to_eps,  # score to noise, as in training
     **kw,  # for `guided`: scale, window
 ) -> Denoiser:
-    "Guided by Lerp(G(x_t,z1,t), G(x_t,z2,t); λ), a line between two trajectories (PDAE Sec. 4.4, Fig. 7)"
+    "Denoiser guided by Lerp(G(x_t,z_1,t), G(x_t,z_2,t); λ) (PDAE Section 4.4, Figure 7)."
 
-    def both(xt, t):
+    def eps_and_score(xt, t):
         hs, e = G.shared(xt, t)
-        score = torch.lerp(G.score(hs, e, z1), G.score(hs, e, z2), lam)
+        score1 = G.score(hs, e, z1)
+        score2 = G.score(hs, e, z2)
+        score = torch.lerp(score1, score2, lam)
         return G.dpm.up(hs, e).to(xt.dtype), score.to(xt.dtype)
 
-    return guided(both, sched, to_eps=to_eps, unguided=G.dpm, **kw)
+    return guided(eps_and_score, sched, to_eps=to_eps, unguided=G.dpm, **kw)
 
 
 # %% ../nbs/09_pdae.ipynb #fa1e1b76
-def _tensor_x0(source, size, c, log):
+def _image_batch(source):
+    "Check an image tensor, and add the missing axes: uint8 or float (B,C,H,W)."
     if source.dtype != torch.uint8 and not source.is_floating_point():
         raise TypeError(f'an image tensor must be uint8 or float in [-1,1], got {source.dtype}')
-    x = source if source.ndim == 4 else source[(None,) * (4 - source.ndim)]
+    x = source
+    while x.ndim < 4:
+        x = x[None]
     if source.ndim not in (2, 3, 4) or x.shape[1] not in (1, 3):
         raise ValueError(
-            f'an image tensor must be (H,W), (C,H,W) or (B,C,H,W) with 1 or 3 channels, got {tuple(source.shape)}'
+            'an image tensor must be (H,W), (C,H,W) or (B,C,H,W) with 1 or 3 channels, '
+            f'got {tuple(source.shape)}'
         )
     if x.is_floating_point() and (x.abs() > 1.001).any():
         raise ValueError(f'a float image must be in [-1,1], got {x.min():.3g} … {x.max():.3g}')
+    return x
+
+
+def _tensor_x0(source, size, c, log):
+    "An image tensor as x_0; another size or number of channels is converted by way of pixels."
+    x = _image_batch(source)
     if x.shape[1:] == (c, size, size):
         return to_signed(x) if x.dtype == torch.uint8 else x.float()
     from PIL import Image
 
-    u8 = (
-        (x if x.dtype == torch.uint8 else to_uint8(x)).permute(0, 2, 3, 1).squeeze(-1).cpu().numpy()
-    )
-    return torch.cat([as_x0(Image.fromarray(o), size, c, log) for o in u8])
+    u8 = x if x.dtype == torch.uint8 else to_uint8(x)
+    pixels = u8.permute(0, 2, 3, 1).squeeze(-1).cpu().numpy()
+    return torch.cat([as_x0(Image.fromarray(image), size, c, log) for image in pixels])
 
 
 # %% ../nbs/09_pdae.ipynb #c144e1c2
-def as_x0(
-    source,  # path of an image file, PIL image, or tensor: uint8 or float in [-1,1], (H,W), (C,H,W) or (B,C,H,W)
-    size,  # height and width wanted, pixels
-    c,  # channels wanted: 1 or 3
-    log=print,  # where a conversion is told
-) -> Tensor:  # float32 (B,c,size,size) in [-1,1]
-    "Any picture as a network wants it"
-    if torch.is_tensor(source):
-        return _tensor_x0(source, size, c, log)
-    if hasattr(source, 'save'):
-        b = io.BytesIO()
-        source.save(b, 'PNG')
-        what, raw = 'the picture', b.getvalue()
-    else:
-        what, raw = str(source), Path(source).expanduser().read_bytes()
+def _file_of(source):
+    "Name and bytes of an image file; a PIL image becomes a PNG."
+    if not hasattr(source, 'save'):
+        return str(source), Path(source).expanduser().read_bytes()
+    png = io.BytesIO()
+    source.save(png, 'PNG')
+    return 'the picture', png.getvalue()
+
+
+def _geometry(name, raw):
+    "Height and width of an image file in pixels, and whether it is grey."
     try:
         x = torch.from_numpy(np.array(decode_image(raw, None, 3)))
         grey = bool((x[0] == x[1]).all() and (x[1] == x[2]).all())
     except Exception as e:
-        raise ValueError(f'{what}: not a readable image ({type(e).__name__}: {e})') from e
-    if tuple(x.shape[1:]) != (size, size) or grey != (c == 1):
-        log(
-            f'{what}: {x.shape[2]}x{x.shape[1]} {"grey" if grey else "colour"} taken as {size}x{size} {"grey" if c == 1 else "colour"}'
-        )
-    return to_signed(torch.from_numpy(np.array(decode_image(raw, size, c)))[None])
+        raise ValueError(f'{name}: not a readable image ({type(e).__name__}: {e})') from e
+    return (*x.shape[1:], grey)
+
+
+def as_x0(
+    source,  # path, PIL image, or tensor (uint8, or float in [-1,1]): (H,W), (C,H,W), (B,C,H,W)
+    size: int,  # height and width wanted, pixels
+    c: int,  # channels wanted: 1 or 3
+    log: Callable = print,  # receives a message about each conversion
+) -> Tensor:  # float32 (B,c,size,size) in [-1,1]
+    "Any image as the x_0 of a network: size and colours are converted if necessary."
+    if torch.is_tensor(source):
+        return _tensor_x0(source, size, c, log)
+    name, raw = _file_of(source)
+    height, width, grey = _geometry(name, raw)
+    if (height, width, grey) != (size, size, c == 1):
+        found = f'{width}x{height} {"grey" if grey else "colour"}'
+        wanted = f'{size}x{size} {"grey" if c == 1 else "colour"}'
+        log(f'{name}: {found} taken as {wanted}')
+    u8 = torch.from_numpy(np.array(decode_image(raw, size, c)))
+    return to_signed(u8[None])
 
 
 # %% ../nbs/09_pdae.ipynb #7fff1ae7
-def _alone(run, z):
+def _dpm_denoiser(run, z):
+    "The denoiser of an unconditional DPM, which takes no codes."
     if z is not None:
         raise ValueError(f'a run with the parts {sorted(run.about["parts"])} decodes no codes')
     return run.dpm
 
 
-METHODS = {  # parts of a run -> what the method is called, and (run, z, **kw) -> denoiser with the codes bound; later lessons add theirs
-    ('dpm',): ('DPM', _alone),
-    ('dpm', 'enc', 'G'): ('PDAE', lambda run, z, **kw: pdae_denoiser(run.G, z, run.sched, **kw)),
+def _pdae_denoiser_of(run, z, **kw):
+    "The decoder of a PDAE run."
+    return pdae_denoiser(run.G, z, run.sched, **kw)
+
+
+METHODS = {  # parts of a run: (name of the method, (run, z, **kw) -> denoiser with bound codes)
+    ('dpm',): ('DPM', _dpm_denoiser),
+    ('dpm', 'enc', 'G'): ('PDAE', _pdae_denoiser_of),
 }
 
 
+# %% ../nbs/09_pdae.ipynb #4403e209
 def _method(run):
-    fits = [k for k in METHODS if all(hasattr(run, p) for p in k)]
+    "The row of `METHODS` with the largest number of parts that the run has."
+    fits = [parts for parts in METHODS if all(hasattr(run, part) for part in parts)]
     if not fits:
+        known = ', '.join('+'.join(parts) for parts in METHODS)
         raise ValueError(
-            f'a run with the parts {sorted(run.about["parts"])} reconstructs nothing; it takes one of {", ".join("+".join(k) for k in METHODS)}'
+            f'a run with the parts {sorted(run.about["parts"])} reconstructs nothing; '
+            f'it takes one of {known}'
         )
     return METHODS[max(fits, key=len)]
 
 
 def kind_of(
-    run,  # what `load_run` gives
+    run,  # what `load_run` returns
 ) -> str:  # DPM, PDAE, …
-    "Which method a run follows"
-    return _method(run)[0]
+    "Name of the method of a run."
+    name, _ = _method(run)
+    return name
 
 
+# %% ../nbs/09_pdae.ipynb #fb534aa8
 def net_of(
-    run,  # what `load_run` gives
-):  # a network with `config`
-    "The network that tells the geometry of a run's images"
+    run,  # what `load_run` returns
+) -> nn.Module:  # a network with `config`
+    "The network whose `config` states the channels and the size of a run's images."
     return next(getattr(run, k) for k in ('dpm', 'unet', 'vae', 'decoder') if hasattr(run, k))
 
 
 def weights_of(
-    run,  # what `load_run` gives
-) -> list:  # a few letters for each part, in a fixed order
-    "Which weights these are"
+    run,  # what `load_run` returns
+) -> list[str]:  # eight hexadecimal digits for each part, in alphabetical order of the parts
+    "Fingerprints of the weights of all parts of a run."
     return [fingerprint(getattr(run, k)) for k in sorted(run.about['parts'], key=str.lower)]
 
 
 def learnt(
-    run,  # what `load_run` gives
+    run,  # what `load_run` returns
 ) -> int:
-    "Weights that its training has set: all but those of a frozen DPM"
-    parts = run.about['parts']
-    frozen = set(run.dpm.parameters()) if len(parts) > 1 and hasattr(run, 'dpm') else set()
-    return sum(p.numel() for p in {p for k in parts for p in getattr(run, k).parameters()} - frozen)
+    "Number of weights that were trained in this run: those of all parts, less a frozen DPM's."
+    names = run.about['parts']
+    weights = set()
+    for name in names:
+        weights |= set(getattr(run, name).parameters())
+    if len(names) > 1 and hasattr(run, 'dpm'):
+        weights -= set(run.dpm.parameters())
+    return sum(p.numel() for p in weights)
 
 
+# %% ../nbs/09_pdae.ipynb #6ba70d78
 def decode(
-    run,  # an autoencoder
-    z: Tensor,  # codes: (B,D)
-    **kw,  # for the method's own denoiser, e.g. scale, window, to_eps for PDAE
+    run,  # an autoencoder, as `load_run` returns it
+    z: Tensor | None,  # codes: (B,D); None for a DPM
+    **kw,  # for the denoiser of the method, such as scale, window and to_eps of PDAE
 ) -> Denoiser:
-    "The denoiser that draws these codes"
-    return _method(run)[1](run, z, **kw)
+    "The denoiser of a run with the codes bound."
+    _, denoiser_of = _method(run)
+    return denoiser_of(run, z, **kw)
 
 
 def decoder_of(
-    run,  # what `load_run` gives
-    x0: Tensor,  # images whose codes to bind: (B,...)
-    **kw,  # as in `decode`
+    run,  # what `load_run` returns
+    x0: Tensor,  # images whose codes are bound: (B,...)
+    **kw,  # for the denoiser of the method, as in `decode`
 ) -> Denoiser:
-    "The denoiser with which a run reconstructs these images"
-    return decode(run, encode(run.enc, x0) if hasattr(run, 'enc') else None, **kw)
+    "The denoiser of a run with the codes of these images bound; of a DPM, the DPM itself."
+    z = encode(run.enc, x0) if hasattr(run, 'enc') else None
+    return decode(run, z, **kw)
 
 
 # %% ../nbs/09_pdae.ipynb #dd82d72c
 def reconstruct(
     source,  # what `as_x0` takes
-    run,  # what `load_run` gives
-    steps=50,  # steps, up and down
-    seed=None,  # of a random x_T; None takes the inferred one, which keeps every detail
-    log=print,  # where a conversion is told
-    **kw,  # for the method's own denoiser
-) -> (
-    tuple
-):  # the images as the network saw them, and their reconstructions: (B,c,size,size) each, in [-1,1]
-    "Any picture through any run, in one call (PDAE Sec. 4.3)"
+    run,  # what `load_run` returns
+    steps: int = 50,  # DDIM steps of the inversion, and of the decoding
+    seed: int | None = None,  # seed of a random x_T; None infers x_T from the image
+    log: Callable = print,  # receives a message about each conversion
+    **kw,  # for the denoiser of the method, as in `decode`
+) -> tuple[Tensor, Tensor]:  # network input and reconstruction, in [-1,1]: (B,c,size,size) each
+    "Reconstruct any image with any run (PDAE Section 4.3)."
     net = net_of(run)
-    where = next(net.parameters()).device
-    x0 = as_x0(source, net.config['size'], net.config['c'], log).to(where)
+    device = next(net.parameters()).device
+    x0 = as_x0(source, net.config['size'], net.config['c'], log).to(device)
     return x0, restored(decoder_of(run, x0, **kw), x0, run.sched, steps, seed)

@@ -21,11 +21,14 @@ import json
 import re
 import sys
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .adapter import DiffusersUNet, look, need, read_official, sched_of
 from .data import cache_dir
@@ -39,57 +42,59 @@ from .unet import Attention, UNet
 
 
 # %% ../nbs/14_pretrained.ipynb #452ef6fd
-def _block(p, b):
-    yield from (
-        (f'{p}.in_layers.0', b.norm1),
-        (f'{p}.in_layers.2', b.conv1),
-        (f'{p}.emb_layers.1', b.norm2.t),
-        (f'{p}.out_layers.0', b.norm2.norm),
-        (f'{p}.out_layers.3', b.conv2),
-    )
-    if b.norm2.z is not None:
-        yield (
-            f'{p}.emb_z_layers.1'
-            if b.norm2.z.out_features == 2 * b.conv2.out_channels
-            else f'{p}.cond_emb_layers.1',
-            b.norm2.z,
-        )
-    if isinstance(b.skip, nn.Conv2d):
-        yield f'{p}.skip_connection', b.skip
+def _block(prefix, block):
+    "Official names and layers of a residual block."
+    yield f'{prefix}.in_layers.0', block.norm1
+    yield f'{prefix}.in_layers.2', block.conv1
+    yield f'{prefix}.emb_layers.1', block.norm2.t
+    yield f'{prefix}.out_layers.0', block.norm2.norm
+    yield f'{prefix}.out_layers.3', block.conv2
+    z = block.norm2.z
+    if z is not None:
+        scales_and_shifts = z.out_features == 2 * block.conv2.out_channels
+        name = 'emb_z_layers' if scales_and_shifts else 'cond_emb_layers'
+        yield f'{prefix}.{name}.1', z
+    if isinstance(block.skip, nn.Conv2d):
+        yield f'{prefix}.skip_connection', block.skip
 
 
-def _attention(p, m):
-    if isinstance(m, Attention):
-        yield from ((f'{p}.norm', m.norm), (f'{p}.qkv', m.qkv), (f'{p}.proj_out', m.out))
+def _attention(prefix, module):
+    "Official names and layers of an attention layer; none for another module."
+    if isinstance(module, Attention):
+        yield f'{prefix}.norm', module.norm
+        yield f'{prefix}.qkv', module.qkv
+        yield f'{prefix}.proj_out', module.out
 
 
-def _second_half(p, up):
-    yield from _block(f'{p}middle_block.0', up.mid[0])
-    yield from _attention(f'{p}middle_block.1', up.mid[0].attn)
-    yield from _block(f'{p}middle_block.2', up.mid[1])
-    k = j = -1
-    for b in up.blocks:
-        if b.resample:
-            yield from _block(f'{p}output_blocks.{k}.{j}', b)
-            continue
-        k += 1
-        j = 1 + isinstance(b.attn, Attention)
-        yield from _block(f'{p}output_blocks.{k}.0', b)
-        yield from _attention(f'{p}output_blocks.{k}.1', b.attn)
-    yield from ((f'{p}out.0', up.out[0]), (f'{p}out.2', up.out[2]))
+def _second_half(prefix, up):
+    "Official names and layers of the second half of a U-Net."
+    yield from _block(f'{prefix}middle_block.0', up.mid[0])
+    yield from _attention(f'{prefix}middle_block.1', up.mid[0].attn)
+    yield from _block(f'{prefix}middle_block.2', up.mid[1])
+    k = -1  # official blocks so far; one holds a residual block, its attention and an upsampling
+    place = 0  # of an upsampling in its official block
+    for block in up.blocks:
+        if block.resample:
+            yield from _block(f'{prefix}output_blocks.{k}.{place}', block)
+        else:
+            k += 1
+            place = 1 + isinstance(block.attn, Attention)
+            yield from _block(f'{prefix}output_blocks.{k}.0', block)
+            yield from _attention(f'{prefix}output_blocks.{k}.1', block.attn)
+    yield f'{prefix}out.0', up.out[0]
+    yield f'{prefix}out.2', up.out[2]
 
 
 # %% ../nbs/14_pretrained.ipynb #6bd49e86
 def _unet(net):
+    "Official names and layers of a U-Net, conditional on a code or a label or not."
     time = 'time_embed.time_embed' if net.config['dz'] else 'time_embed'
-    yield from (
-        (f'{time}.0', net.time[0]),
-        (f'{time}.2', net.time[2]),
-        ('input_blocks.0.0', net.down.stem),
-    )
-    for i, b in enumerate(net.down.blocks, 1):
-        yield from _block(f'input_blocks.{i}.0', b)
-        yield from _attention(f'input_blocks.{i}.1', b.attn)
+    yield f'{time}.0', net.time[0]
+    yield f'{time}.2', net.time[2]
+    yield 'input_blocks.0.0', net.down.stem
+    for i, block in enumerate(net.down.blocks, 1):
+        yield from _block(f'input_blocks.{i}.0', block)
+        yield from _attention(f'input_blocks.{i}.1', block.attn)
     yield from _second_half('', net.up)
     if isinstance(net, LabelUNet):
         yield 'label_emb', net.label
@@ -97,65 +102,92 @@ def _unet(net):
 
 # %% ../nbs/14_pretrained.ipynb #2a4dc4e0
 def _gradient(net):
+    "Official names and layers of PDAE's gradient estimator and of its frozen U-Net."
     yield from _unet(net.dpm)
     yield 'label_emb', net.label
     yield from _second_half('shift_', net.up)
 
 
 def _conv_encoder(net):
-    for i, m in enumerate(net.body):
-        if isinstance(m, Attention):
-            yield from _attention(f'encoder.{i}', m)
-        elif list(m.parameters()):
-            yield f'encoder.{i}', m
-    yield f'encoder.{len(net.body) + 1}', net.head  # behind the flattening
+    "Official names and layers of PDAE's encoder."
+    for i, module in enumerate(net.body):
+        if isinstance(module, Attention):
+            yield from _attention(f'encoder.{i}', module)
+        elif list(module.parameters()):
+            yield f'encoder.{i}', module
+    flattening = len(net.body)
+    yield f'encoder.{flattening + 1}', net.head
 
 
 # %% ../nbs/14_pretrained.ipynb #b1725480
+def _encoder_block(name, block, place=0):
+    "Official names and layers of a block of Diff-AE's encoder; its attention has the next place."
+    yield f'{name}.{place}.in_layers.0', block.norm
+    yield f'{name}.{place}.in_layers.2', block.conv
+    yield from _attention(f'{name}.{place + 1}', block.attn)
+    if isinstance(block.skip, nn.Conv2d):
+        yield f'{name}.{place}.skip_connection', block.skip
+
+
 def _semantic(net):
-    blocks = [m for m in net.body if isinstance(m, EncoderBlock)]
-    places = [f'input_blocks.{i}.' for i in range(1, len(blocks) - 1)] + [
-        'middle_block.',
-        'middle_block.2',
-    ]
+    "Official names and layers of Diff-AE's encoder."
+    blocks = [module for module in net.body if isinstance(module, EncoderBlock)]
+    *inputs, before, after = blocks
     yield 'encoder.input_blocks.0.0', net.body[0]
-    for p, b in zip(places, blocks):
-        q = f'encoder.{p}' + ('0' if p[-1] == '.' else '')
-        yield from ((f'{q}.in_layers.0', b.norm), (f'{q}.in_layers.2', b.conv))
-        yield from _attention(f'encoder.{p}1', b.attn)
-        if isinstance(b.skip, nn.Conv2d):
-            yield f'{q}.skip_connection', b.skip
-    yield from (('encoder.out.0', net.body[-2]), ('encoder.out.3', net.head))
+    for i, block in enumerate(inputs, 1):
+        yield from _encoder_block(f'encoder.input_blocks.{i}', block)
+    yield from _encoder_block('encoder.middle_block', before)
+    yield from _encoder_block('encoder.middle_block', after, place=2)
+    yield 'encoder.out.0', net.body[-2]
+    yield 'encoder.out.3', net.head
 
 
 def _latent(net):
-    yield from (('time_embed.0', net.time[0]), ('time_embed.2', net.time[2]))
-    for i, o in enumerate(net.layers):
-        yield from (
-            (f'layers.{i}.linear', o.linear),
-            (f'layers.{i}.linear_emb', o.t),
-            (f'layers.{i}.norm', o.norm),
-        )
+    "Official names and layers of the network of a latent DPM."
+    yield 'time_embed.0', net.time[0]
+    yield 'time_embed.2', net.time[2]
+    for i, layer in enumerate(net.layers):
+        yield f'layers.{i}.linear', layer.linear
+        yield f'layers.{i}.linear_emb', layer.t
+        yield f'layers.{i}.norm', layer.norm
     yield f'layers.{len(net.layers)}.linear', net.out
 
 
 # %% ../nbs/14_pretrained.ipynb #9d4db7fe
 class LinearHead(nn.Module):
-    "Attributes from a normalised code (Diff-AE App. A.2), all of them at once: logits (B,n)"
+    "Logits of n attributes from a normalised code: W·norm(z) + b (Diff-AE Appendix A.2)."
 
-    def __init__(self, d=512, n=40):
+    def __init__(
+        self,
+        d: int = 512,  # width of the code
+        n: int = 40,  # number of attributes
+    ):
         super().__init__()
         self.config = dict(d=d, n=n)
         self.linear = nn.Linear(d, n)
 
-    def forward(self, zn):
+    def forward(
+        self,
+        zn: Tensor,  # normalised codes: (B,d)
+    ) -> Tensor:  # logits: (B,n)
+        "The logits of all attributes."
         return self.linear(zn)
 
-    def probe(self, k, stats):
-        "Attribute number `k` as a `Probe`, for `move` and `edit`"
+    def probe(
+        self,
+        k: int,  # index of an attribute
+        stats: ZStats,  # mean and standard deviation that normalise codes
+    ) -> Probe:
+        "The classifier of one attribute, for `move` and `edit`."
         return Probe(self.linear.weight[k].detach(), self.linear.bias[k].item(), stats)
 
 
+def _linear_head(net):
+    "Official name and layer of a linear classifier; the name is empty."
+    yield '', net.linear
+
+
+# %% ../nbs/14_pretrained.ipynb #90fe9fa4
 _WALKS = {
     GradientEstimator: _gradient,
     LabelUNet: _unet,
@@ -163,403 +195,511 @@ _WALKS = {
     ConvEncoder: _conv_encoder,
     SemanticEncoder: _semantic,
     MLPSkipNet: _latent,
-    LinearHead: lambda net: [('', net.linear)],
+    LinearHead: _linear_head,
 }
 
 
 # %% ../nbs/14_pretrained.ipynb #2594b4b0
 def _key(official, k):
+    "Official name of a parameter of an official layer."
     return f'{official}.{k}' if official else k
 
 
+def _official_layout(official, k, weight):
+    "The weight of a layer in the official shape: some convolutions have fewer or more axes there."
+    if official.endswith(('.qkv', '.proj_out')) and weight.ndim == 4:
+        return weight[..., 0]
+    if official == 'encoder.out.3' and k == 'weight':
+        return weight[..., None, None]
+    return weight
+
+
 def to_official(
-    net,  # one of our networks that has an official counterpart
-) -> dict:  # official name -> tensor, a copy
-    "The weights under their official names, as the published programs save them"
+    net: nn.Module,  # a network with an official counterpart
+) -> dict[str, Tensor]:  # official name -> copy of the weights
+    "The weights of a network under the names, and in the shapes, of the official implementations."
     if type(net) not in _WALKS:
+        known = ', '.join(cls.__name__ for cls in _WALKS)
         raise TypeError(
-            f'{type(net).__name__} has no official counterpart; there are ones of {", ".join(c.__name__ for c in _WALKS)}'
+            f'{type(net).__name__} has no official counterpart; the networks with one are {known}'
         )
-    out = {}
-    for name, m in _WALKS[type(net)](net):
-        for k, v in m.state_dict().items():
-            if name.endswith(('.qkv', '.proj_out')) and v.ndim == 4:
-                v = v[..., 0]
-            out[_key(name, k)] = (
-                v[..., None, None] if name == 'encoder.out.3' and k == 'weight' else v
-            ).clone()
-    return out | {
-        k.replace('linear_emb', 'cond_layers.1'): v for k, v in out.items() if 'linear_emb' in k
+    weights = {}
+    for official, module in _WALKS[type(net)](net):
+        for k, weight in module.state_dict().items():
+            weights[_key(official, k)] = _official_layout(official, k, weight).clone()
+    aliases = {
+        k.replace('linear_emb', 'cond_layers.1'): weight
+        for k, weight in weights.items()
+        if 'linear_emb' in k
     }
+    return weights | aliases
 
 
 # %% ../nbs/14_pretrained.ipynb #c434000a
-def _regroup(w, heads):
-    "Rows of a qkv projection, from q,k,v outside and heads inside to heads outside"
-    return w.unflatten(0, (3, heads, -1)).transpose(0, 1).flatten(0, 2)
-
-
 def place(
-    net,  # network to fill
-    state,  # official name -> tensor; all of it must find a place
-    what='state',  # where it comes from; errors begin with it
-    new_order=False,  # are its heads in guided-diffusion's new order?
-):
-    "Every tensor into its place: none missing, none left over"
-    paths, left, tensors = {m: n for n, m in net.named_modules()}, dict(state), {}
-    for alias in [k for k in left if '.cond_layers.1.' in k]:
-        if not torch.equal(
-            left.pop(alias), state.get(alias.replace('cond_layers.1', 'linear_emb'), torch.empty(0))
-        ):
-            raise ValueError(f'{what}: {alias} should be the same tensor as its linear_emb')
-    for name, m in _WALKS[type(net)](net):
-        for k, v in m.state_dict().items():
-            w = left.pop(_key(name, k), None)
-            if w is None:
-                left.setdefault('', []).append(_key(name, k))
-                continue
-            if new_order and name.endswith('.qkv'):
-                w = _regroup(
-                    w,
-                    next(o.heads for o in net.modules() if isinstance(o, Attention) and o.qkv is m),
-                )
-            tensors[f'{paths[m]}.{k}'] = (
-                w.reshape(v.shape)
-                if w.numel() == v.numel()
-                and [o for o in w.shape if o > 1] == [o for o in v.shape if o > 1]
-                else w
-            )
-    missing = left.pop('', [])
+    net: nn.Module,  # network that is filled in place; it may be on torch's meta device
+    state: dict[str, Tensor],  # official name -> weights; every one of them must fit
+    what: str = 'state',  # origin of the weights; error messages begin with it
+    new_order: bool = False,  # order of q, k, v: guided-diffusion's use_new_attention_order
+) -> None:
+    """Fill a network with weights under their official names.
+
+    Raises ValueError if a weight is missing, left over, of another shape, NaN or infinite.
+    """
+    left = _without_aliases(state, what)
+    tensors, missing = _take(net, left, new_order)
     if missing or left:
         raise ValueError(
-            f'{what}: {len(missing)} tensors are missing ({", ".join(missing[:5])}) and {len(left)} are left over ({", ".join(map(str, list(left)[:5]))})'
+            f'{what}: {len(missing)} tensors are missing ({", ".join(missing[:5])}) '
+            f'and {len(left)} are left over ({", ".join(map(str, list(left)[:5]))})'
         )
-    for k, v in net.state_dict().items():
-        if v.shape != tensors[k].shape:
+    _check_tensors(net, tensors, what)
+    as_float32 = {k: w.float() if w.is_floating_point() else w for k, w in tensors.items()}
+    net.load_state_dict(as_float32, assign=True)  # a network on the meta device has no memory
+
+
+def _without_aliases(state, what):
+    "The weights without the second names that files of latent DPMs give to some of them."
+    left = dict(state)
+    for alias in [k for k in state if '.cond_layers.1.' in k]:
+        name = alias.replace('cond_layers.1', 'linear_emb')
+        if not torch.equal(left.pop(alias), state.get(name, torch.empty(0))):
+            raise ValueError(f'{what}: {alias} should be the same tensor as {name}')
+    return left
+
+
+def _take(net, left, new_order):
+    "Our name -> weight, taken out of `left`; and the official names of weights that are missing."
+    paths = {module: path for path, module in net.named_modules()}
+    heads = {o.qkv: o.heads for o in net.modules() if isinstance(o, Attention)}
+    tensors = {}
+    missing = []
+    for official, module in _WALKS[type(net)](net):
+        for k, ours in module.state_dict().items():
+            key = _key(official, k)
+            if key not in left:
+                missing.append(key)
+                continue
+            weight = left.pop(key)
+            if new_order and official.endswith('.qkv'):
+                weight = _regroup(weight, heads[module])
+            tensors[f'{paths[module]}.{k}'] = _our_layout(weight, ours.shape)
+    return tensors, missing
+
+
+def _regroup(weight, heads):
+    "Rows of a qkv projection: from the order (q,k,v), head to the order head, (q,k,v)."
+    return weight.unflatten(0, (3, heads, -1)).transpose(0, 1).flatten(0, 2)
+
+
+def _our_layout(weight, shape):
+    "The weight in our shape, if the two shapes differ only in axes of length 1."
+    same_axes = [n for n in weight.shape if n > 1] == [n for n in shape if n > 1]
+    return weight.reshape(shape) if same_axes and weight.numel() == shape.numel() else weight
+
+
+def _check_tensors(net, tensors, what):
+    "Raise ValueError if a weight has another shape than the network, or is NaN or infinite."
+    for k, ours in net.state_dict().items():
+        weight = tensors[k]
+        if weight.shape != ours.shape:
             raise ValueError(
-                f'{what}: {k} has shape {tuple(tensors[k].shape)}, the network wants {tuple(v.shape)}'
+                f'{what}: {k} has shape {tuple(weight.shape)}, '
+                f'but the network has shape {tuple(ours.shape)}'
             )
-        if not (w := tensors[k]).is_meta and not w.isfinite().all():
+        if not weight.is_meta and not weight.isfinite().all():
+            bad = (~weight.isfinite()).sum()
             raise ValueError(
-                f'{what}: {(~w.isfinite()).sum()} of {w.numel()} numbers of {k} are NaN or infinite'
+                f'{what}: {bad} of {weight.numel()} numbers of {k} are NaN or infinite'
             )
-    net.load_state_dict(
-        {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}, assign=True
-    )  # a network without memory of its own takes these
 
 
 # %% ../nbs/14_pretrained.ipynb #3eba37dd
-def _levels(state, p=''):
-    "Channels of each level, blocks per level and levels with attention, of the first half whose names begin with `p`"
-    has = lambda k: f'{k}.weight' in state
-    outs = len({k.split('.')[1] for k in state if k.startswith('output_blocks.')})
-    ups = [k for k in range(outs) if any(has(f'output_blocks.{k}.{j}.in_layers.0') for j in (1, 2))]
-    n_res = ups[0] if ups else outs - 1 if outs else 2
-    ins = len({k[len(p) :].split('.')[1] for k in state if k.startswith(f'{p}input_blocks.')})
-    starts = range(1, ins, n_res + 1)
-    if odd := next(
-        (k for k in state if k.startswith(f'{p}input_blocks.') and k.split('.')[-2] == 'op'), None
-    ):
+def _levels(state, prefix=''):
+    "Channels of each level, blocks per level, and levels with attention, of a first half."
+    n_res = _blocks_per_level(state)
+    inputs = [k for k in state if k.startswith(f'{prefix}input_blocks.')]
+    by_convolution = [k for k in inputs if k.split('.')[-2] == 'op']
+    if by_convolution:
         raise ValueError(
-            f'{odd}: this U-Net halves images by convolutions (resblock_updown=False); those with halving blocks can be read'
+            f'{by_convolution[0]}: this U-Net halves images by convolutions '
+            '(resblock_updown=False); a U-Net that halves them in residual blocks is needed'
         )
-    if ins != len(starts) * (n_res + 1) or not all(
-        has(f'{p}input_blocks.{i}.0.in_layers.2') for i in starts
-    ):
+    count = len({k[len(prefix) :].split('.')[1] for k in inputs})
+    starts = range(1, count, n_res + 1)  # first block of each level, behind the first convolution
+    whole = count == len(starts) * (n_res + 1)
+    if not whole or not all(_has(state, f'{prefix}input_blocks.{i}.0.in_layers.2') for i in starts):
         raise ValueError(
-            f'{ins} blocks on the way down are no whole number of levels of {n_res} blocks'
+            f'{count} blocks of the first half are no whole number of levels of {n_res} blocks'
         )
-    return (
-        [state[f'{p}input_blocks.{i}.0.in_layers.2.weight'].shape[0] for i in starts],
-        n_res,
-        [l for l, i in enumerate(starts) if has(f'{p}input_blocks.{i}.1.qkv')],
-    )
+    convs = [state[f'{prefix}input_blocks.{i}.0.in_layers.2.weight'] for i in starts]
+    attn = [
+        level for level, i in enumerate(starts) if _has(state, f'{prefix}input_blocks.{i}.1.qkv')
+    ]
+    return [weight.shape[0] for weight in convs], n_res, attn
+
+
+def _has(state, layer):
+    "Whether a layer of this official name has a weight."
+    return f'{layer}.weight' in state
+
+
+def _blocks_per_level(state):
+    "Residual blocks per level of the first half, which the place of the first upsampling shows."
+    count = len({k.split('.')[1] for k in state if k.startswith('output_blocks.')})
+    for k in range(count):
+        if any(_has(state, f'output_blocks.{k}.{j}.in_layers.0') for j in (1, 2)):
+            return k
+    return count - 1 if count else 2
 
 
 # %% ../nbs/14_pretrained.ipynb #b31cbca2
-def _plan(state, size, heads, head_channels, groups, lag, log):
-    "What `UNet` must be called with"
-    time = (
-        'time_embed.time_embed.0.weight'
-        if 'time_embed.time_embed.0.weight' in state
-        else 'time_embed.0.weight'
-    )
-    (dt, ch), c, (chs, n_res, attn) = (
-        state[time].shape,
-        state['input_blocks.0.0.weight'].shape[1],
-        _levels(state),
-    )
-    first = state['input_blocks.1.0.emb_layers.1.weight'].shape[0]
-    if first != 2 * chs[0]:
+@dataclass(frozen=True)
+class _Hints:
+    "What the shapes of weights do not determine: the arguments of `from_official`."
+
+    size: int | None = None
+    heads: int | None = None
+    encoder_heads: int = 4
+    head_channels: int | None = 0
+    groups: int = 32
+    new_order: bool = False
+    drop: float = 0.0
+    lag: int = 1
+    log: Callable[[str], None] = print
+
+
+def _plan(state, hints):
+    "The arguments of `UNet` for a U-Net of these weights."
+    z_time = 'time_embed.time_embed.0.weight'
+    dt, ch = state[z_time if z_time in state else 'time_embed.0.weight'].shape
+    stem = state['input_blocks.0.0.weight']
+    channels, n_res, attn = _levels(state)
+    if state['input_blocks.1.0.emb_layers.1.weight'].shape[0] != 2 * channels[0]:
         raise ValueError(
-            'this U-Net adds the time instead of scaling by it (use_scale_shift_norm=False); those that scale can be read'
+            'this U-Net adds the time instead of scaling by it (use_scale_shift_norm=False); '
+            'a U-Net that scales features by the time embedding is needed'
         )
-    if state['input_blocks.0.0.weight'].shape[0] != ch or any(o % ch for o in chs):
-        raise ValueError(f'channels {chs} are no multiples of the {ch} that the time embedding has')
-    if not size:
-        log(
-            f'no shape says how large the images are; taken as {8 * 2 ** (len(chs) - 1)} pixels, as if the deepest level had 8: say size=… if not'
+    if stem.shape[0] != ch or any(o % ch for o in channels):
+        raise ValueError(
+            f'channels {channels} are no multiples of the {ch} channels of the time embedding'
         )
-    size = size or 8 * 2 ** (len(chs) - 1)
-    z = state.get('input_blocks.1.0.cond_emb_layers.1.weight')
-    many = dict(head_channels=head_channels) if head_channels else dict(heads=heads or 1)
-    if attn and not head_channels and heads is None:
-        log(
-            'no shape says how many heads the attention has; taken as 1, as in all U-Nets of PDAE and Diff-AE: say heads=… or head_channels=… if not'
-        )
-    return dict(
-        c=c,
+    size = hints.size or _likely_size(len(channels), hints.log)
+    plan = dict(
+        c=stem.shape[1],
         ch=ch,
-        mult=tuple(o // ch for o in chs),
+        mult=tuple(o // ch for o in channels),
         size=size,
-        attn=tuple(size // 2**l for l in attn),
+        attn=tuple(size // 2**level for level in attn),
         n_res=n_res,
         dt=dt,
-        groups=groups,
-        lag=lag,
-        **many,
-    ) | (dict(dz=z.shape[1], z_shift=False) if z is not None else {})
+        groups=hints.groups,
+        lag=hints.lag,
+        **_heads(attn, hints),
+    )
+    z_layer = state.get('input_blocks.1.0.cond_emb_layers.1.weight')
+    return plan if z_layer is None else plan | dict(dz=z_layer.shape[1], z_shift=False)
+
+
+def _likely_size(levels, log):
+    "The size of the images if the deepest level has 8 pixels, in pixels."
+    size = 8 * 2 ** (levels - 1)
+    log(
+        f'The weights do not determine the size of the images. It is taken as {size} pixels, '
+        'with 8 pixels at the deepest level; otherwise give size=….'
+    )
+    return size
+
+
+def _heads(attn, hints):
+    "The number of attention heads, or the channels of one, as an argument of `UNet`."
+    if hints.head_channels:
+        return dict(head_channels=hints.head_channels)
+    if attn and hints.heads is None:
+        hints.log(
+            'The weights do not determine the number of attention heads. It is taken as 1, as in '
+            'all U-Nets of PDAE and Diff-AE; otherwise give heads=… or head_channels=….'
+        )
+    return dict(heads=hints.heads or 1)
 
 
 # %% ../nbs/14_pretrained.ipynb #a3c67746
-def _dpm(state, plan, new_order, log):
-    "An unconditional U-Net, or one that is told labels; a learnt variance is left out"
-    if len(state['out.2.weight']) == 2 * plan['c']:
-        log(
-            'this U-Net also says a variance; no sampler here asks for it, so that half of its last layer is left out'
+def _dpm(state, plan, hints):
+    "A U-Net, unconditional or conditioned on labels. A learnt variance is left out."
+    c = plan['c']
+    if len(state['out.2.weight']) == 2 * c:
+        hints.log(
+            'This U-Net also predicts a variance. No sampler here uses it, so that half of the '
+            'last layer is left out.'
         )
-        state = state | {k: state[k][: plan['c']] for k in ('out.2.weight', 'out.2.bias')}
-    net = (
-        LabelUNet(len(state['label_emb.weight']), **plan)
-        if 'label_emb.weight' in state
-        else UNet(**plan)
-    )
-    place(net, state, 'the U-Net', new_order)
+        state = state | {k: state[k][:c] for k in ('out.2.weight', 'out.2.bias')}
+    if 'label_emb.weight' in state:
+        net = LabelUNet(len(state['label_emb.weight']), **plan)
+    else:
+        net = UNet(**plan)
+    place(net, state, 'the U-Net', hints.new_order)
     return net
 
 
-def _pdae_encoder(state, size, heads, groups, log):
-    convs = [
-        v.shape[0]
-        for k, v in sorted(
-            ((k, v) for k, v in state.items() if v.ndim == 4 and k.endswith('.weight')),
-            key=lambda o: int(o[0].split('.')[1]),
-        )
+def _pdae_encoder(state, hints):
+    "PDAE's encoder, `ConvEncoder`."
+    weights = [k for k, v in state.items() if v.ndim == 4 and k.endswith('.weight')]
+    convs = [state[k].shape[0] for k in sorted(weights, key=_layer_number)]
+    last = max((k for k, v in state.items() if v.ndim == 2), key=_layer_number)
+    z_dim, flat = state[last].shape
+    fits = [
+        size
+        for size, (channels, _) in ENCODERS.items()
+        if list(channels) == convs and 16 * channels[-1] == flat and hints.size in (None, size)
     ]
-    last = max((k for k, v in state.items() if v.ndim == 2), key=lambda k: int(k.split('.')[1]))
-    c, z_dim, flat = state['encoder.0.weight'].shape[1], *state[last].shape
-    if fits := [
-        s
-        for s, (chs, _) in ENCODERS.items()
-        if list(chs) == convs and 16 * chs[-1] == flat and size in (None, s)
-    ]:
-        if len(fits) > 1:
-            log(
-                f'this encoder may be for images of {" or ".join(map(str, fits))} pixels; taken as {fits[0]}: say size=… if not'
-            )
-        place(
-            enc := ConvEncoder(c, fits[0], z_dim, groups=groups, heads=heads), state, 'the encoder'
+    if not fits:
+        of_size = f' for images of {hints.size} pixels' if hints.size else ''
+        raise ValueError(
+            f'no encoder with convolutions of {convs} channels and {flat} numbers behind them'
+            f'{of_size}; there are encoders for images of {", ".join(map(str, ENCODERS))} pixels'
         )
-        return enc
-    raise ValueError(
-        f'no encoder with convolutions of {convs} channels and {flat} numbers behind them{f" for images of {size} pixels" if size else ""}; there are ones for images of {", ".join(map(str, ENCODERS))} pixels'
-    )
+    if len(fits) > 1:
+        hints.log(
+            f'This encoder may be for images of {" or ".join(map(str, fits))} pixels. '
+            f'It is taken as {fits[0]}; otherwise give size=….'
+        )
+    c = state['encoder.0.weight'].shape[1]
+    enc = ConvEncoder(c, fits[0], z_dim, groups=hints.groups, heads=hints.encoder_heads)
+    place(enc, state, 'the encoder')
+    return enc
+
+
+def _layer_number(key):
+    "3 of encoder.3.weight."
+    return int(key.split('.')[1])
 
 
 # %% ../nbs/14_pretrained.ipynb #28f4c757
-def _recognised(state, plan, o):
-    "Name of the part -> network, for `from_official`; `o`: its hints"
-    has, sub = state.__contains__, lambda p: {k: v for k, v in state.items() if k.startswith(p)}
-    if has('encoder.input_blocks.0.0.weight'):
-        inner = sub('encoder.')
-        rest = {k: v for k, v in state.items() if k not in inner}
-        place(unet := UNet(**plan(rest)), rest, 'the U-Net', o['new_order'])
-        chs, n_res, attn = _levels(inner | sub('output_blocks.'), 'encoder.')
-        ch, px = len(inner['encoder.input_blocks.0.0.weight']), unet.config['size']
-        enc = SemanticEncoder(
-            unet.config['c'],
-            ch,
-            tuple(c // ch for c in chs),
-            px,
-            len(inner['encoder.out.3.weight']),
-            tuple(px // 2**l for l in attn),
-            n_res=n_res,
-            groups=o['groups'],
-            heads=o['heads'] or 1,
-        )
-        place(enc, inner, 'the encoder', o['new_order'])
-        return dict(unet=unet, enc=enc)
-    if has('shift_out.2.weight'):
-        G = GradientEstimator(
-            UNet(**plan({k: v for k, v in state.items() if 'shift_' not in k})),
-            state['label_emb.weight'].shape[1],
-            o['drop'],
-        )
-        place(G, state, 'the gradient estimator', o['new_order'])
+def _recognised(state, hints):
+    "Name of the part -> network of these weights, which the official names identify."
+    if 'encoder.input_blocks.0.0.weight' in state:
+        return _diffae_parts(state, hints)
+    if 'shift_out.2.weight' in state:
+        G = _gradient_estimator(state, hints)
         return dict(G=G, dpm=G.dpm)
-    if has('layers.0.linear.weight'):
-        n = len({k.split('.')[1] for k in state if k.startswith('layers.')})
-        hidden, d = state['layers.0.linear.weight'].shape
-        place(net := MLPSkipNet(d, hidden, n, o['lag']), state, 'the latent net')
-        return dict(net=net)
-    if has('encoder.0.weight'):
-        return dict(enc=_pdae_encoder(state, o['size'], o['encoder_heads'], o['groups'], o['log']))
+    if 'layers.0.linear.weight' in state:
+        return dict(net=_latent_net(state, hints))
+    if 'encoder.0.weight' in state:
+        return dict(enc=_pdae_encoder(state, hints))
     if set(state) == {'weight', 'bias'}:
-        place(head := LinearHead(*state['weight'].shape[::-1]), state, 'the classifier')
+        head = LinearHead(*state['weight'].shape[::-1])
+        place(head, state, 'the classifier')
         return dict(head=head)
-    if has('input_blocks.0.0.weight') and has('out.2.weight'):
-        return dict(dpm=_dpm(state, plan(state), o['new_order'], o['log']))
+    if 'input_blocks.0.0.weight' in state and 'out.2.weight' in state:
+        return dict(dpm=_dpm(state, _plan(state, hints), hints))
     raise ValueError(
-        f'these are no weights of a U-Net, an encoder, a gradient estimator, a latent net or a linear classifier of the published programs: {", ".join(list(state)[:5]) or "no tensors"}'
+        'these are no weights of a U-Net, an encoder, a gradient estimator, a latent DPM or a '
+        'linear classifier of the published programs: '
+        f'{", ".join(list(state)[:5]) or "no tensors"}'
     )
+
+
+def _diffae_parts(state, hints):
+    "Diff-AE's U-Net and encoder."
+    encoder = _starting(state, 'encoder.')
+    decoder = {k: v for k, v in state.items() if k not in encoder}
+    unet = UNet(**_plan(decoder, hints))
+    place(unet, decoder, 'the U-Net', hints.new_order)
+    channels, n_res, attn = _levels(encoder | _starting(state, 'output_blocks.'), 'encoder.')
+    ch = len(encoder['encoder.input_blocks.0.0.weight'])
+    size = unet.config['size']
+    enc = SemanticEncoder(
+        unet.config['c'],
+        ch,
+        tuple(c // ch for c in channels),
+        size,
+        len(encoder['encoder.out.3.weight']),
+        tuple(size // 2**level for level in attn),
+        n_res=n_res,
+        groups=hints.groups,
+        heads=hints.heads or 1,
+    )
+    place(enc, encoder, 'the encoder', hints.new_order)
+    return dict(unet=unet, enc=enc)
+
+
+def _gradient_estimator(state, hints):
+    "PDAE's gradient estimator, with its frozen U-Net."
+    frozen = {k: v for k, v in state.items() if 'shift_' not in k}
+    z_dim = state['label_emb.weight'].shape[1]
+    G = GradientEstimator(UNet(**_plan(frozen, hints)), z_dim, hints.drop)
+    place(G, state, 'the gradient estimator', hints.new_order)
+    return G
+
+
+def _latent_net(state, hints):
+    "The network of a latent DPM."
+    layers = len({k.split('.')[1] for k in state if k.startswith('layers.')})
+    hidden, d = state['layers.0.linear.weight'].shape
+    net = MLPSkipNet(d, hidden, layers, hints.lag)
+    place(net, state, 'the latent DPM')
+    return net
+
+
+def _starting(state, prefix):
+    "The weights whose names begin with a prefix."
+    return {k: v for k, v in state.items() if k.startswith(prefix)}
 
 
 # %% ../nbs/14_pretrained.ipynb #12ee4b90
 def from_official(
-    state,  # official name -> tensor, of one network, or of Diff-AE's two
+    state: dict,  # official name -> tensor, of one network, or of Diff-AE's U-Net and encoder
     *,
-    size=None,  # height and width of the images, pixels; no shape says it
-    heads=None,  # of the U-Net's attention; None takes 1, and says so
-    encoder_heads=4,  # of the attention in PDAE's encoder
-    head_channels=0,  # channels of a head, instead of `heads`
-    groups=32,  # groups of each norm
-    new_order=False,  # guided-diffusion's use_new_attention_order
-    drop=0.0,  # dropout of PDAE's new half, if it is to be trained on
-    lag=1,  # these networks count times from 0 where the papers, and we, count from 1
-    log=print,  # where a guess is told
-) -> dict:  # our name of the part -> network, in eval mode
-    "What is it? Built from its names and shapes, every tensor placed (PDAE Sec. 3.3: any DPM)"
+    size: int | None = None,  # height and width of the images, pixels; no shape determines it
+    heads: int | None = None,  # of the U-Net's attention; None takes 1 and logs it
+    encoder_heads: int = 4,  # of the attention in PDAE's encoder
+    head_channels: int | None = 0,  # channels of an attention head, instead of `heads`
+    groups: int = 32,  # groups of each group normalisation
+    new_order: bool = False,  # order of q, k, v: guided-diffusion's use_new_attention_order
+    drop: float = 0.0,  # dropout of PDAE's gradient estimator in further training
+    lag: int = 1,  # timestep that the network counts as its 0: 1 in the official implementations
+    log: Callable[[str], None] = print,  # called with each assumption
+) -> dict[str, nn.Module]:  # name of the part -> network, in eval mode
+    "Networks from official weights: names and shapes determine them (PDAE Section 3.3)."
+    hints = _Hints(
+        size=size,
+        heads=heads,
+        encoder_heads=encoder_heads,
+        head_channels=head_channels,
+        groups=groups,
+        new_order=new_order,
+        drop=drop,
+        lag=lag,
+        log=log,
+    )
     state = {str(k): v for k, v in state.items() if torch.is_tensor(v)}
-    plan = lambda state: _plan(state, size, heads, head_channels, groups, lag, log)
     try:
-        with torch.device('meta'):
-            return {
-                k: m.eval()
-                for k, m in _recognised(
-                    state,
-                    plan,
-                    dict(
-                        size=size,
-                        heads=heads,
-                        encoder_heads=encoder_heads,
-                        groups=groups,
-                        new_order=new_order,
-                        drop=drop,
-                        lag=lag,
-                        log=log,
-                    ),
-                ).items()
-            }
+        with torch.device('meta'):  # no memory until all shapes fit
+            parts = _recognised(state, hints)
+        return {k: net.eval() for k, net in parts.items()}
     except (KeyError, IndexError, TypeError, AttributeError, RuntimeError) as e:
         raise ValueError(f'names and shapes do not fit together ({type(e).__name__}: {e})') from e
 
 
 # %% ../nbs/14_pretrained.ipynb #d12a3a94
-def _sub(state, p):
-    return {k[len(p) :]: v for k, v in state.items() if str(k).startswith(p)}
+class _Contents(NamedTuple):
+    "What a checkpoint file holds."
+
+    networks: dict  # our name -> official weights
+    stats: dict | list | None  # mean and standard deviation of codes
+    geometry: dict  # arguments of `from_official` that the file states
+
+
+def _sub(state, prefix):
+    "The entries whose names begin with a prefix, without it."
+    return {k[len(prefix) :]: v for k, v in state.items() if str(k).startswith(prefix)}
 
 
 def _diffae(d, log):
-    "PyTorch-Lightning: name of our part -> official state; statistics; what the file says of the geometry"
-    s, conf = d['state_dict'], d.get('hyper_parameters')
-    conf = conf.get('model_conf') if isinstance(conf, dict) else None
-    said = (
-        {k: conf[o] for k, o in dict(size='image_size', heads='num_heads').items() if conf.get(o)}
-        if isinstance(conf, dict)
-        else {}
-    )
-    ema, head = _sub(s, 'ema_model.'), _sub(s, 'classifier.')
+    "Contents of a file of Diff-AE, written by PyTorch Lightning."
+    weights = d['state_dict']
+    ema = _sub(weights, 'ema_model.')
+    head = _sub(weights, 'classifier.')
     if not ema and not head:
-        ema = _sub(s, 'model.')
-        log('this file holds no averaged weights; the raw ones are taken')
-    return (
-        dict(
-            head=head,
-            net=_sub(ema, 'latent_net.'),
-            autoencoder={k: v for k, v in ema.items() if not k.startswith('latent_net.')},
-        ),
-        {k: s[k][0] for k in ('conds_mean', 'conds_std') if k in s},
-        said,
+        ema = _sub(weights, 'model.')
+        log('The file holds no averaged weights; the raw weights are taken.')
+    networks = dict(
+        head=head,
+        net=_sub(ema, 'latent_net.'),
+        autoencoder={k: v for k, v in ema.items() if not k.startswith('latent_net.')},
     )
+    stats = {k: weights[k][0] for k in ('conds_mean', 'conds_std') if k in weights}
+    return _Contents(networks, stats, _diffae_geometry(d.get('hyper_parameters')))
+
+
+def _diffae_geometry(hyper_parameters):
+    "The size of the images and the number of heads, if the hyperparameters state them."
+    if not isinstance(hyper_parameters, dict):
+        return {}
+    config = hyper_parameters.get('model_conf')
+    if not isinstance(config, dict):
+        return {}
+    names = dict(size='image_size', heads='num_heads')
+    return {ours: config[theirs] for ours, theirs in names.items() if config.get(theirs)}
 
 
 def _pdae(d, log):
-    "PDAE's own files, statistics, or a bare state: the same three"
+    "Contents of a file of PDAE, of a file of statistics, or of the weights of one network."
     names = dict(
         head='classifier', net='latent_denoise_fn', enc='encoder', G='decoder', dpm='denoise_fn'
     )
-    ema = any(d.get(f'ema_{o}') for o in names.values())
-    found = {k: d.get(f'ema_{o}' if ema else o) for k, o in names.items()}
-    found = {k: v for k, v in found.items() if isinstance(v, dict)}
-    if found and not ema:
-        log('this file holds no averaged weights; the raw ones are taken')
-    return (
-        dict(state=d)
-        if d and all(map(torch.is_tensor, d.values())) and not {'mean', 'conds_mean'} & set(d)
-        else found,
-        d,
-        {},
-    )
+    averaged = any(d.get(f'ema_{name}') for name in names.values())
+    prefix = 'ema_' if averaged else ''
+    found = {k: d.get(f'{prefix}{name}') for k, name in names.items()}
+    networks = {k: v for k, v in found.items() if isinstance(v, dict)}
+    if networks and not averaged:
+        log('The file holds no averaged weights; the raw weights are taken.')
+    is_stats = 'mean' in d or 'conds_mean' in d
+    if d and not is_stats and all(torch.is_tensor(v) for v in d.values()):
+        networks = dict(state=d)
+    return _Contents(networks, d, {})
+
+
+# %% ../nbs/14_pretrained.ipynb #1dd85105
+_CHOICES = dict(  # argument `what` -> names of the networks of a file
+    head=['head'],
+    latent=['net'],
+    autoencoder=['autoencoder', 'enc', 'G', 'dpm', 'state'],
+)
 
 
 # %% ../nbs/14_pretrained.ipynb #2e5f4df8
 def _parts_of(d, what, log=print):
-    "Dictionary of a file -> name of our part -> official state; statistics of codes; and what the file says of its geometry"
-    found, d, said = (_diffae if isinstance(d.get('state_dict'), dict) else _pdae)(d, log)
-    found = {k: v for k, v in found.items() if v}
-    stats = [d[k] for k in ('mean', 'std', 'conds_mean', 'conds_std') if k in d]
-    groups = dict(
-        head=['head'], latent=['net'], autoencoder=['autoencoder', 'enc', 'G', 'dpm', 'state']
-    )
-    what = what or next((k for k, ks in groups.items() if any(o in found for o in ks)), None)
-    if what and what not in groups:
-        raise ValueError(f'what must be one of {", ".join(groups)}, got {what!r}')
-    return (
-        {k: v for k, v in found.items() if what and k in groups[what]},
-        stats if len(stats) == 2 else None,
-        said,
-    )
+    "Contents of a file, of the networks only those that `what` selects; None selects the first."
+    read = _diffae if isinstance(d.get('state_dict'), dict) else _pdae
+    contents = read(d, log)
+    found = {k: v for k, v in contents.networks.items() if v}
+    stats = [
+        contents.stats[k] for k in ('mean', 'std', 'conds_mean', 'conds_std') if k in contents.stats
+    ]
+    if not what:
+        what = next((k for k, names in _CHOICES.items() if set(names) & set(found)), None)
+    elif what not in _CHOICES:
+        raise ValueError(f'what must be one of {", ".join(_CHOICES)}, got {what!r}')
+    networks = {k: v for k, v in found.items() if k in _CHOICES.get(what, ())}
+    return _Contents(networks, stats if len(stats) == 2 else None, contents.geometry)
 
 
 # %% ../nbs/14_pretrained.ipynb #ccd36153
 def load_official(
-    path,  # file of PDAE, Diff-AE or guided-diffusion
-    what=None,  # head, latent or autoencoder, if the file holds several; None takes the first of these
+    path: str | Path,  # checkpoint file of PDAE, Diff-AE or guided-diffusion
+    what: str | None = None,  # head, latent or autoencoder; None: the first of them in the file
     *,
-    stats=None,  # file with the statistics of codes, if they lie apart
-    base=None,  # for a latent net: run or name of the autoencoder whose codes it has learnt
-    data=None,  # dataset of `load_images` that the run is for
-    sched=None,  # noise table; None takes the published ones
-    **hints,  # for `from_official`: size, heads, groups, new_order, …
-):  # as `load_run` gives it
-    "A published checkpoint, ready to use"
-    path, log = Path(path).expanduser(), hints.get('log', print)
+    stats: str | Path | None = None,  # file with the mean and standard deviation of codes
+    base: str | None = None,  # name of the autoencoder run whose codes a latent DPM generates
+    data: str | None = None,  # data set of the run: a name of `load_images`
+    sched: Schedule | None = None,  # noise schedule; None takes that of the publications
+    **hints,  # of `from_official`: size, heads, groups, new_order, …; None is no hint
+) -> SimpleNamespace:  # a run, as `load_run` returns it
+    "A run of the networks in an official checkpoint file."
+    path = Path(path).expanduser()
+    log = hints.get('log', print)
     d = read_official(path)
-    found, numbers, said = _parts_of(d, what, log)
-    if not found and not numbers:
+    contents = _parts_of(d, what, log)
+    mean_std = contents.stats
+    if not contents.networks and not mean_std:
         raise ValueError(
-            f'{path} holds none of the networks known here, but {", ".join(map(str, list(d)[:8])) or "nothing"}'
+            f'{path} holds none of the networks known here, but '
+            f'{", ".join(map(str, list(d)[:8])) or "nothing"}'
         )
-    if stats and not (numbers := _parts_of(read_official(stats), None, log)[1]):
-        raise ValueError(f'{stats} holds no mean and standard deviation of codes')
+    if stats:
+        mean_std = _parts_of(read_official(stats), None, log).stats
+        if not mean_std:
+            raise ValueError(f'{stats} holds no mean and standard deviation of codes')
+    given = {k: v for k, v in hints.items() if v is not None}
     parts = {}
-    for s in found.values():
-        parts |= from_official(s, **said | {k: v for k, v in hints.items() if v is not None})
-    if numbers and not {'unet', 'dpm', 'enc'} & set(parts):
-        parts['stats'] = ZStats(
-            torch.stack([numbers[0] - numbers[1], numbers[0] + numbers[1]]).float()
-        )
-        parts['stats'].mean.copy_(numbers[0])
-        parts['stats'].std.copy_(numbers[1])
-    guess, sched = (
-        sched is None,
-        sched or (Schedule.constant() if 'net' in parts else Schedule.linear()),
-    )
-    if guess and {'dpm', 'unet', 'net'} & set(parts):
-        log(
-            f'no file says the noise table; taken as {sched}, of PDAE and Diff-AE: give sched=… if not'
-        )
+    for state in contents.networks.values():
+        parts |= from_official(state, **contents.geometry | given)
+    if mean_std and not {'unet', 'dpm', 'enc'} & set(parts):
+        parts['stats'] = _zstats(*mean_std)
     about = dict(
+        name=path.stem,
+        parts=list(parts),
         recipe=dict(data=data, net=dict(run=str(base) if base else None)),
         steps=d.get('global_step', d.get('step')),
         result=None,
@@ -567,129 +707,170 @@ def load_official(
     )
     return SimpleNamespace(
         path=path,
-        sched=sched,
+        sched=sched or _published_schedule(parts, log),
         recipe=about['recipe'],
-        about=dict(name=path.stem, parts=list(parts), **about),
+        about=about,
         **parts,
     )
 
 
+def _zstats(mean, std):
+    "`ZStats` of a given mean and standard deviation, (D,) each."
+    stats = ZStats(torch.stack([mean - std, mean + std]).float())
+    stats.mean.copy_(mean)
+    stats.std.copy_(std)
+    return stats
+
+
+def _published_schedule(parts, log):
+    "The noise schedule of PDAE and Diff-AE: constant for codes, linear for images."
+    sched = Schedule.constant() if 'net' in parts else Schedule.linear()
+    if {'dpm', 'unet', 'net'} & set(parts):
+        log(
+            f'The file does not hold the noise schedule (the noise table). It is taken as {sched}, '
+            'as in PDAE and Diff-AE; otherwise give sched=….'
+        )
+    return sched
+
+
 # %% ../nbs/14_pretrained.ipynb #5ef04a79
 def _from_diffusers(folder, log):
-    "A folder as diffusers writes it: a pipeline, or a lone U-Net with a scheduler beside it or not"
-    d = need()
-    unet, sched = (
-        next((o for o in (folder / k, folder) if (o / f).exists()), None)
-        for k, f in (('unet', 'config.json'), ('scheduler', 'scheduler_config.json'))
-    )
+    "U-Net and noise schedule of a diffusers folder: a pipeline, or a U-Net alone."
+    unet = _folder_with(folder, 'unet', 'config.json')
     if unet is None:
         raise ValueError(
             f'{folder} holds no diffusers U-Net: unet/config.json and config.json are missing'
         )
-    if (cls := json.loads((unet / 'config.json').read_text()).get('_class_name')) != 'UNet2DModel':
+    net = _unet2d(unet, folder)
+    scheduler = _folder_with(folder, 'scheduler', 'scheduler_config.json')
+    if scheduler is None:
+        log(f'{folder} holds no betas. They are taken as those of DDPM, 1e-4 … 0.02.')
+        return net, Schedule.linear()
+    config = json.loads((scheduler / 'scheduler_config.json').read_text())
+    cls = getattr(need(), config.get('_class_name', 'DDPMScheduler'))
+    return net, sched_of(cls.from_pretrained(scheduler, local_files_only=True))
+
+
+def _folder_with(folder, name, file):
+    "The subfolder of this name, or the folder itself, if the file is in it; otherwise None."
+    for candidate in (folder / name, folder):
+        if (candidate / file).exists():
+            return candidate
+    return None
+
+
+def _unet2d(unet, folder):
+    "The `UNet2DModel` of a folder, if its weights are complete and safe to read."
+    kind = json.loads((unet / 'config.json').read_text()).get('_class_name')
+    if kind != 'UNet2DModel':
         raise ValueError(
-            f'{folder} holds a {cls}; an unconditional `UNet2DModel` of pixels is needed'
+            f'{folder} holds a {kind}; an unconditional `UNet2DModel` of pixels is needed'
         )
-    for f in unet.glob('*.bin'):
-        look(f)
-    net, info = d.UNet2DModel.from_pretrained(
+    for file in unet.glob('*.bin'):
+        look(file)
+    net, info = need().UNet2DModel.from_pretrained(
         unet,
         local_files_only=True,
         low_cpu_mem_usage=False,
         use_safetensors=any(unet.glob('*.safetensors')),
         output_loading_info=True,
     )
-    if odd := [f'{k}: {", ".join(map(str, v[:3]))}' for k, v in info.items() if v]:
-        raise ValueError(f'{folder}: the weights do not fit the network ({"; ".join(odd)})')
-    if sched is None:
-        log(f"{folder} says nothing of its betas; taken as DDPM's, 1e-4 … 0.02")
-        return net, Schedule.linear()
-    cls = json.loads((sched / 'scheduler_config.json').read_text()).get(
-        '_class_name', 'DDPMScheduler'
-    )
-    return net, sched_of(getattr(d, cls).from_pretrained(sched, local_files_only=True))
+    faults = [f'{k}: {", ".join(map(str, v[:3]))}' for k, v in info.items() if v]
+    if faults:
+        raise ValueError(f'{folder}: the weights do not fit the network ({"; ".join(faults)})')
+    return net
 
 
 # %% ../nbs/14_pretrained.ipynb #45265d19
 def load_dpm(
-    source,  # a run's name or folder, a checkpoint file, a diffusers folder, user/name on the Hub, or a `UNet2DModel`
-    scheduler=None,  # of diffusers, for a `UNet2DModel` that comes alone
+    source,  # run name or folder, checkpoint file, diffusers folder, user/name, or `UNet2DModel`
+    scheduler=None,  # a scheduler of diffusers, for a `UNet2DModel`
     *,
-    log=print,  # where a guess is told
-    **hints,  # for `load_official`
-):  # a run with `.dpm` and `.sched`, as `load_run` gives it
-    "Any DPM, frozen (a `UNet2DModel` in place), for PDAE, ScoreVAE and classifier guidance to stand on (PDAE Sec. 3.3)"
-    path, alone = (
-        (None, True) if isinstance(source, nn.Module) else (Path(source).expanduser(), False)
-    )
-    if alone and not scheduler:
-        log("no scheduler was given; the betas are taken as DDPM's, 1e-4 … 0.02")
-    if (
-        not alone
-        and not path.exists()
-        and not (models_dir() / str(source) / 'run.json').exists()
-        and from_hub.looks_like(source)
-    ):
-        path = from_hub(source, log)
-    if alone:
-        net, sched = source, sched_of(scheduler) if scheduler else Schedule.linear()
-    elif path.is_dir() and not (path / 'run.json').exists():
+    log: Callable[[str], None] = print,  # called with each assumption
+    **hints,  # of `load_official`, for a checkpoint file
+) -> SimpleNamespace:  # a run, as `load_run` returns it, with `dpm` and `sched`
+    """A frozen DPM from any source, for PDAE, ScoreVAE and classifier guidance.
+
+    A `UNet2DModel` is used in place, without a copy (PDAE Section 3.3).
+    """
+    if isinstance(source, nn.Module):
+        return _run_in_memory(source, scheduler, log)
+    path = _locate(source, log)
+    if path.is_dir() and not (path / 'run.json').exists():
         net, sched = _from_diffusers(path, log)
+        _check_finite(net, source)
+        name = re.sub(r'\W+', '_', str(source).rstrip('/').split('/')[-1])
+        return _frozen_run(net, sched, path=path, name=name, source=str(source))
+    if path.is_file():
+        run = load_official(path, log=log, **hints)
     else:
-        run = (
-            load_official(path, log=log, **hints)
-            if path.is_file()
-            else load_run(path if path.is_dir() else source)
-        )
-        if not hasattr(run, 'dpm'):
-            raise ValueError(f'{source} holds {", ".join(run.about["parts"])}, no DPM to stand on')
-        run.dpm.requires_grad_(False)
-        return run
-    name, bad = (
-        'in_memory' if alone else re.sub(r'\W+', '_', str(source).rstrip('/').split('/')[-1]),
-        [k for k, v in net.state_dict().items() if not v.isfinite().all()],
-    )
-    if bad:
-        raise ValueError(
-            f'{source if not alone else name}: {bad[0]} holds numbers that are NaN or infinite'
-        )
+        run = load_run(path if path.is_dir() else source)
+    if not hasattr(run, 'dpm'):
+        raise ValueError(f'{source} holds {", ".join(run.about["parts"])}, no DPM to stand on')
+    run.dpm.requires_grad_(False)
+    return run
+
+
+def _run_in_memory(unet, scheduler, log):
+    "The run of a `UNet2DModel`."
+    if not scheduler:
+        log('No scheduler was given. The betas are taken as those of DDPM, 1e-4 … 0.02.')
+    sched = sched_of(scheduler) if scheduler else Schedule.linear()
+    _check_finite(unet, 'in_memory')
+    return _frozen_run(unet, sched, path=None, name='in_memory', source='in_memory')
+
+
+def _locate(source, log):
+    "The path of a source, after a download if it is user/name on the Hub and not on this machine."
+    path = Path(source).expanduser()
+    is_run = (models_dir() / str(source) / 'run.json').exists()
+    if not path.exists() and not is_run and from_hub.looks_like(source):
+        return from_hub(source, log)
+    return path
+
+
+def _check_finite(net, what):
+    "Raise ValueError if a weight is NaN or infinite."
+    for k, weight in net.state_dict().items():
+        if not weight.isfinite().all():
+            raise ValueError(f'{what}: {k} holds numbers that are NaN or infinite')
+
+
+def _frozen_run(unet, sched, *, path, name, source):
+    "A run whose only part is a frozen `UNet2DModel`."
     return SimpleNamespace(
-        dpm=DiffusersUNet(net).eval().requires_grad_(False),
+        dpm=DiffusersUNet(unet).eval().requires_grad_(False),
         sched=sched,
         recipe=None,
         path=path,
-        about=dict(
-            name=name,
-            parts=['dpm'],
-            recipe=None,
-            result=None,
-            source=name if alone else str(source),
-        ),
+        about=dict(name=name, parts=['dpm'], recipe=None, result=None, source=source),
     )
 
 
 # %% ../nbs/14_pretrained.ipynb #10dd25d3
 def convert(
-    source: str,  # checkpoint file, diffusers folder, or user/name on the Hub
-    out: str,  # run folder to make; its last part is the run's name
-    what: str = None,  # head, latent or autoencoder, if the file holds several
-    size: int = None,  # pixels of the images; no weight says it, but Diff-AE's files do
-    heads: int = None,  # of the U-Net's attention; else what the file says, else 1
-    head_channels: int = None,  # channels of a head, instead
-    new_order: bool = False,  # are the heads in guided-diffusion's new order?
-    cosine: bool = False,  # is the noise table the cosine one?
-    groups: int = None,  # of each norm; else 32, as published
-    lag: int = None,  # 0 for a network whose times are ours; else 1, as published
-    stats: str = None,  # file with the statistics of codes, if they lie apart
-    base: str = None,  # for a latent net: the run whose codes it has learnt
-    data: str = None,  # dataset that the run is for, as `pdae train` names them
-):
-    "A published checkpoint, or a diffusers model, into a run folder"
-    given = dict(size=size, heads=heads, head_channels=head_channels, groups=groups, lag=lag)
-    tell = lambda s: print(s, file=sys.stderr)
+    source: str,  # checkpoint file, diffusers folder, or user/name on the Hugging Face Hub
+    out: str,  # run folder to create; the last part of its path is the name of the run
+    what: str = None,  # network to take from a file with several: head, latent or autoencoder
+    *,
+    size: int = None,  # height and width of the images, in pixels; Diff-AE's files state it
+    heads: int = None,  # attention heads of the U-Net; otherwise those in the file, or 1
+    head_channels: int = None,  # channels of an attention head, instead of --heads
+    new_order: bool = False,  # q, k, v in the order of guided-diffusion's use_new_attention_order
+    cosine: bool = False,  # cosine noise schedule instead of the published one
+    groups: int = None,  # groups of each group normalisation; otherwise 32
+    lag: int = None,  # timestep that the network counts as 0: 0 if trained here, otherwise 1
+    stats: str = None,  # file with the mean and standard deviation of codes, if it is separate
+    base: str = None,  # for a latent DPM: the run of the autoencoder whose codes it generates
+    data: str = None,  # data set of the run, under the name that `pdae train` uses
+) -> dict:  # folder of the run, and its parts with their numbers of weights
+    "Convert a published checkpoint or a diffusers model into a run folder"
     if Path(out).exists():
         raise ValueError(f'{out} is there already; choose another folder, or delete that one')
-    if (path := Path(source).expanduser()).is_file():
+    path = Path(source).expanduser()
+    hints = dict(size=size, heads=heads, head_channels=head_channels, groups=groups, lag=lag)
+    only_for_files = hints | dict(what=what, stats=stats, base=base)
+    if path.is_file():
         run = load_official(
             path,
             what,
@@ -698,142 +879,165 @@ def convert(
             data=data,
             new_order=new_order,
             sched=Schedule.cosine() if cosine else None,
-            log=tell,
-            **given,
+            log=_log_to_stderr,
+            **hints,
         )
-    elif odd := [
-        k for k, v in (given | dict(what=what, stats=stats, base=base)).items() if v is not None
-    ]:
-        raise ValueError(f'{odd[0]} is for checkpoint files; {source} is none')
     else:
-        run = load_dpm(source, log=tell)
+        given = [k for k, v in only_for_files.items() if v is not None]
+        if given:
+            raise ValueError(f'{given[0]} is for checkpoint files; {source} is none')
+        run = load_dpm(source, log=_log_to_stderr)
         run.about['recipe'] = run.about.get('recipe') or dict(data=data)
-    if 'net' in run.about['parts'] and not base:
-        raise ValueError('a latent net is of use only with its autoencoder: name that run as base')
-    save_run(
-        out,
-        parts := {k: getattr(run, k) for k in run.about['parts']},
-        run.sched,
-        {k: v for k, v in run.about.items() if k not in ('name', 'parts')},
-        torch.float32,
-    )
-    return dict(
-        run=str(out),
-        parts={
-            k: f'{type(m).__name__}, {sum(p.numel() for p in m.parameters()):,} weights'
-            for k, m in parts.items()
-        },
-    )
+    names = run.about['parts']
+    if 'net' in names and not base:
+        raise ValueError(
+            'a latent DPM needs the autoencoder whose codes it generates: name that run as base'
+        )
+    parts = {k: getattr(run, k) for k in names}
+    about = {k: v for k, v in run.about.items() if k not in ('name', 'parts')}
+    save_run(out, parts, run.sched, about, torch.float32)
+    return dict(run=str(out), parts={k: _class_and_size(net) for k, net in parts.items()})
+
+
+def _log_to_stderr(message):
+    print(message, file=sys.stderr)
+
+
+def _class_and_size(net):
+    "Class and number of weights of a network, in words."
+    weights = sum(p.numel() for p in net.parameters())
+    return f'{type(net).__name__}, {weights:,} weights'
 
 
 # %% ../nbs/14_pretrained.ipynb #ea4adba5
 def as_run(
-    source,  # a run's name or folder, or what `load_dpm` takes
-) -> str:  # a run's name or folder
-    "A foreign DPM becomes a run in `cache_dir()`, named by its weights and its noise table; a run stays what it is"
-    if not isinstance(source, nn.Module) and any(
-        (Path(o) / 'run.json').exists() for o in (source, models_dir() / str(source))
-    ):
-        return str(source)
-    run = load_dpm(source, log=lambda s: print(s, file=sys.stderr))
+    source,  # name or folder of a run, or what `load_dpm` takes
+) -> str:  # name or folder of a run
+    """The run of a DPM from any source. A source that is a run is returned unchanged.
+
+    Another DPM is stored in `cache_dir()`, in a folder named by its weights and noise schedule.
+    """
+    if not isinstance(source, nn.Module):
+        folders = (Path(source), models_dir() / str(source))
+        if any((folder / 'run.json').exists() for folder in folders):
+            return str(source)
+    run = load_dpm(source, log=_log_to_stderr)
     if run.path and (run.path / 'run.json').exists():
         return str(run.path)
-    out = (
-        cache_dir()
-        / 'runs'
-        / f'foreign-{fingerprint(run.dpm)}-{fingerprint(nn.ParameterList([nn.Parameter(run.sched.beta)]))}'
-        / run.about['name']
-    )
+    sched = nn.ParameterList([nn.Parameter(run.sched.beta)])
+    folder = f'foreign-{fingerprint(run.dpm)}-{fingerprint(sched)}'
+    out = cache_dir() / 'runs' / folder / run.about['name']
     if not (out / 'run.json').exists():
-        save_run(
-            out,
-            dict(dpm=run.dpm),
-            run.sched,
-            dict(recipe=None, result=None, source=run.about.get('source')),
-            torch.float32,
-        )
+        about = dict(recipe=None, result=None, source=run.about.get('source'))
+        save_run(out, dict(dpm=run.dpm), run.sched, about, torch.float32)
     return str(out)
 
 
 # %% ../nbs/14_pretrained.ipynb #3c4a0fd6
 def card(
-    run,
-    licence=None,  # what `load_run` gives; of the weights: None is apache-2.0 for what was trained here, and asks for one otherwise
+    run: SimpleNamespace,  # a run, as `load_run` returns it
+    licence: str | None = None,  # of the weights; None: apache-2.0 if they were trained here
 ) -> str:  # Markdown
-    "A model card: method, data, size, numbers and licence"
-    a, r = run.about, run.about.get('recipe') or {}
-    num = lambda v: f'{v:.4g}' if isinstance(v, float) else f'{v:,}'
-    source = a.get('source')
-    if source and not licence:
-        raise ValueError(f'these weights come from {source}: say under which licence')
-    rows = [
-        (k.replace('_', ' '), num(v))
-        for k, v in (a.get('result') or {}).items()
-        if isinstance(v, (int, float)) and not isinstance(v, bool)
-    ]
-    try:
-        method = kind_of(run)
-    except ValueError:
-        method = ', '.join(a['parts'])
-    how = (
-        f'Converted by pdae_nb from {source}'
-        if source
-        else f'Trained with pdae_nb on {num(a["images_seen"])} images'
-        + (f' in {a["seconds"] / 60:.0f} minutes on {a["hardware"]}' if a.get('hardware') else '')
-        if a.get('images_seen')
-        else 'Made with pdae_nb'
-    )
+    """The model card of a run: method, data, size, results and licence.
+
+    Weights from another source need an explicit licence; otherwise ValueError is raised.
+    """
+    about = run.about
+    recipe = about.get('recipe') or {}
+    if about.get('source') and not licence:
+        raise ValueError(f'these weights come from {about["source"]}: say under which licence')
+    data = recipe.get('data')
+    name = about['name']
     lines = [
         '---',
         f'license: {licence or "apache-2.0"}',
         'library_name: pdae_nb',
         'tags: [diffusion, autoencoder]',
-        *([f'datasets: [{r["data"]}]'] if r.get('data') else []),
+        *([f'datasets: [{data}]'] if data else []),
         '---',
-        f'# {a["name"]}: {method}',
+        f'# {name}: {_method_name(run)}',
         '',
-        f'{how}. Data: {r.get("data") or "unknown"}, {r.get("px") or net_of(run).config["size"] if hasattr(run, "dpm") or hasattr(run, "unet") else "?"} pixels. {learnt(run):,} weights of its own.',
+        f'{_origin(about)}. Data: {data or "unknown"}, {_pixels(run, recipe)} pixels. '
+        f'{learnt(run):,} weights of its own.',
         '',
         '| part | |',
         '|---|---|',
-        *(f'| `{k}` | {type(getattr(run, k)).__name__} |' for k in a['parts']),
+        *(f'| `{k}` | {type(getattr(run, k)).__name__} |' for k in about['parts']),
+        '',
+        *_result_table(about.get('result') or {}),
+        '```python',
+        'from pdae_nb.files import load_run',
+        f"run = load_run('USER/{name}')    # {', '.join('.' + k for k in about['parts'])}",
+        '```',
         '',
     ]
-    if rows:
-        lines += ['| result | |', '|---|---|', *(f'| {k} | {v} |' for k, v in rows), '']
-    return '\n'.join(
-        lines
-        + [
-            '```python',
-            'from pdae_nb.files import load_run',
-            f"run = load_run('USER/{a['name']}')    # {', '.join('.' + k for k in a['parts'])}",
-            '```',
-            '',
-        ]
-    )
+    return '\n'.join(lines)
+
+
+def _method_name(run):
+    "The name of the method, or of the parts of a run that follows none."
+    try:
+        return kind_of(run)
+    except ValueError:
+        return ', '.join(run.about['parts'])
+
+
+def _origin(about):
+    "How the weights were made: one sentence, without its full stop."
+    if about.get('source'):
+        return f'Converted by pdae_nb from {about["source"]}'
+    if not about.get('images_seen'):
+        return 'Made with pdae_nb'
+    trained = f'Trained with pdae_nb on {_number(about["images_seen"])} images'
+    if not about.get('hardware'):
+        return trained
+    return f'{trained} in {about["seconds"] / 60:.0f} minutes on {about["hardware"]}'
+
+
+def _pixels(run, recipe):
+    "Height and width of the images, or a question mark."
+    if hasattr(run, 'dpm') or hasattr(run, 'unet'):
+        return recipe.get('px') or net_of(run).config['size']
+    return '?'
+
+
+def _result_table(result):
+    "The numbers among the results, as lines of a Markdown table."
+    numbers = {
+        k: v for k, v in result.items() if isinstance(v, (int, float)) and not isinstance(v, bool)
+    }
+    if not numbers:
+        return []
+    rows = [f'| {k.replace("_", " ")} | {_number(v)} |' for k, v in numbers.items()]
+    return ['| result | |', '|---|---|', *rows, '']
+
+
+def _number(v):
+    "Four significant digits of a float; separators of thousands in an integer."
+    return f'{v:.4g}' if isinstance(v, float) else f'{v:,}'
 
 
 # %% ../nbs/14_pretrained.ipynb #7288bd4e
 def push_run(
-    name,
-    repo,  # a run of `data/models`, or the path of a run folder; user/name on the Hub
-    licence=None,  # of the weights, see `card`
-    api=None,  # what talks to the Hub; None is huggingface_hub's `HfApi()`, with your login
-    **kw,  # for `create_repo`, e.g. private=True
-):  # what the upload returns
-    "A run to the Hub, with its card"
+    name: str,  # name of a run in `data/models`, or path of a run folder
+    repo: str,  # user/name on the Hugging Face Hub
+    licence: str | None = None,  # of the weights, as in `card`
+    api=None,  # client of the Hub; None: huggingface_hub's `HfApi()`, with your login
+    **kw,  # further arguments of `create_repo`, e.g. private=True
+):  # result of `upload_folder`
+    "Upload a run and its model card to the Hugging Face Hub."
     from huggingface_hub import HfApi
 
-    run, api = load_run(name), api or HfApi()
     if not re.fullmatch(r'[\w.-]+/[\w.-]+', repo):
         raise ValueError(f'a place on the Hub is called user/name, got {repo!r}')
+    run = load_run(name)
+    api = api or HfApi()
     api.create_repo(repo, exist_ok=True, **kw)
+    text = card(run, licence).replace('USER/' + run.about['name'], repo)
     with tempfile.TemporaryDirectory() as d:
-        text = Path(d) / 'README.md'
-        text.write_text(
-            card(run, licence).replace('USER/' + run.about['name'], repo), encoding='utf-8'
-        )
-        api.upload_file(path_or_fileobj=str(text), path_in_repo='README.md', repo_id=repo)
+        readme = Path(d) / 'README.md'
+        readme.write_text(text, encoding='utf-8')
+        api.upload_file(path_or_fileobj=str(readme), path_in_repo='README.md', repo_id=repo)
     return api.upload_folder(
         folder_path=str(run.path), repo_id=repo, allow_patterns=['run.json', '*.safetensors']
     )

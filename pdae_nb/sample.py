@@ -22,6 +22,7 @@ __all__ = [
 ]
 
 # %% ../nbs/03_sample.ipynb #13799c44
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -33,293 +34,390 @@ from .forward import Schedule, at, eps_to_x0, x0_to_eps
 
 
 # %% ../nbs/03_sample.ipynb #7855db5d
-def ddim_step(
-    sched: Schedule,  # noise table
-    xt: Tensor,  # where we are: (B,...)
-    t: Tensor,  # its time: int64 (B,)
-    s: Tensor,  # where to land: s<t denoises, s>t inverts
-    eps: Tensor,  # noise predicted in `xt`
-    eta=0.0,  # 0 is DDIM, 1 is DDPM
-    clip=None,  # keep the predicted x_0 within [-clip,clip]; not at t=0, where no noise can make up for it
-    past=None,  # not needed: this step looks only at where it starts
-) -> tuple:  # x_s and the predicted x_0, like `xt`
-    "Predict x_0, then put back as much noise as time `s` has (PDAE Eqs 4 and 8, Diff-AE Eqs 1 and 8)"
+def _new_variance(alpha_bar, alpha_bar_s, eta):
+    "σ_t² = η²·(1-ᾱ_s)/(1-ᾱ_t)·(1-ᾱ_t/ᾱ_s), variance of the new noise (Song et al. 2021a, Eq. 16)."
+    if not eta:
+        return torch.zeros_like(alpha_bar)
+    return eta**2 * (1 - alpha_bar_s) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_s)
+
+
+def ddim_step(  # noqa: PLR0917
+    sched: Schedule,  # noise schedule
+    xt: Tensor,  # x_t: (B,...)
+    t: Tensor,  # timesteps of `xt`: int64 (B,)
+    s: Tensor,  # timesteps of the result: int64 (B,); s<t denoises, s>t inverts
+    eps: Tensor,  # ε_θ(x_t,t), like `xt`
+    eta: float = 0.0,  # 0 is DDIM, 1 is DDPM
+    clip: float | None = None,  # clamp x̂_0 to [-clip,clip]; None at t=0, where ε is not defined
+    past: tuple | None = None,  # not used; other solvers need the last step's (t, x_t, x̂_0)
+) -> tuple[Tensor, Tensor]:  # x_s and x̂_0, like `xt`
+    """x_s = √ᾱ_s·x̂_0 + √(1-ᾱ_s-σ_t²)·ε_θ + σ_t·ε_t (PDAE Eqs 4 and 8, Diff-AE Eqs 1 and 8).
+
+    x̂_0 is the clean data that ε_θ implies. ε_t is new Gaussian noise from torch's global generator.
+    """
     x0 = eps_to_x0(sched, xt, t, eps)
     if clip is not None:
         x0 = x0.clamp(-clip, clip)
         eps = x0_to_eps(sched, xt, t, x0)
-    ab, ab_s = sched(t), sched(s)
-    var = eta**2 * (1 - ab_s) / (1 - ab) * (1 - ab / ab_s) if eta else torch.zeros_like(ab)
-    xs = at(ab_s.sqrt(), xt) * x0 + at((1 - ab_s - var).clamp(min=0).sqrt(), xt) * eps
-    return (xs + at(var.sqrt(), xt) * torch.randn_like(xt) if eta else xs), x0
+    alpha_bar = sched(t)
+    alpha_bar_s = sched(s)
+    variance = _new_variance(alpha_bar, alpha_bar_s, eta)
+    old_noise = (1 - alpha_bar_s - variance).clamp(min=0).sqrt()
+    xs = at(alpha_bar_s.sqrt(), xt) * x0 + at(old_noise, xt) * eps
+    if eta:
+        xs = xs + at(variance.sqrt(), xt) * torch.randn_like(xt)
+    return xs, x0
 
 
 # %% ../nbs/03_sample.ipynb #0438d8fa
 def _same(t, x):
+    "The timestep t for each sample of x: int64 (B,)."
     return torch.full((len(x),), t, device=x.device)
 
 
 def _check(x):
+    "x, if it is a finite floating-point tensor."
     if not (torch.is_tensor(x) and x.is_floating_point()):
-        raise TypeError(
-            f'expected a floating-point tensor (B,...), got {x.dtype if torch.is_tensor(x) else type(x).__name__}'
-        )
+        got = x.dtype if torch.is_tensor(x) else type(x).__name__
+        raise TypeError(f'expected a floating-point tensor (B,...), got {got}')
     if not x.isfinite().all():
         raise ValueError(f'{(~x.isfinite()).sum()} of {x.numel()} values are NaN or infinite')
     return x
 
 
+def _check_options(timesteps, eta, clip):
+    if clip is not None and timesteps[0] == 0:
+        raise ValueError(
+            f'clip must be None for timesteps that rise from 0, where ε is not defined, got {clip}'
+        )
+    if eta and timesteps[0] < timesteps[1]:
+        raise ValueError(f'eta must be 0 for rising timesteps, got {eta}')
+
+
+def _check_pair(pair, timesteps):
+    xT, xs = pair
+    if len(timesteps) < 3 or xT.shape != xs.shape:
+        raise ValueError(
+            'a Pair is two states of one shape and needs at least 2 steps, '
+            f'got {tuple(xT.shape)}, {tuple(xs.shape)} and {len(timesteps) - 1}'
+        )
+    _check(xT)
+
+
+def _predicted(denoiser, xt, t):
+    "ε_θ(x_t,t). At t=0 there is no noise to predict, and the denoiser is called with t=1."
+    eps = denoiser(xt, _same(max(t, 1), xt))
+    if eps.shape != xt.shape:
+        raise ValueError(f'the denoiser returned shape {tuple(eps.shape)} for {tuple(xt.shape)}')
+    return eps
+
+
 # %% ../nbs/03_sample.ipynb #68f2ea76
 @torch.no_grad()
-def trajectory(
-    denoiser: Denoiser,  # (xt,t) -> eps, its conditions bound
-    xT: Tensor,  # the start, unit Gaussian noise when sampling: (B,...), or a `Pair`
-    sched: Schedule,  # noise table
-    steps=50,  # number of steps, or the times to visit, falling (denoise) or rising (invert)
-    eta=0.0,  # 0 is DDIM, 1 is DDPM; noise comes from torch's global generator
-    clip=None,  # keep the predicted x_0 within [-clip,clip]
-    solver=ddim_step,  # one step: `ddim_step`, `dpmpp_step` or `belm_step`
-):  # yields s, x_s, predicted x_0
-    "The one loop of this library: look, step, remember (PDAE Eq. 2, Diff-AE Eq. 1)"
-    ts, past, xt = sched.times(steps), None, xT
-    if clip is not None and ts[0] == 0:
-        raise ValueError(
-            'clipping the way up from t=0 would not invert anything: clip must be None'
-        )
-    if eta and ts[0] < ts[1]:
-        raise ValueError(
-            f'noise is drawn only on the way down: eta must be 0 for rising times, got {eta}'
-        )
+def trajectory(  # noqa: PLR0917
+    denoiser: Denoiser,  # (xt,t) -> predicted noise
+    xT: Tensor | tuple[Tensor, Tensor],  # first state (B,...), e.g. noise; or the first two states
+    sched: Schedule,  # noise schedule
+    steps: int | Iterable[int] = 50,  # number of steps; or timesteps, falling (sample) or rising
+    eta: float = 0.0,  # 0 is DDIM, 1 is DDPM with noise from torch's global generator
+    clip: float | None = None,  # clamp x̂_0 to [-clip,clip]
+    solver: Callable = ddim_step,  # one step: `ddim_step`, `dpmpp_step`, `belm_step`, `em_step`
+) -> Iterator[tuple[int, Tensor, Tensor]]:  # s, x_s, x̂_0
+    "Yield the states of a sampler or, for rising timesteps, of an inversion (PDAE Eqs 2, 4 and 8)."
+    timesteps = sched.times(steps)
+    _check_options(timesteps, eta, clip)
+    xt = xT
+    past = None
     if isinstance(xT, tuple):
-        if len(ts) < 3 or xT[0].shape != xT[1].shape:
-            raise ValueError(
-                f'a Pair is two states of one shape and needs at least 2 steps, got {tuple(xT[0].shape)}, {tuple(xT[1].shape)} and {len(ts) - 1}'
-            )
-        past, xt, ts = (_same(ts[0], xT[0]), _check(xT[0]), None), xT[1], ts[1:]
+        _check_pair(xT, timesteps)
+        past = (_same(timesteps[0], xT[0]), xT[0], None)
+        xt = xT[1]
+        timesteps = timesteps[1:]
     _check(xt)
-    for t, s in pairwise(ts):
-        eps = denoiser(
-            xt, _same(max(t, 1), xt)
-        )  # nothing noisy to look at in x_0: it is shown as t=1
-        if eps.shape != xt.shape:
-            raise ValueError(
-                f'the denoiser returned shape {tuple(eps.shape)} for {tuple(xt.shape)}'
-            )
+    for t, s in pairwise(timesteps):
+        eps = _predicted(denoiser, xt, t)
         t = _same(t, xt)
         xs, x0 = solver(sched, xt, t, _same(s, xt), eps, eta, clip, past)
-        past, xt = (t, xt, x0), xs
+        past = (t, xt, x0)
+        xt = xs
         yield s, xs, x0
 
 
 # %% ../nbs/03_sample.ipynb #af879bbc
-def sample(
-    denoiser: Denoiser,  # (xt,t) -> eps, its conditions bound
-    xT: Tensor,  # unit Gaussian noise: (B,...), or a `Pair`
-    sched: Schedule,  # noise table
-    steps=50,  # number of steps, or falling times
-    eta=0.0,  # 0 is DDIM, 1 is DDPM
-    clip=None,  # keep the predicted x_0 within [-clip,clip]; 1. for images
-    solver=ddim_step,  # one step
-) -> Tensor:  # x_0, like `xT`
-    "Noise in, data out: the end of a `trajectory`"
-    for _, x, _ in trajectory(denoiser, xT, sched, steps, eta, clip, solver):
-        pass
-    return _check(x)
+def sample(  # noqa: PLR0917
+    denoiser: Denoiser,  # (xt,t) -> predicted noise
+    xT: Tensor | tuple[Tensor, Tensor],  # unit Gaussian noise: (B,...); or the first two states
+    sched: Schedule,  # noise schedule
+    steps: int | Iterable[int] = 50,  # number of steps, or falling timesteps
+    eta: float = 0.0,  # 0 is DDIM, 1 is DDPM with noise from torch's global generator
+    clip: float | None = None,  # clamp x̂_0 to [-clip,clip]; 1.0 for images
+    solver: Callable = ddim_step,  # one step: `ddim_step`, `dpmpp_step`, `belm_step`, `em_step`
+) -> Tensor:  # the last state, e.g. x_0, like `xT`
+    "Data from noise: the last state of a `trajectory`."
+    for _, xs, _ in trajectory(denoiser, xT, sched, steps, eta, clip, solver):
+        last = xs
+    return _check(last)
 
 
 # %% ../nbs/03_sample.ipynb #8567d516
-def _half_log_snr(ab):
-    return (ab.log() - torch.log1p(-ab)) / 2
+def _half_log_snr(alpha_bar):
+    "λ = log(SNR)/2."
+    return (alpha_bar.log() - torch.log1p(-alpha_bar)) / 2
 
 
-def dpmpp_step(sched, xt, t, s, eps, eta=0.0, clip=None, past=None):
-    "DPM-Solver++(2M): a straight line through the last two predictions of x_0 (Lu et al. 2022, Algorithm 2); arguments as `ddim_step`"
+def dpmpp_step(  # noqa: PLR0917
+    sched: Schedule,  # noise schedule
+    xt: Tensor,  # x_t: (B,...)
+    t: Tensor,  # timesteps of `xt`: int64 (B,)
+    s: Tensor,  # timesteps of the result: int64 (B,)
+    eps: Tensor,  # ε_θ(x_t,t), like `xt`
+    eta: float = 0.0,  # must be 0
+    clip: float | None = None,  # clamp x̂_0 to [-clip,clip]
+    past: tuple | None = None,  # the last step's (r, x_r, x̂_0); None makes a DDIM step
+) -> tuple[Tensor, Tensor]:  # x_s and x̂_0, like `xt`
+    """DPM-Solver++(2M): x̂_0 is extrapolated linearly in λ from two steps (Lu et al. 2022, Alg. 2).
+
+    λ is log(SNR)/2, and r is the last step's timestep. x_s is the DDIM step plus
+    (λ_s-λ_t)/(2(λ_t-λ_r))·(√ᾱ_s - √(ᾱ_t(1-ᾱ_s)/(1-ᾱ_t)))·(x̂_0 - last x̂_0).
+    """
     if eta:
-        raise ValueError('DPM-Solver++(2M) draws no noise: eta must be 0')
+        raise ValueError(f'DPM-Solver++(2M) adds no noise: eta must be 0, got {eta}')
     xs, x0 = ddim_step(sched, xt, t, s, eps, clip=clip)
     if past is None or past[2] is None:
         return xs, x0
-    ab_r, ab, ab_s = (sched(o) for o in (past[0], t, s))
-    lam_r, lam, lam_s = map(_half_log_snr, (ab_r, ab, ab_s))
-    half = (lam_s - lam) / (
-        2 * (lam - lam_r)
-    )  # this step's length over twice the last one's: 1/(2r)
-    half = torch.where(half.isfinite(), half, 0)  # infinite log SNR at one end: first order
-    bend = half * (ab_s.sqrt() - ((1 - ab_s) / (1 - ab) * ab).sqrt())
-    return xs + at(bend, xt) * (x0 - past[2]), x0
+    r, _, last_x0 = past
+    alpha_bar = sched(t)
+    alpha_bar_s = sched(s)
+    lam_r = _half_log_snr(sched(r))
+    lam = _half_log_snr(alpha_bar)
+    lam_s = _half_log_snr(alpha_bar_s)
+    ratio = (lam_s - lam) / (2 * (lam - lam_r))
+    ratio = torch.where(ratio.isfinite(), ratio, 0)  # λ is infinite at t=0: a DDIM step
+    correction = ratio * (
+        alpha_bar_s.sqrt() - ((1 - alpha_bar_s) / (1 - alpha_bar) * alpha_bar).sqrt()
+    )
+    return xs + at(correction, xt) * (x0 - last_x0), x0
 
 
 # %% ../nbs/03_sample.ipynb #d999bb63
 def snr_times(
-    sched: Schedule,  # noise table
-    steps,  # number of steps; times that round to the same integer are merged
-) -> list:  # falling, T … 1, 0
-    "Times evenly spaced in log SNR, where DPM-Solver++ is at its best (Lu et al. 2022)"
+    sched: Schedule,  # noise schedule; ᾱ must be positive
+    steps: int,  # number of steps; there are fewer if timesteps round to the same integer
+) -> list[int]:  # falling: T … 1, 0
+    "Timesteps evenly spaced in log SNR, for `dpmpp_step` (Lu et al. 2022)."
     lam = _half_log_snr(sched.alpha_bar[1:])
     if steps < 1 or not lam.isfinite().all():
         raise ValueError(
-            f'needs at least 1 step and alpha_bar > 0 everywhere, got {steps} and {sched.alpha_bar[-1]:.3g}'
+            'needs at least 1 step and alpha_bar > 0 everywhere, '
+            f'got {steps} and {sched.alpha_bar[-1]:.3g}'
         )
     want = torch.linspace(lam[-1].item(), lam[0].item(), steps, dtype=torch.float64)
-    return sorted({int((lam - w).abs().argmin()) + 1 for w in want} | {sched.T}, reverse=True) + [0]
+    nearest = {int((lam - value).abs().argmin()) + 1 for value in want}
+    return [*sorted(nearest | {sched.T}, reverse=True), 0]
 
 
 # %% ../nbs/03_sample.ipynb #37a9a95b
-def _rising(sched, steps):
-    return sorted(sched.times(steps))
-
-
 def invert(
-    denoiser: Denoiser,  # (xt,t) -> eps, its conditions bound
+    denoiser: Denoiser,  # (xt,t) -> predicted noise
     x0: Tensor,  # clean data: (B,...)
-    sched: Schedule,  # noise table
-    steps=100,  # number of steps, or the times of the sampler to invert
-    solver=ddim_step,  # one step
+    sched: Schedule,  # noise schedule
+    steps: int | Iterable[int] = 100,  # number of steps, or the timesteps of the sampler to invert
+    solver: Callable = ddim_step,  # one step: `ddim_step` or `dpmpp_step`
 ) -> Tensor:  # x_T, like `x0`
-    "Data in, noise out: the same loop with the times reversed, never clipped (PDAE Eq. 8, Diff-AE Eq. 8)"
-    return sample(denoiser, x0, sched, _rising(sched, steps), solver=solver)
+    "Noise from data: the sampler's steps with rising timesteps (PDAE Eq. 8, Diff-AE Eq. 8)."
+    return sample(denoiser, x0, sched, sorted(sched.times(steps)), solver=solver)
 
 
 # %% ../nbs/03_sample.ipynb #875f20e3
-def belm_step(sched, xt, t, s, eps, eta=0.0, clip=None, past=None):
-    "O-BELM: leapfrog over the last two states, the same equation forwards and backwards (Wang et al. 2024); arguments as `ddim_step`"
+def _noise_to_signal(alpha_bar):
+    "σ̄ = √(1/ᾱ - 1)."
+    return (1 / alpha_bar - 1).sqrt()
+
+
+def belm_step(  # noqa: PLR0917
+    sched: Schedule,  # noise schedule
+    xt: Tensor,  # x_t: (B,...)
+    t: Tensor,  # timesteps of `xt`: int64 (B,)
+    s: Tensor,  # timesteps of the result: int64 (B,)
+    eps: Tensor,  # ε_θ(x_t,t), like `xt`
+    eta: float = 0.0,  # must be 0
+    clip: float | None = None,  # must be None
+    past: tuple | None = None,  # the last step's (r, x_r, x̂_0); None makes a DDIM step
+) -> tuple[Tensor, Tensor]:  # x_s and x̂_0, like `xt`
+    """O-BELM, a step from x_r and x_t to x_s that is exactly invertible (Wang et al. 2024).
+
+    With x̄ = x/√ᾱ, σ̄ = √(1/ᾱ-1), h = σ̄_t-σ̄_s, h_r = σ̄_r-σ̄_t and q = (h/h_r)²:
+    x̄_s = q·x̄_r + (1-q)·x̄_t - h(h+h_r)/h_r·ε_θ.
+    """
     if eta or clip is not None:
         raise ValueError(
-            'an exactly invertible step can neither draw noise nor clip: eta must be 0 and clip None'
+            'O-BELM is exactly invertible and can neither add noise nor clip: '
+            f'eta must be 0 and clip None, got {eta} and {clip}'
         )
     if past is None:
         return ddim_step(sched, xt, t, s, eps)
     r, xr, _ = past
-    a_r, a, a_s = (sched(o).sqrt() for o in (r, t, s))
-    sig_r, sig, sig_s = ((1 / sched(o) - 1).sqrt() for o in (r, t, s))  # noise over signal
-    h, hr = sig - sig_s, sig_r - sig
-    q = (h / hr) ** 2
+    signal_r = sched(r).sqrt()
+    signal = sched(t).sqrt()
+    signal_s = sched(s).sqrt()
+    sigma = _noise_to_signal(sched(t))
+    h = sigma - _noise_to_signal(sched(s))
+    h_r = _noise_to_signal(sched(r)) - sigma
+    q = (h / h_r) ** 2
     xs = (
-        at(q * a_s / a_r, xt) * xr
-        + at((1 - q) * a_s / a, xt) * xt
-        - at(h * (h + hr) / hr * a_s, xt) * eps
+        at(q * signal_s / signal_r, xt) * xr
+        + at((1 - q) * signal_s / signal, xt) * xt
+        - at(h * (h + h_r) / h_r * signal_s, xt) * eps
     )
     return xs, eps_to_x0(sched, xt, t, eps)
 
 
 # %% ../nbs/03_sample.ipynb #80fbdb48
 class Pair(NamedTuple):
-    "The states at the first two times of a sampling grid: all that O-BELM needs to retrace its steps"
+    "The states at the first two timesteps of a sampler, which O-BELM inverts exactly."
 
-    xT: Tensor  # at the first time: (B,...)
-    xs: Tensor  # at the second, like `xT`
+    xT: Tensor  # state at the first timestep: (B,...)
+    xs: Tensor  # state at the second timestep, like `xT`
 
 
 # %% ../nbs/03_sample.ipynb #3f12439b
 def invert_exactly(
-    denoiser: Denoiser,  # (xt,t) -> eps, its conditions bound
+    denoiser: Denoiser,  # (xt,t) -> predicted noise
     x0: Tensor,  # clean data: (B,...)
-    sched: Schedule,  # noise table
-    steps=50,  # number of steps, at least 2, or times; `sample` must use the same
-) -> Pair:  # goes into `sample(…, solver=belm_step)`, which returns `x0` up to rounding
-    "O-BELM backwards: nothing is lost, at the price of keeping two states (Wang et al. 2024)"
-    ts = _rising(sched, steps)
-    if len(ts) < 3:
-        raise ValueError('exact inversion needs at least 2 steps')
-    *_, (_, xs, _), (_, xT, _) = trajectory(denoiser, x0, sched, ts, solver=belm_step)
-    return Pair(xT, xs)
+    sched: Schedule,  # noise schedule
+    steps: int | Iterable[int] = 50,  # number of steps, at least 2, or timesteps; as for `sample`
+) -> Pair:  # `sample(denoiser, pair, sched, steps, solver=belm_step)` returns x0 up to rounding
+    "Noise from data by O-BELM, as the two states from which `belm_step` starts (Wang et al. 2024)."
+    timesteps = sorted(sched.times(steps))
+    if len(timesteps) < 3:
+        raise ValueError(f'exact inversion needs at least 2 steps, got {len(timesteps) - 1}')
+    states = [xs for _, xs, _ in trajectory(denoiser, x0, sched, timesteps, solver=belm_step)]
+    return Pair(xT=states[-1], xs=states[-2])
 
 
 # %% ../nbs/03_sample.ipynb #7f75e6d5
 def round_trip(
-    denoiser: Denoiser,  # (xt,t) -> eps, its conditions bound
+    denoiser: Denoiser,  # (xt,t) -> predicted noise
     x0: Tensor,  # clean data: (B,...)
-    sched: Schedule,  # noise table
-    steps=100,  # steps up, and as many down; or the times of the sampler
-    exact=False,  # O-BELM instead of DDIM
-) -> tuple:  # x_T and the reconstruction, like `x0`
-    "To noise and back: DDIM, or O-BELM, which loses nothing but rounding (PDAE Eqs 4 and 8)"
-    pair = (
-        invert_exactly(denoiser, x0, sched, steps) if exact else invert(denoiser, x0, sched, steps)
-    )
-    solver = belm_step if exact else ddim_step
-    return pair[0] if exact else pair, sample(denoiser, pair, sched, steps, solver=solver)
+    sched: Schedule,  # noise schedule
+    steps: int | Sequence[int] = 100,  # steps of the inversion and of the sampler; or timesteps
+    exact: bool = False,  # O-BELM instead of DDIM
+) -> tuple[Tensor, Tensor]:  # x_T and the reconstruction, like `x0`
+    "Invert, then sample (PDAE Eqs 8 and 4). With O-BELM, the reconstruction is x_0 up to rounding."
+    if exact:
+        pair = invert_exactly(denoiser, x0, sched, steps)
+        return pair.xT, sample(denoiser, pair, sched, steps, solver=belm_step)
+    xT = invert(denoiser, x0, sched, steps)
+    return xT, sample(denoiser, xT, sched, steps)
 
 
 # %% ../nbs/03_sample.ipynb #1a080a5b
 def pdae_times(
-    steps,  # "ddimS" of the official code
-    T=1000,  # length of the table
-) -> list:  # falling, down to t=1: the published sampler returns x_1
-    "The times of PDAE's published sampler, in our count (theirs + 1)"
-    return sorted({int(i * ((T - 1) / steps)) + 1 for i in range(steps)} | {T}, reverse=True)
+    steps: int,  # N in 'ddimN' of the official implementation
+    T: int = 1000,  # length of the noise schedule
+) -> list[int]:  # falling: T … 1; the official sampler returns x_1
+    "The timesteps of PDAE's official sampler. Ours are the official ones plus 1."
+    timesteps = {int(i * ((T - 1) / steps)) + 1 for i in range(steps)}
+    return sorted(timesteps | {T}, reverse=True)
 
 
 # %% ../nbs/03_sample.ipynb #561ba5c7
 def diffae_times(
-    steps,  # "ddimN" of the official code: one of the counts that an integer stride gives
-    T=1000,  # length of the table
-) -> list:  # falling, down to t=0; starts below T
-    "The times of Diff-AE's published sampler, in our count (theirs + 1)"
-    stride = next((d for d in range(1, T + 1) if len(range(0, T, d)) == steps), None)
-    if stride is None:
+    steps: int,  # N in 'ddimN' of the official implementation: a count that an integer stride gives
+    T: int = 1000,  # length of the noise schedule
+) -> list[int]:  # falling to 0, from a timestep below T
+    "The timesteps of Diff-AE's official sampler. Ours are the official ones plus 1."
+    strides = [stride for stride in range(1, T + 1) if len(range(0, T, stride)) == steps]
+    if not strides:
         raise ValueError(
-            f'no integer stride gives {steps} steps of {T}, so Diff-AE has no such grid'
+            f'no integer stride gives {steps} steps of {T}, so Diff-AE has no such timesteps'
         )
-    return [t + 1 for t in range(0, T, stride)][::-1] + [0]
+    rising = [t + 1 for t in range(0, T, strides[0])]
+    return [*reversed(rising), 0]
 
 
 # %% ../nbs/03_sample.ipynb #8cd1a514
+def _karras_sigmas(n, lo, hi, rho):
+    "σ_i = (hi^(1/ρ) + i/(n-1)·(lo^(1/ρ) - hi^(1/ρ)))^ρ, i = 0 … n-1 (Karras et al. 2022, Eq. 5)."
+    first = hi ** (1 / rho)
+    last = lo ** (1 / rho)
+    return (first + torch.arange(n).double() / max(n - 1, 1) * (last - first)) ** rho
+
+
 def karras_times(
-    sched: Schedule,  # noise table
-    steps=128,  # number of steps
-    lo=0.002,
-    hi=80.0,  # noise over signal at the ends; what the table does not have is left out
-    rho=7.0,  # how much denser at the clean end
-) -> list:  # falling times, the last one 0
-    "Karras' grid on a table (Karras et al. 2022, Eq. 5): the coarsest whose times are `steps` different ones"
+    sched: Schedule,  # noise schedule
+    steps: int = 128,  # number of steps, 1…T/2
+    lo: float = 0.002,  # smallest noise level σ̄ = √(1/ᾱ-1)
+    hi: float = 80.0,  # largest noise level
+    rho: float = 7.0,  # a larger value gives more timesteps at low noise
+) -> list[int]:  # `steps` falling timesteps, then 0
+    """The timesteps nearest to the noise levels of Karras et al. (2022, Eq. 5).
+
+    Several levels can have the same nearest timestep. The number of levels is the smallest that
+    gives `steps` different timesteps.
+    """
     if not 1 <= steps <= sched.T // 2:
         raise ValueError(f'steps must be in 1…{sched.T // 2}, got {steps}')
-    have = (1 / sched.alpha_bar[1:] - 1).sqrt()
+    have = _noise_to_signal(sched.alpha_bar[1:])
     for n in range(steps, 20 * sched.T):
-        want = (
-            hi ** (1 / rho)
-            + torch.arange(n).double() / max(n - 1, 1) * (lo ** (1 / rho) - hi ** (1 / rho))
-        ) ** rho
-        ts = ((have[None] - want[:, None]).abs().argmin(1) + 1).unique()
-        if len(ts) >= steps:
-            return ts.flip(0).tolist()[:steps] + [0]
+        want = _karras_sigmas(n, lo, hi, rho)
+        timesteps = ((have[None] - want[:, None]).abs().argmin(1) + 1).unique()
+        if len(timesteps) >= steps:
+            return [*timesteps.flip(0).tolist()[:steps], 0]
 
 
+# %% ../nbs/03_sample.ipynb #2a05f215
 def heun(
-    f: Denoiser,  # to look through
-    sched: Schedule,  # noise table
-    ts,  # the times that the sampler visits, falling
-) -> Denoiser:  # for exactly these times
-    "Look ahead, and answer with the mean of here and there: DDIM's step becomes Heun's, second order; the last one stays Euler's (Karras et al. 2022, Algorithm 1)"
-    after = dict(pairwise(ts))
+    f: Denoiser,  # (xt,t) -> predicted noise
+    sched: Schedule,  # noise schedule
+    ts: Sequence[int],  # the sampler's timesteps, falling
+) -> Denoiser:  # for these timesteps only
+    """A denoiser with which DDIM's steps become Heun's, of second order.
 
-    def ahead(xt, t):
-        if int(t[0]) not in after:
-            raise ValueError(
-                f'asked at t = {int(t[0])}, which is none of the times it was made for'
-            )
-        eps, s = f(xt, t), after[int(t[0])]
-        if not s:
+    It returns the mean of the noise predicted at t and at the end of the step (Karras et al. 2022,
+    Algorithm 1). A step to t=0 stays DDIM's.
+    """
+    next_of = dict(pairwise(ts))
+
+    def mean_eps(xt, t):
+        now = int(t[0])
+        if now not in next_of:
+            raise ValueError(f'asked at t = {now}, which is none of the timesteps of this denoiser')
+        eps = f(xt, t)
+        if not next_of[now]:
             return eps
-        s = torch.full_like(t, s)
+        s = torch.full_like(t, next_of[now])
         xs, _ = ddim_step(sched, xt, t, s, eps)
         return (eps + f(xs, s)) / 2
 
-    return ahead
+    return mean_eps
 
 
-def em_step(sched, xt, t, s, eps, eta=0.0, clip=None, past=None):
-    "x_s = x_t + β·x_t/2 + β·∇log p + sqrt(β)·noise: Euler–Maruyama for the reverse SDE (ScoreVAE Eq. 5); arguments as `ddim_step`"
+# %% ../nbs/03_sample.ipynb #98327dd9
+def em_step(  # noqa: PLR0917
+    sched: Schedule,  # noise schedule
+    xt: Tensor,  # x_t: (B,...)
+    t: Tensor,  # timesteps of `xt`: int64 (B,)
+    s: Tensor,  # timesteps of the result, s<t: int64 (B,)
+    eps: Tensor,  # ε_θ(x_t,t), like `xt`
+    eta: float = 0.0,  # must be 0; this step always adds noise
+    clip: float | None = None,  # must be None
+    past: tuple | None = None,  # not used
+) -> tuple[Tensor, Tensor]:  # x_s and x̂_0, like `xt`
+    """An Euler–Maruyama step of the reverse SDE (ScoreVAE Eq. 5).
+
+    x_s = x_t + β·x_t/2 + β·score + √β·noise, with β = 1-ᾱ_t/ᾱ_s and score = -ε_θ/√(1-ᾱ_t). The
+    step to s=0 adds no noise.
+    """
     if eta or clip is not None:
         raise ValueError(
-            'Euler–Maruyama always draws noise, and clips nothing: eta must be 0 and clip None'
+            'Euler–Maruyama always adds noise and never clips: '
+            f'eta must be 0 and clip None, got {eta} and {clip}'
         )
     if t[0] <= s[0]:
-        raise ValueError('the reverse SDE runs down: times must fall')
-    ab, ab_s = sched(t), sched(s)
-    beta = 1 - ab / ab_s
+        raise ValueError(f'the timesteps of the reverse SDE must fall, got {t[0]} to {s[0]}')
+    alpha_bar = sched(t)
+    beta = 1 - alpha_bar / sched(s)
     noise = at((beta * (s > 0)).sqrt(), xt) * torch.randn_like(xt)
-    return at(1 + beta / 2, xt) * xt - at(beta / (1 - ab).sqrt(), xt) * eps + noise, eps_to_x0(
-        sched, xt, t, eps
-    )
+    drift = at(1 + beta / 2, xt) * xt - at(beta / (1 - alpha_bar).sqrt(), xt) * eps
+    return drift + noise, eps_to_x0(sched, xt, t, eps)

@@ -34,7 +34,9 @@ __all__ = [
 import json
 import math
 import os
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -55,10 +57,8 @@ from pdae_nb.train import (
     versions,
 )
 
-from .data import cache_dir, load_images, to_signed
+from .data import Images, cache_dir, load_images, to_signed
 from .denoise import Denoiser, denoising_loss
-
-# %% ../nbs/11_scorevae.ipynb #56e128d5
 from .diffae import RECIPES, coded_mse, diffae_denoiser
 from .files import fingerprint, load_run
 from .forward import Schedule, x0_to_eps
@@ -71,202 +71,232 @@ from .weighting import w_likelihood, w_pdae
 
 
 # %% ../nbs/11_scorevae.ipynb #3650a944
-class Posterior(nn.Module):
-    "q_t(z|x_t) = N(μ, diag σ²): what a noisy image says of its code (ScoreVAE Eq. 12). A subclass gives `moments`"
+def _timestep_zero(x0: Tensor) -> Tensor:
+    "Timestep 0 for each image: int64 (B,)"
+    return torch.zeros(len(x0), dtype=torch.long, device=x0.device)
 
-    log_norm = True  # does log q carry the terms that make it a density? Both published programs leave them out
+
+class Posterior(nn.Module):
+    """The Gaussian q_t(z|x_t) = N(μ, diag σ²) of a code, given a noisy image (ScoreVAE Eq. 12).
+
+    A subclass defines `moments(xt, t)`, which returns μ and log σ²: (B,D) each.
+    """
+
+    # Whether log q includes the terms -(log σ² + log 2π)/2, which make it a density.
+    # Both published implementations omit them.
+    log_norm = True
 
     def forward(
         self,
         x0: Tensor,  # clean images: (B,...)
-    ) -> Tensor:  # codes, the means of q_0: (B,D)
-        "z = μ(x_0, 0), as an autoencoder without noise would say it"
-        return self.moments(x0, torch.zeros(len(x0), dtype=torch.long, device=x0.device))[0]
+    ) -> Tensor:  # codes: (B,D)
+        "Mean code μ(x_0, 0) of each clean image"
+        mu, _ = self.moments(x0, _timestep_zero(x0))
+        return mu
 
     def dist(
         self,
         xt: Tensor,  # noisy images: (B,...)
-        t: Tensor,  # times in 0…T: int64 (B,)
-    ):  # a distribution over codes (B,D)
+        t: Tensor,  # timesteps in 0…T: int64 (B,)
+    ) -> Independent:  # distribution of codes (B,D)
+        "q_t(z|x_t) as a distribution of torch"
         mu, lv = self.moments(xt, t)
         return Independent(Normal(mu, (lv / 2).exp()), 1)
 
     def log_p(
         self,
         xt: Tensor,  # noisy images: (B,...)
-        t: Tensor,  # times in 0…T: int64 (B,)
-        z: Tensor,  # codes: (B,D), or (1,D) for all
-        log_norm=None,  # with the terms that make it a density? None is as this encoder was made
+        t: Tensor,  # timesteps in 0…T: int64 (B,)
+        z: Tensor,  # codes: (B,D), or (1,D) for all images
+        log_norm: bool | None = None,  # include -(log σ² + log 2π)/2; None: `self.log_norm`
     ) -> Tensor:  # nats: (B,)
-        "log q_t(z|x_t)"
+        "log q_t(z|x_t) (ScoreVAE Eq. 12)"
         mu, lv = self.moments(xt, t)
-        log_norm = self.log_norm if log_norm is None else log_norm
         if z.ndim != 2 or z.shape[1] != mu.shape[1] or len(z) not in (1, len(mu)):
             raise ValueError(
                 f'this encoder wants codes ({len(mu)},{mu.shape[1]}), got {tuple(z.shape)}'
             )
-        far = (z - mu).square() * (-lv).exp()
-        return -(far + lv + math.log(2 * math.pi) if log_norm else far).sum(1) / 2
+        if log_norm is None:
+            log_norm = self.log_norm
+        terms = (z - mu).square() * (-lv).exp()
+        if log_norm:
+            terms = terms + lv + math.log(2 * math.pi)
+        return -terms.sum(1) / 2
 
 
 # %% ../nbs/11_scorevae.ipynb #64823865
 def score(
-    q: Posterior,  # encoder
+    q: Posterior,  # encoder of noisy images
     xt: Tensor,  # noisy images: (B,...)
-    t: Tensor,  # times: int64 (B,)
-    z: Tensor,  # codes: (B,D), or (1,D) for all
-    log_norm=None,  # see `Posterior.log_p`
-) -> Tensor:  # ∇_xt log q_t(z|x_t), 1/x, like `xt`
-    "What the code pushes an image towards (ScoreVAE Sec. 3.4)"
-    return torch.func.grad(lambda x: q.log_p(x, t, z, log_norm).sum())(xt)
+    t: Tensor,  # timesteps: int64 (B,)
+    z: Tensor,  # codes: (B,D), or (1,D) for all images
+    log_norm: bool | None = None,  # as in `Posterior.log_p`
+) -> Tensor:  # ∇_xt log q_t(z|x_t), in 1/x, like `xt`
+    "Gradient of log q_t(z|x_t) with respect to x_t (ScoreVAE Sec. 3.4)"
+
+    def log_q(xt):
+        return q.log_p(xt, t, z, log_norm).sum()
+
+    return torch.func.grad(log_q)(xt)
 
 
 # %% ../nbs/11_scorevae.ipynb #4824496a
 def scorevae_denoiser(
-    dpm,  # frozen, unconditional: (xt,t) -> eps
+    dpm: Denoiser,  # frozen and unconditional: (xt,t) -> eps
     enc: Posterior,  # encoder of noisy images
-    z: Tensor,  # codes: (B,D), or (1,D) for all
-    sched: Schedule,  # noise table
-    log_norm=None,  # see `Posterior.log_p`
+    z: Tensor,  # codes: (B,D), or (1,D) for all images
+    sched: Schedule,  # noise schedule
+    log_norm: bool | None = None,  # as in `Posterior.log_p`
     **kw,  # for `guided`: scale, window
 ) -> Denoiser:
-    "No decoder: a frozen DPM and the gradient of its encoder, by Bayes' rule (ScoreVAE Sec. 3.4)"
-    return guided(
-        lambda xt, t: (dpm(xt, t), score(enc, xt, t, z, log_norm)), sched, unguided=dpm, **kw
-    )
+    """Noise prediction of a frozen DPM, plus the encoder's score by Bayes' rule.
+
+    eps = eps_θ(x_t,t) - sqrt(1-ᾱ_t)·∇log q_t(z|x_t) (ScoreVAE Sec. 3.4).
+    """
+
+    def eps_and_score(xt, t):
+        eps = dpm(xt, t)
+        return eps, score(enc, xt, t, z, log_norm)
+
+    return guided(eps_and_score, sched, unguided=dpm, **kw)
 
 
 # %% ../nbs/11_scorevae.ipynb #18b29a87
 def kl_to_prior(
-    mu: Tensor,
-    lv: Tensor,  # means and log variances: (B,D) each
+    mu: Tensor,  # means μ: (B,D)
+    lv: Tensor,  # log variances log σ²: (B,D)
 ) -> Tensor:  # nats: (B,)
-    "KL(N(μ, diag σ²) ‖ N(0,I)) (ScoreVAE Eqs 1, 2)"
+    "Kullback–Leibler divergence KL(N(μ, diag σ²) ‖ N(0,I)) (ScoreVAE Eqs 1, 2)"
     return (mu.square() + lv.exp() - 1 - lv).sum(1) / 2
 
 
 def bound(
-    enc,
-    x0: Tensor,  # q_0(z|x_0), and clean images: (B,...)
-    rec,  # z -> how badly it tells `x0`, nats: (B,D) -> (B,)
-    beta,  # price of a nat of the code
-    xi=None,  # unit noise for z: (B,D), else drawn
+    enc: Posterior,  # encoder, whose q_0(z|x_0) gives the code
+    x0: Tensor,  # clean images: (B,...)
+    rec: Callable,  # reconstruction term: codes (B,D) -> (B,)
+    beta: float,  # weight β of the Kullback–Leibler term
+    xi: Tensor | None = None,  # unit Gaussian noise of the code: (B,D); None samples it
 ) -> Tensor:  # (B,)
-    "rec(z) + β·KL, z ~ q_0(z|x_0). With β = 1 and `rec` in nats it is -(a lower bound on log p(x_0)) + a constant (ScoreVAE Eq. 2, L_β)"
-    mu, lv = enc.moments(x0, torch.zeros(len(x0), dtype=torch.long, device=x0.device))
-    return rec(
-        mu + (lv / 2).exp() * (torch.randn_like(mu) if xi is None else xi)
-    ) + beta * kl_to_prior(mu, lv)
+    """rec(z) + β·KL(q_0(z|x_0) ‖ N(0,I)), with z sampled from q_0(z|x_0) (ScoreVAE Eq. 2, L_β).
+
+    With β = 1 and `rec` in nats, the negative is a lower bound on log p(x_0), up to a constant.
+    """
+    mu, lv = enc.moments(x0, _timestep_zero(x0))
+    if xi is None:
+        xi = torch.randn_like(mu)
+    z = mu + (lv / 2).exp() * xi
+    return rec(z) + beta * kl_to_prior(mu, lv)
+
+
+def code_noise(
+    n: int,  # number of codes
+    d: int,  # numbers in a code
+    seed: int = 0,  # of the noise
+) -> Tensor:  # (n,d)
+    "Unit Gaussian noise for codes, from another random stream than `manual_seed(seed)`"
+    words = np.random.SeedSequence([seed, 1]).generate_state(1)  # 32 bits, as torch uses
+    generator = torch.Generator().manual_seed(int(words[0]))
+    return torch.randn(n, d, generator=generator)
 
 
 # %% ../nbs/11_scorevae.ipynb #66e94047
-def code_noise(
-    n,
-    d,
-    seed=0,  # how many codes, how wide; of the draw
-) -> Tensor:  # (n,d)
-    "Unit noise for codes, which shares nothing with noise for images of the same seed"
-    return torch.randn(
-        n,
-        d,
-        generator=torch.Generator().manual_seed(
-            int(np.random.SeedSequence([seed, 1]).generate_state(1)[0])
-        ),
-    )  # a torch seed has 32 bits
-
-
-def w_bound(sched, t):
-    "g²/2 as a weight on the noise of an evenly drawn time: nats (ScoreVAE L_β)"
+def w_bound(
+    sched: Schedule,  # noise schedule
+    t: Tensor,  # timesteps in 1…T: int64 (B,)
+) -> Tensor:  # nats per unit of squared eps error, for a uniform timestep: float64 (B,)
+    "T·`w_likelihood`: the weight g²/2 of the bound, on eps (ScoreVAE L_β)"
     return sched.T * w_likelihood(sched, t)
 
 
-def w_half(sched, t):
-    "σ²/2: the published release's"
+def w_half(
+    sched: Schedule,  # noise schedule
+    t: Tensor,  # timesteps: int64 (B,)
+) -> Tensor:  # 1/2: float64 (B,)
+    "The weight σ²/2 on the score, which is 1/2 on eps (later official implementation)"
     return torch.full_like(sched(t), 0.5)
 
 
-def _by_noise(decoder, enc, x0, sched, beta, weight, xi, reduce, **kw):
-    "`bound` for a code that is told by z -> denoiser"
-    loss = bound(
-        enc,
-        x0,
-        lambda z: x0[0].numel() * denoising_loss(decoder(z), x0, sched, weight, reduce=None, **kw),
-        beta,
-        xi,
-    )
+# %% ../nbs/11_scorevae.ipynb #e1277d41
+def _denoising_bound(decoder, enc, x0, sched, *, beta, weight, xi, reduce, **kw) -> Tensor:
+    "`bound` whose reconstruction term is the denoising loss of decoder(z), summed over pixels"
+    pixels = x0[0].numel()
+
+    def rec(z):
+        return pixels * denoising_loss(decoder(z), x0, sched, weight, reduce=None, **kw)
+
+    loss = bound(enc, x0, rec, beta, xi)
     return loss if reduce is None else reduce(loss)
 
 
 def scorevae_loss(
-    dpm,  # frozen, unconditional: (xt,t) -> eps
+    dpm: Denoiser,  # frozen and unconditional: (xt,t) -> eps
     enc: Posterior,  # encoder of noisy images
     x0: Tensor,  # clean images: (B,...)
-    sched: Schedule,  # noise table
-    beta=0.01,  # price of a nat of the code
-    weight=w_bound,  # weight(sched,t) -> (B,), on the squared noise error summed over pixels
+    sched: Schedule,  # noise schedule
+    beta: float = 0.01,  # weight β of the Kullback–Leibler term
+    weight=w_bound,  # (sched,t) -> (B,), for the squared eps error summed over pixels
     *,
-    log_norm=None,  # see `Posterior.log_p`
-    xi=None,  # noise of the code, see `bound`
+    log_norm: bool | None = None,  # as in `Posterior.log_p`
+    xi: Tensor | None = None,  # noise of the code, as in `bound`
     reduce=torch.mean,  # over the batch; None keeps one loss per image (B,)
     **kw,  # for `denoising_loss`: t, eps
 ) -> Tensor:  # scalar, or (B,)
-    "weight·‖eps - eps_θ - to_eps(∇log q_t(z|x_t))‖² + β·KL (ScoreVAE L_β)"
-    return _by_noise(
-        lambda z: scorevae_denoiser(dpm, enc, z, sched, log_norm),
-        enc,
-        x0,
-        sched,
-        beta,
-        weight,
-        xi,
-        reduce,
-        **kw,
-    )
+    "weight·‖eps - eps_θ + sqrt(1-ᾱ_t)·∇log q_t(z|x_t)‖² + β·KL (ScoreVAE L_β)"
+
+    def decoder(z):
+        return scorevae_denoiser(dpm, enc, z, sched, log_norm)
+
+    terms = dict(beta=beta, weight=weight, xi=xi, reduce=reduce)
+    return _denoising_bound(decoder, enc, x0, sched, **terms, **kw)
 
 
 # %% ../nbs/11_scorevae.ipynb #bab2c78c
 class TimeEncoder(HalfUNet, Posterior):
-    "e_φ(x_t,t) → μ, log σ²: the first half of a U-Net, flattened (ScoreVAE Secs 3.4, B.1)"
+    "Encoder (x_t,t) → μ, log σ²: first half of a U-Net, flattened (ScoreVAE Secs 3.4, B.1)"
 
     def __init__(
         self,
-        c=1,  # channels of the image
-        ch=32,  # channels of the first feature map
-        mult=(1, 2, 3),  # channels of each level, in units of `ch`
-        size=28,  # height and width of the image, pixels
-        z_dim=64,  # width of the code
+        c: int = 1,  # channels of the image
+        ch: int = 32,  # channels of the first feature map
+        mult: tuple = (1, 2, 3),  # channels of each level, in units of `ch`
+        size: int = 28,  # height and width of the image, pixels
+        z_dim: int = 64,  # numbers in a code
         *,
-        limit=6.0,  # log σ² is kept within ± this, softly; None does not
-        log_norm=True,  # see `Posterior`
-        T=1000,  # largest time
-        groups=32,  # groups of each norm
+        limit: float | None = 6.0,  # soft bound of |log σ²|, by tanh; None: no bound
+        log_norm: bool = True,  # as in `Posterior`
+        T: int = 1000,  # largest timestep
+        groups: int = 32,  # groups of each norm
         **kw,  # for `Down`: n_res=2, attn, drop, heads
     ):
         if limit is not None and limit <= 0:
             raise ValueError(f'limit must be positive, or None for no limit, got {limit}')
         super().__init__(c, ch, mult, size, groups=groups, twice=True, **kw)
-        self.log_norm, places = log_norm, (size // 2 ** (len(mult) - 1)) ** 2
+        self.log_norm = log_norm
         self.config |= dict(z_dim=z_dim, limit=limit, log_norm=log_norm, T=T)
-        del self.config['twice']  # it is always so
-        self.out = nn.Sequential(norm(self.down.chs[-1], groups), nn.SiLU(), nn.Flatten())
-        self.head = nn.Linear(self.down.chs[-1] * places, 2 * z_dim)
+        del self.config['twice']  # always True here
+        channels = self.down.chs[-1]
+        side = size // 2 ** (len(mult) - 1)  # of the last feature map
+        self.out = nn.Sequential(norm(channels, groups), nn.SiLU(), nn.Flatten())
+        self.head = nn.Linear(channels * side**2, 2 * z_dim)
 
     def moments(
         self,
         xt: Tensor,  # noisy images: float (B,c,size,size)
-        t: Tensor,  # times in 0…T: int64 (B,)
-    ) -> tuple:  # μ and log σ²: (B,z_dim) each
+        t: Tensor,  # timesteps in 0…T: int64 (B,)
+    ) -> tuple[Tensor, Tensor]:  # μ and log σ²: (B,z_dim) each
         "Mean and log variance of the code, given the noisy image"
-        self._values(xt, t)
-        mu, r = self.head(self.out(self.deepest(xt, t))).to(xt.dtype).chunk(2, 1)
-        return mu, r if self.config['limit'] is None else self.config['limit'] * torch.tanh(
-            r / self.config['limit']
-        )
+        self._check_values(xt, t)
+        features = self.out(self.deepest(xt, t))
+        mu, r = self.head(features).to(xt.dtype).chunk(2, 1)
+        limit = self.config['limit']
+        lv = r if limit is None else limit * torch.tanh(r / limit)
+        return mu, lv
 
-    def _values(self, xt, t):
-        T = self.config['T']
+    def _check_values(self, xt, t):
+        "Raise for timesteps or pixels out of range; on a GPU the check would wait for the device"
         if torch.compiler.is_compiling() or t.device.type != 'cpu':
-            return  # looking would wait for the GPU
+            return
+        T = self.config['T']
         if not 0 <= t.min() <= t.max() <= T:
             raise ValueError(f'times must be in 0…{T}, got {t.min()} … {t.max()}')
         if not xt.isfinite().all():
@@ -274,40 +304,52 @@ class TimeEncoder(HalfUNet, Posterior):
 
 
 # %% ../nbs/11_scorevae.ipynb #a4105b67
-PRESETS = {  # loss: weight and price; sampler: how to decode
-    'paper': dict(
-        weight=w_bound,
-        beta=0.01,
-        decode=lambda f, xT, sched: sample(f, xT, sched, sched.T, solver=em_step),
-    ),
-    'release': dict(
-        weight=w_half,
-        beta=1e-3,
-        decode=lambda f, xT, sched: sample(
-            heun(f, sched, ts := karras_times(sched)), xT, sched, ts
-        ),
-    ),
+def _decode_paper(denoiser: Denoiser, xT: Tensor, sched: Schedule) -> Tensor:
+    "The reverse SDE by Euler–Maruyama, in T steps (ScoreVAE Eq. 5)"
+    return sample(denoiser, xT, sched, sched.T, solver=em_step)
+
+
+def _decode_release(denoiser: Denoiser, xT: Tensor, sched: Schedule) -> Tensor:
+    "The probability-flow ODE by Heun's method, on the grid of Karras et al."
+    timesteps = karras_times(sched)
+    return sample(heun(denoiser, sched, timesteps), xT, sched, timesteps)
+
+
+PRESETS = {  # weight of the squared error; weight β of the KL term; (denoiser, xT, sched) -> x_0
+    'paper': dict(weight=w_bound, beta=0.01, decode=_decode_paper),
+    'release': dict(weight=w_half, beta=1e-3, decode=_decode_release),
+    'pdae': dict(weight=w_pdae, beta=1e-3, decode=_decode_release),  # unpublished
 }
-PRESETS['pdae'] = PRESETS['release'] | dict(
-    weight=w_pdae
-)  # neither's: the middle of the process counts most
 
 
 # %% ../nbs/11_scorevae.ipynb #9fbcf82b
 class Mirror(nn.Module):
-    "z → image: a `TimeEncoder` backwards, without a time (ScoreVAE App. B.2)"
+    "Decoder z → image: the layers of `TimeEncoder` in reverse, without t (ScoreVAE App. B.2)"
 
-    def __init__(self, c, ch, mult, size, z_dim, *, n_res=2, groups=32, attn=(), **kw):
+    def __init__(
+        self,
+        c: int,  # channels of the image
+        ch: int,  # channels of the largest feature map
+        mult: tuple,  # channels of each level, in units of `ch`, as in `TimeEncoder`
+        size: int,  # height and width of the image, pixels
+        z_dim: int,  # numbers in a code
+        *,
+        n_res: int = 2,  # blocks per level
+        groups: int = 32,  # groups of each norm
+        attn: tuple = (),  # resolutions with attention, pixels
+        **kw,  # for `Block`: drop, heads
+    ):
         super().__init__()
-        self.side = size // 2 ** (len(mult) - 1)
+        self.side = size // 2 ** (len(mult) - 1)  # of the first feature map
         ci = ch * mult[-1]
-        self.stem, self.blocks = nn.Linear(z_dim, ci * self.side**2), nn.ModuleList()
+        self.stem = nn.Linear(z_dim, ci * self.side**2)
+        self.blocks = nn.ModuleList()
         px = self.side
-        for i, m in reversed(list(enumerate(mult))):
+        for level, m in reversed(list(enumerate(mult))):
             for _ in range(n_res):
                 self.blocks.append(Block(ci, ch * m, 1, attn=px in attn, groups=groups, **kw))
                 ci = ch * m
-            if i:
+            if level:
                 self.blocks.append(Block(ci, ci, 1, resample='up', groups=groups, **kw))
                 px *= 2
         self.out = nn.Sequential(norm(ci, groups), nn.SiLU(), nn.Conv2d(ci, c, 3, padding=1))
@@ -316,337 +358,353 @@ class Mirror(nn.Module):
         self,
         z: Tensor,  # codes: (B,z_dim)
     ) -> Tensor:  # images: (B,c,size,size)
-        h, silence = self.stem(z).unflatten(1, (-1, self.side, self.side)), z.new_zeros(len(z), 1)
-        for b in self.blocks:
-            h = b(h, silence)
+        "Decode codes"
+        h = self.stem(z).unflatten(1, (-1, self.side, self.side))
+        no_time = z.new_zeros(len(z), 1)  # in place of the embedding of t
+        for block in self.blocks:
+            h = block(h, no_time)
         return self.out(h).to(z.dtype)
 
 
+# %% ../nbs/11_scorevae.ipynb #9b8c3e0a
 class BetaVAE(nn.Module):
-    "Encoder and mirrored decoder (ScoreVAE Eqs 1, 2, App. B.2)"
+    "A `TimeEncoder` at t = 0 and a `Mirror` as decoder (ScoreVAE Eqs 1, 2, App. B.2)"
 
     def __init__(
         self,
-        c=1,
-        ch=32,
-        mult=(1, 2, 3),
-        size=28,
-        z_dim=64,  # as `TimeEncoder`
-        **kw,  # as `TimeEncoder`
+        c: int = 1,  # channels of the image
+        ch: int = 32,  # channels of the first feature map
+        mult: tuple = (1, 2, 3),  # channels of each level, in units of `ch`
+        size: int = 28,  # height and width of the image, pixels
+        z_dim: int = 64,  # numbers in a code
+        **kw,  # for `TimeEncoder`; what the decoder shares goes to `Mirror`, too
     ):
         super().__init__()
         self.config = dict(c=c, ch=ch, mult=tuple(mult), size=size, z_dim=z_dim, **kw)
+        encoder_only = ('limit', 'log_norm', 'T', 'dt', 'lag')
+        shared = {k: v for k, v in self.config.items() if k not in encoder_only}
         self.enc = TimeEncoder(**self.config)
-        self.dec = Mirror(**{
-            k: v for k, v in self.config.items() if k not in ('limit', 'log_norm', 'T', 'dt', 'lag')
-        })
+        self.dec = Mirror(**shared)
 
     def forward(
         self,
         x0: Tensor,  # clean images: (B,c,size,size)
-    ) -> Tensor:  # reconstructions from the mean code, like `x0`
+    ) -> Tensor:  # decoded mean codes, like `x0`
+        "Reconstruct images from their mean codes"
         return self.dec(self.enc(x0))
 
 
 # %% ../nbs/11_scorevae.ipynb #9873a167
 def vae_denoiser(
-    vae,  # has `dec`: z -> x_0
-    z: Tensor,  # codes: (B,z_dim), or (1,z_dim) for all
-    sched: Schedule,  # noise table
+    vae: nn.Module,  # has `dec`: z -> x_0
+    z: Tensor,  # codes: (B,z_dim), or (1,z_dim) for all images
+    sched: Schedule,  # noise schedule
 ) -> Denoiser:
-    "The decoder's mean as a denoiser, sure of it: the noise that makes d(z) of any x_t"
+    "The eps that implies x_0 = d(z), the decoder's mean, whatever x_t"
     x0 = vae.dec(z)
-    return lambda xt, t: x0_to_eps(sched, xt, t, x0.expand_as(xt))
+
+    def denoiser(xt, t):
+        return x0_to_eps(sched, xt, t, x0.expand_as(xt))
+
+    return denoiser
 
 
 def vae_loss(
-    vae,  # has `enc` and `dec`
+    vae: nn.Module,  # has `enc` and `dec`
     x0: Tensor,  # clean images: (B,...)
-    beta=0.01,  # price of a nat of the code
+    beta: float = 0.01,  # weight β of the Kullback–Leibler term
     *,
-    xi=None,
-    reduce=torch.mean,  # as in `scorevae_loss`
+    xi: Tensor | None = None,  # noise of the code, as in `bound`
+    reduce=torch.mean,  # over the batch; None keeps one loss per image (B,)
 ) -> Tensor:  # scalar, or (B,)
     "‖x_0 - d(z)‖²/2 + β·KL (ScoreVAE Eq. 2)"
-    loss = bound(vae.enc, x0, lambda z: (x0 - vae.dec(z)).square().flatten(1).sum(1) / 2, beta, xi)
+
+    def rec(z):
+        return (x0 - vae.dec(z)).square().flatten(1).sum(1) / 2
+
+    loss = bound(vae.enc, x0, rec, beta, xi)
     return loss if reduce is None else reduce(loss)
 
 
+# %% ../nbs/11_scorevae.ipynb #af9e9a7a
 def conditional_loss(
-    unet,  # Diff-AE's decoder: (xt,t,z) -> eps
+    unet: nn.Module,  # conditional decoder: (xt,t,z) -> eps
     enc: Posterior,  # encoder
     x0: Tensor,  # clean images: (B,...)
-    sched: Schedule,  # noise table
-    beta=0.01,  # price of a nat of the code
-    weight=w_bound,  # as in `scorevae_loss`
+    sched: Schedule,  # noise schedule
+    beta: float = 0.01,  # weight β of the Kullback–Leibler term
+    weight=w_bound,  # (sched,t) -> (B,), for the squared eps error summed over pixels
     *,
-    xi=None,
-    reduce=torch.mean,
-    **kw,  # as in `scorevae_loss`
+    xi: Tensor | None = None,  # noise of the code, as in `bound`
+    reduce=torch.mean,  # over the batch; None keeps one loss per image (B,)
+    **kw,  # for `denoising_loss`: t, eps
 ) -> Tensor:  # scalar, or (B,)
-    "The paper's other rival: a conditional DPM as the VAE's decoder (ScoreVAE Sec. 3.2), which is Diff-AE with a KL"
-    return _by_noise(
-        lambda z: diffae_denoiser(unet, z), enc, x0, sched, beta, weight, xi, reduce, **kw
-    )
+    """weight·‖eps - eps_θ(x_t,t,z)‖² + β·KL (ScoreVAE Sec. 3.2).
+
+    A baseline of the paper: the VAE's decoder is a conditional DPM, which is Diff-AE with β·KL.
+    """
+    decoder = partial(diffae_denoiser, unet)
+    terms = dict(beta=beta, weight=weight, xi=xi, reduce=reduce)
+    return _denoising_bound(decoder, enc, x0, sched, **terms, **kw)
 
 
-METHODS['dpm', 'enc'] = (
-    'ScoreVAE',
-    lambda run, z, **kw: scorevae_denoiser(run.dpm, run.enc, z, run.sched, **kw),
-)
-METHODS['decoder', 'enc'] = 'conditional decoder', lambda run, z: diffae_denoiser(run.decoder, z)
-METHODS['vae', 'enc'] = 'VAE', lambda run, z: vae_denoiser(run.vae, z, run.sched)
+# %% ../nbs/11_scorevae.ipynb #72c9b4f8
+def _scorevae_decoder(run: SimpleNamespace, z: Tensor, **kw) -> Denoiser:
+    "Denoiser of a ScoreVAE run, given codes"
+    return scorevae_denoiser(run.dpm, run.enc, z, run.sched, **kw)
+
+
+def _conditional_decoder(run: SimpleNamespace, z: Tensor) -> Denoiser:
+    "Denoiser of a run with a conditional decoder, given codes"
+    return diffae_denoiser(run.decoder, z)
+
+
+def _vae_decoder(run: SimpleNamespace, z: Tensor) -> Denoiser:
+    "Denoiser of a VAE run, given codes"
+    return vae_denoiser(run.vae, z, run.sched)
+
+
+METHODS['dpm', 'enc'] = 'ScoreVAE', _scorevae_decoder
+METHODS['decoder', 'enc'] = 'conditional decoder', _conditional_decoder
+METHODS['vae', 'enc'] = 'VAE', _vae_decoder
 
 
 # %% ../nbs/11_scorevae.ipynb #d4be9047
-def _edges(x):
+def _as_run(parts: dict, sched: Schedule) -> SimpleNamespace:
+    "Networks that are not saved yet, in the form that `load_run` returns"
+    return SimpleNamespace(sched=sched, about=dict(parts=parts), **parts)
+
+
+def _held_out(run: SimpleNamespace, images: Images, n: int) -> Tensor:
+    "The first n images in [-1,1], on the device of the encoder"
+    return to_signed(images.x[:n]).to(next(run.enc.parameters()).device)
+
+
+def _estimate(key: str, values: Tensor, se_key: str | None = None) -> dict[str, float]:
+    "Mean and standard error of values (N,), ready for JSON"
+    se = values.std() / len(values) ** 0.5
+    return {key: values.mean().item(), se_key or f'{key}_se': se.item()}
+
+
+def _edges(x: Tensor) -> Tensor:
+    "Sum of the squared differences of neighbouring pixels"
     return sum(x.diff(dim=d).square().sum() for d in (2, 3))
 
 
-def _judged(parts, images, sched, n=10_000, few=None):
-    "On held-out images: the KL, errors from random noise, and the contrast of edges there, with mean and with drawn codes; unless it is a VAE also the noise error, and the bound in nats"
-    run = SimpleNamespace(sched=sched, about=dict(parts=parts), **parts)
-    x0 = to_signed(images.x[:n]).to(next(run.enc.parameters()).device)
-    few, zero = (
-        few or min(100, len(x0) // 10),
-        lambda o: torch.zeros(len(o), dtype=torch.long, device=o.device),
-    )
-    stat = lambda k, v: {k: v.mean().item(), f'{k}_se': (v.std() / len(v) ** 0.5).item()}
-    g = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        mu, lv = map(torch.cat, zip(*(run.enc.moments(o, zero(o)) for o in x0.split(500))))
-        x, drawn = x0[:few], (mu + (lv / 2).exp() * code_noise(*mu.shape).to(mu))[:few]
-        out = stat('kl', kl_to_prior(mu, lv)) | dict(test_images=len(x0), mse_images=few)
-        for k, z in dict(random=mu[:few], drawn=drawn).items():
-            o = restored(decode(run, z), x, sched, 20, seed=0)
-            out |= stat(f'mse_{k}', (o - x).square().flatten(1).mean(1) / 4) | {
-                f'edges_{k}': (_edges(o) / _edges(x)).item()
-            }
-        if 'vae' in parts:
-            return out
-        loss = coded_mse(run, x0)
-        t, eps, xi = (
-            torch.randperm(len(x0), generator=g) * sched.T // len(x0) + 1,
-            torch.randn(x0.shape, generator=g),
-            torch.randn(mu.shape, generator=g),
-        )
-        nats = torch.cat([
-            _by_noise(
-                lambda z: decode(run, z),
-                run.enc,
-                o,
-                sched,
-                1.0,
-                w_bound,
-                c.to(o),
-                None,
-                t=a.to(o.device),
-                eps=b.to(o),
-            )
-            for o, a, b, c in zip(*(v.split(100) for v in (x0, t, eps, xi)))
-        ])  # 100: the push keeps activations
-    return (
-        out
-        | dict(
-            test_noise_mse=loss.mean().item(), standard_error=(loss.std() / len(loss) ** 0.5).item()
-        )
-        | stat('bound', nats)
-    )
+def _moments_at_zero(enc: Posterior, x0: Tensor) -> tuple[Tensor, Tensor]:
+    "μ and log σ² of q_0(z|x_0) for many images: (N,D) each"
+    batches = [enc.moments(x, _timestep_zero(x)) for x in x0.split(500)]
+    means, log_variances = zip(*batches, strict=True)
+    return torch.cat(means), torch.cat(log_variances)
+
+
+def _decoding_quality(run: SimpleNamespace, x0: Tensor, z: Tensor, kind: str) -> dict[str, float]:
+    "Squared error and edge contrast of images decoded from codes and random x_T, in 20 steps"
+    decoded = restored(decode(run, z), x0, run.sched, 20, seed=0)
+    squared_error = (decoded - x0).square().flatten(1).mean(1) / 4  # of pixels in [0,1]
+    contrast = _edges(decoded) / _edges(x0)
+    return _estimate(f'mse_{kind}', squared_error) | {f'edges_{kind}': contrast.item()}
+
+
+def _bound_in_nats(run: SimpleNamespace, x0: Tensor, width: int) -> Tensor:
+    "`bound` of each image with β = 1, at stratified timesteps, with fixed noise: (N,)"
+    n = len(x0)
+    generator = torch.Generator().manual_seed(0)
+    t = torch.randperm(n, generator=generator) * run.sched.T // n + 1
+    eps = torch.randn(x0.shape, generator=generator)
+    xi = torch.randn(n, width, generator=generator)
+    nats = []
+    for start in range(0, n, 100):  # few at once: the gradient of log q keeps activations
+        rows = slice(start, start + 100)
+        x = x0[rows]
+        draws = dict(t=t[rows].to(x.device), eps=eps[rows].to(x), xi=xi[rows].to(x))
+        terms = dict(beta=1.0, weight=w_bound, reduce=None)
+        nats.append(_denoising_bound(partial(decode, run), run.enc, x, run.sched, **terms, **draws))
+    return torch.cat(nats)
+
+
+@torch.no_grad()
+def _judged(
+    parts: dict,  # name -> network; has `enc`
+    images: Images,  # held-out images
+    sched: Schedule,  # noise schedule
+    n: int = 10_000,  # images at most
+    few: int | None = None,  # images to decode; None: a tenth, at most 100
+) -> dict:  # numbers, ready for JSON
+    """Evaluation of an autoencoder with a random code, on held-out images.
+
+    It has the Kullback–Leibler divergence in nats, and the quality of decoded images with mean
+    codes (`random`, for the random x_T) and with sampled codes (`drawn`). Methods that predict
+    eps add the squared eps error and the bound in nats. A VAE does not predict eps.
+    """
+    run = _as_run(parts, sched)
+    x0 = _held_out(run, images, n)
+    few = few or min(100, len(x0) // 10)
+    mu, lv = _moments_at_zero(run.enc, x0)
+    sampled = mu + (lv / 2).exp() * code_noise(*mu.shape).to(mu)
+    result = _estimate('kl', kl_to_prior(mu, lv)) | dict(test_images=len(x0), mse_images=few)
+    result |= _decoding_quality(run, x0[:few], mu[:few], 'random')
+    result |= _decoding_quality(run, x0[:few], sampled[:few], 'drawn')
+    if 'vae' in parts:
+        return result
+    result |= _estimate('test_noise_mse', coded_mse(run, x0), 'standard_error')
+    return result | _estimate('bound', _bound_in_nats(run, x0, mu.shape[1]))
 
 
 # %% ../nbs/11_scorevae.ipynb #1411369a
 @torch.no_grad()
-def _preview(parts, images, sched):
-    run = SimpleNamespace(sched=sched, about=dict(parts=parts), **parts)
-    x0 = to_signed(images.x[:32]).to(next(run.enc.parameters()).device)
+def _preview(parts: dict, images: Images, sched: Schedule) -> Tensor:
+    "Up to 32 images, followed by their reconstructions from random x_T: (2B,c,H,W)"
+    run = _as_run(parts, sched)
+    x0 = _held_out(run, images, 32)
     return torch.cat([x0, restored(decoder_of(run, x0), x0, sched, 20, seed=0)])
 
 
-def _priced(net):
-    "Weight and price of a row's preset, or its own price"
-    if (k := net.pop('preset', 'release')) not in PRESETS:
-        raise ValueError(f'preset must be one of {", ".join(PRESETS)}, got {k!r}')
-    return PRESETS[k]['weight'], net.pop('beta', PRESETS[k]['beta'])
+def _priced(net: dict) -> tuple[Callable, float]:
+    "Take preset and beta out of a recipe's `net`; return the loss weight and β"
+    name = net.pop('preset', 'release')
+    if name not in PRESETS:
+        raise ValueError(f'preset must be one of {", ".join(PRESETS)}, got {name!r}')
+    preset = PRESETS[name]
+    return preset['weight'], net.pop('beta', preset['beta'])
 
 
-def _images(r):
-    "Those to learn from and those to be judged by"
-    images, test = load_images(r.data, 'train', r.px), load_images(r.data, 'test', r.px)
+def _images(r: Recipe) -> tuple[Images, Images]:
+    "Training and test images of a recipe"
+    images = load_images(r.data, 'train', r.px)
+    test = load_images(r.data, 'test', r.px)
     if len(test) < 20:
         raise ValueError(
-            f'{r.data} has {len(test)} test images; at least 20 are needed to judge by'
+            f'{r.data} has {len(test)} test images; at least 20 are needed for the evaluation'
         )
     return images, test
 
 
+def _task(parts, images, test, loss_fn, *, sched, twice=()) -> Task:
+    "A training task whose result and previews are computed on the test images"
+
+    def result(averaged):
+        return _judged(averaged, test, sched)
+
+    def preview(averaged):
+        return _preview(averaged, test, sched)
+
+    return Task(parts, images, loss_fn, result, sched, preview, twice)
+
+
 # %% ../nbs/11_scorevae.ipynb #07c3f16a
 def scorevae_task(
-    r: Recipe,  # its row; `net` names the DPM, the preset (and perhaps another `beta`), and gives what `TimeEncoder` takes
+    r: Recipe,  # `net` has dpm (a run), preset, perhaps beta, and arguments of `TimeEncoder`
 ) -> Task:
-    "An encoder of noisy images on a DPM that was trained before (ScoreVAE Sec. 3.5)"
-    (images, test), net = _images(r), dict(r.net)
-    (base, want), (weight, beta) = stand_on(net.pop('dpm'), images, r.px), _priced(net)
-    enc, prior, sched = (
-        TimeEncoder(**want, T=base.sched.T, **net),
-        base.dpm.eval().requires_grad_(False),
-        base.sched,
-    )
+    "Training of an encoder of noisy images on a frozen DPM (ScoreVAE Sec. 3.5)"
+    images, test = _images(r)
+    net = dict(r.net)
+    base, shape = stand_on(net.pop('dpm'), images, r.px)
+    weight, beta = _priced(net)
+    sched = base.sched
+    dpm = base.dpm.eval().requires_grad_(False)
+    enc = TimeEncoder(**shape, T=sched.T, **net)
 
     def loss_fn(x0, y):
         t = sched.rand_t(len(x0), x0.device)
-        return scorevae_loss(prior, enc, x0, sched, beta, weight, t=t, reduce=None), t
+        return scorevae_loss(dpm, enc, x0, sched, beta, weight, t=t, reduce=None), t
 
-    return Task(
-        dict(dpm=prior, enc=enc),
-        images,
-        loss_fn,
-        lambda parts: _judged(parts, test, sched),
-        sched,
-        lambda parts: _preview(parts, test, sched),
-        twice=('enc',),
-    )
+    return _task(dict(dpm=dpm, enc=enc), images, test, loss_fn, sched=sched, twice=('enc',))
 
 
 # %% ../nbs/11_scorevae.ipynb #2ec73a9e
 def conditional_task(
-    r: Recipe,  # its row; `net` names the preset and gives what `UNet` and `TimeEncoder` take
+    r: Recipe,  # `net` has preset, perhaps beta, and arguments of both `UNet` and `TimeEncoder`
 ) -> Task:
-    "The conditional decoder, from scratch, with the encoder and the price of a `PRESETS` row (ScoreVAE Sec. 3.2)"
-    (images, test), sched, net = _images(r), Schedule.linear(), dict(r.net)
-    (weight, beta), z_dim, shape = (
-        _priced(net),
-        net.pop('z_dim'),
-        dict(c=images.x.shape[1], size=r.px),
-    )
-    enc, unet = (
-        TimeEncoder(**shape, z_dim=z_dim, **net),
-        UNet(**shape, dz=z_dim, z_shift=False, **net),
-    )
+    "Training of an encoder and a conditional decoder, from scratch (ScoreVAE Sec. 3.2)"
+    images, test = _images(r)
+    sched = Schedule.linear()
+    net = dict(r.net)
+    weight, beta = _priced(net)
+    z_dim = net.pop('z_dim')
+    shape = dict(c=images.x.shape[1], size=r.px)
+    enc = TimeEncoder(**shape, z_dim=z_dim, **net)
+    unet = UNet(**shape, dz=z_dim, z_shift=False, **net)
 
     def loss_fn(x0, y):
         t = sched.rand_t(len(x0), x0.device)
         return conditional_loss(unet, enc, x0, sched, beta, weight, t=t, reduce=None), t
 
-    return Task(
-        dict(enc=enc, decoder=unet),
-        images,
-        loss_fn,
-        lambda parts: _judged(parts, test, sched),
-        sched,
-        lambda parts: _preview(parts, test, sched),
-    )
+    return _task(dict(enc=enc, decoder=unet), images, test, loss_fn, sched=sched)
 
 
 # %% ../nbs/11_scorevae.ipynb #0b4eaeec
 def vae_task(
-    r: Recipe,  # its row; `net` is what `BetaVAE` takes
+    r: Recipe,  # `net` has arguments of `BetaVAE`, and perhaps beta
 ) -> Task:
-    "Encoder and decoder together, with a Gaussian likelihood (ScoreVAE App. B.2)"
-    (images, test), sched, net = _images(r), Schedule.linear(), dict(r.net)
+    "Training of encoder and decoder with a Gaussian likelihood (ScoreVAE App. B.2)"
+    images, test = _images(r)
+    sched = Schedule.linear()
+    net = dict(r.net)
     beta = net.pop('beta', 0.01)
     vae = BetaVAE(images.x.shape[1], size=r.px, **net)
-    return Task(
-        dict(vae=vae, enc=vae.enc),
-        images,
-        lambda x0, y: vae_loss(vae, x0, beta),
-        lambda parts: _judged(parts, test, sched),
-        sched,
-        lambda parts: _preview(parts, test, sched),
-    )
 
+    def loss_fn(x0, y):
+        return vae_loss(vae, x0, beta)
+
+    return _task(dict(vae=vae, enc=vae.enc), images, test, loss_fn, sched=sched)
+
+
+# %% ../nbs/11_scorevae.ipynb #b5d49e21
+TASKS |= dict(scorevae=scorevae_task, vae=vae_task, conditional=conditional_task)
 
 # %% ../nbs/11_scorevae.ipynb #35dc3bd7
-TASKS |= dict(scorevae=scorevae_task, vae=vae_task, conditional=conditional_task)
 _enc = dict(z_dim=64, ch=32, mult=(1, 2, 3), n_res=1, groups=8)
-_14 = dict(z_dim=32, ch=32, mult=(1, 2), n_res=1, groups=8)
-_tiny = dict(z_dim=16, ch=8, mult=(1, 2), n_res=1)
+_enc_14 = dict(z_dim=32, ch=32, mult=(1, 2), n_res=1, groups=8)
+_enc_tiny = dict(z_dim=16, ch=8, mult=(1, 2), n_res=1)
+_enc_cifar10 = dict(z_dim=384, ch=64, mult=(1, 1, 2, 4), n_res=2)
+_enc_celeba64 = dict(z_dim=512, ch=128, mult=(1, 1, 2, 2, 3), n_res=2, attn=(16,))
+_lesson_steps = dict(batch=64, lr=1e-3, warmup=200, cool=0.4, ema=0.999, clip=100.0)
+_lesson_steps_14 = dict(batch=64, lr=2e-3, warmup=100, cool=0.4, ema=0.995, clip=100.0)
+_smoke_steps = dict(images=512, batch=16, lr=2e-3, warmup=5, ema=0.99)
 RECIPES |= {
     ('mnist_scorevae', 'lesson'): Recipe(
-        'mnist',
-        28,
-        dict(dpm='mnist_dpm', preset='release', **_enc),
-        256_000,
-        64,
-        1e-3,
-        200,
-        0.4,
-        0.999,
-        clip=100.0,
+        'mnist', 28, dict(dpm='mnist_dpm', preset='release', **_enc), 256_000, **_lesson_steps
     ),  # data/models/mnist_scorevae/run.json
     ('mnist_paper_scorevae', 'lesson'): Recipe(
-        'mnist',
-        28,
-        dict(dpm='mnist_dpm', preset='paper', **_enc),
-        256_000,
-        64,
-        1e-3,
-        200,
-        0.4,
-        0.999,
-        clip=100.0,
+        'mnist', 28, dict(dpm='mnist_dpm', preset='paper', **_enc), 256_000, **_lesson_steps
     ),  # data/models/mnist_paper_scorevae/run.json
     ('mnist_vae', 'lesson'): Recipe(
-        'mnist', 28, _enc, 256_000, 64, 1e-3, 200, 0.4, 0.999, clip=100.0
+        'mnist', 28, _enc, 256_000, **_lesson_steps
     ),  # data/models/mnist_vae/run.json
+    # for `compare_cases`:
     ('mnist14_scorevae', 'lesson'): Recipe(
-        'mnist', 14, dict(dpm='mnist14_dpm', **_14), 32_000, 64, 2e-3, 100, 0.4, 0.995, clip=100.0
-    ),  # for `compare_cases`, as the next two
-    ('mnist14_vae', 'lesson'): Recipe(
-        'mnist', 14, _14, 32_000, 64, 2e-3, 100, 0.4, 0.995, clip=100.0
+        'mnist', 14, dict(dpm='mnist14_dpm', **_enc_14), 32_000, **_lesson_steps_14
     ),
+    ('mnist14_vae', 'lesson'): Recipe('mnist', 14, _enc_14, 32_000, **_lesson_steps_14),
     ('mnist14_conditional', 'lesson'): Recipe(
-        'mnist',
-        14,
-        _14,
-        RECIPES['mnist14_dpm', 'lesson'].images + 32_000,
-        64,
-        2e-3,
-        100,
-        0.4,
-        0.995,
-        clip=100.0,
+        'mnist', 14, _enc_14, RECIPES['mnist14_dpm', 'lesson'].images + 32_000, **_lesson_steps_14
     ),
-    **{
-        (f'{d}_scorevae', 'smoke'): Recipe(
-            'digits',
-            s,
-            dict(dpm=f'{d.split("_")[0]}_dpm', preset=p, **_tiny),
-            512,
-            16,
-            2e-3,
-            5,
-            ema=0.99,
-        )
-        for d, s, p in (
-            ('mnist', 28, 'release'),
-            ('mnist14', 14, 'release'),
-            ('mnist_paper', 28, 'paper'),
-        )
-    },
+    ('mnist_scorevae', 'smoke'): Recipe(
+        'digits', 28, dict(dpm='mnist_dpm', preset='release', **_enc_tiny), **_smoke_steps
+    ),
+    ('mnist14_scorevae', 'smoke'): Recipe(
+        'digits', 14, dict(dpm='mnist14_dpm', preset='release', **_enc_tiny), **_smoke_steps
+    ),
+    ('mnist_paper_scorevae', 'smoke'): Recipe(
+        'digits', 28, dict(dpm='mnist_dpm', preset='paper', **_enc_tiny), **_smoke_steps
+    ),
     ('mnist_conditional', 'lesson'): Recipe(
-        'mnist', 28, dict(preset='release', **_enc), 976_000, 64, 1e-3, 200, 0.4, 0.999, clip=100.0
+        'mnist', 28, dict(preset='release', **_enc), 976_000, **_lesson_steps
     ),
-    **{
-        (k, 'smoke'): Recipe('digits', s, _tiny, 512, 16, 2e-3, 5, ema=0.99)
-        for k, s in (
-            ('mnist_vae', 28),
-            ('mnist14_vae', 14),
-            ('mnist_conditional', 28),
-            ('mnist14_conditional', 14),
-        )
-    },
+    ('mnist_vae', 'smoke'): Recipe('digits', 28, _enc_tiny, **_smoke_steps),
+    ('mnist14_vae', 'smoke'): Recipe('digits', 14, _enc_tiny, **_smoke_steps),
+    ('mnist_conditional', 'smoke'): Recipe('digits', 28, _enc_tiny, **_smoke_steps),
+    ('mnist14_conditional', 'smoke'): Recipe('digits', 14, _enc_tiny, **_smoke_steps),
+    # photographs of 16 pixels; the code has 96 numbers for 768, the ratio 1/8 of the paper
     ('cifar16_dpm', 'lesson'): Recipe(
         'cifar10',
         16,
         dict(ch=32, mult=(1, 2, 3), n_res=1, groups=8),
         192_000,
-        64,
-        1e-3,
-        200,
-        0.4,
-        0.999,
         flip=True,
-    ),  # photographs, at what two cores can; 96 numbers of 768, the paper's 1/8
+        **_lesson_steps | dict(clip=1.0),
+    ),
     ('cifar16_judge', 'lesson'): Recipe(
         'cifar10', 16, dict(ch=32), 300_000, 128, 1e-3, 100, 0.5, 0.99, flip=True
     ),
@@ -655,197 +713,207 @@ RECIPES |= {
         16,
         dict(dpm='cifar16_dpm', preset='paper', **_enc | dict(z_dim=96)),
         96_000,
-        64,
-        1e-3,
-        200,
-        0.4,
-        0.999,
-        clip=100.0,
         flip=True,
+        **_lesson_steps,
     ),
     ('cifar16_vae', 'lesson'): Recipe(
-        'cifar10',
-        16,
-        _enc | dict(z_dim=96),
-        96_000,
-        64,
-        1e-3,
-        200,
-        0.4,
-        0.999,
-        clip=100.0,
-        flip=True,
+        'cifar10', 16, _enc | dict(z_dim=96), 96_000, flip=True, **_lesson_steps
     ),
+    # 1.4 M steps of 32; a half U-Net, where the paper has a stack of convolutions
     ('cifar10_paper_scorevae', 'paper'): Recipe(
         'cifar10',
         32,
-        dict(dpm='cifar10_dpm', preset='paper', z_dim=384, ch=64, mult=(1, 1, 2, 4), n_res=2),
+        dict(dpm='cifar10_dpm', preset='paper', **_enc_cifar10),
         44_800_000,
-        32,
-        2e-4,
-        2500,
+        batch=32,
+        lr=2e-4,
+        warmup=2500,
         ema=0.999,
-    ),  # 1.4 M steps of 32; a half U-Net, where the paper's is a stack of convolutions
+    ),
     ('cifar10_release_scorevae', 'paper'): Recipe(
         'cifar10',
         32,
-        dict(dpm='cifar10_dpm', preset='release', z_dim=384, ch=64, mult=(1, 1, 2, 4), n_res=2),
+        dict(dpm='cifar10_dpm', preset='release', **_enc_cifar10),
         45_056_000,
-        128,
-        2e-4,
-        5000,
+        batch=128,
+        lr=2e-4,
+        warmup=5000,
         wd=0.01,
     ),
     ('celeba64_paper_scorevae', 'paper'): Recipe(
         'celeba64',
         64,
-        dict(
-            dpm='celeba64_dpm',
-            preset='paper',
-            z_dim=512,
-            ch=128,
-            mult=(1, 1, 2, 2, 3),
-            n_res=2,
-            attn=(16,),
-        ),
+        dict(dpm='celeba64_dpm', preset='paper', **_enc_celeba64),
         76_800_000,
-        256,
-        1e-4,
-        5000,
+        batch=256,
+        lr=1e-4,
+        warmup=5000,
         ema=0.999,
     ),
 }
 
 # %% ../nbs/11_scorevae.ipynb #164b2525
-CASES = {  # what is trained at 14x14, and what differs from its row; the first is also judged on other priors
-    'release': ('scorevae', {}),
+CASES = {  # training runs at 14x14 pixels: method, and changes of its recipe's `net`
+    'release': ('scorevae', {}),  # also evaluated with other priors
     'release, no log σ²': ('scorevae', dict(log_norm=False)),
     'release, unbounded': ('scorevae', dict(limit=None)),
     'paper': ('scorevae', dict(preset='paper')),
     "PDAE's weight": ('scorevae', dict(preset='pdae')),
     'conditional decoder': ('conditional', {}),
     'VAE': ('vae', {}),
-    **{
-        f'{k}, β = {b:g}': (what, dict(beta=b))
-        for k, what, bs in (('release', 'scorevae', (0.01, 0.1)), ('VAE', 'vae', (0.001, 0.1, 1.0)))
-        for b in bs
-    },
+    'release, β = 0.01': ('scorevae', dict(beta=0.01)),
+    'release, β = 0.1': ('scorevae', dict(beta=0.1)),
+    'VAE, β = 0.001': ('vae', dict(beta=0.001)),
+    'VAE, β = 0.1': ('vae', dict(beta=0.1)),
+    'VAE, β = 1': ('vae', dict(beta=1.0)),
 }
 
 
-def _earlier(path, seeds):
-    "What an earlier call has kept, if these seeds would keep as much"
+# %% ../nbs/11_scorevae.ipynb #f341ff04
+def _earlier(path: Path, seeds) -> dict:
+    "Results that an earlier call has written, or empty ones; raises if these seeds give fewer runs"
     try:
-        d = json.loads(path.read_text()) if path.exists() else dict(runs={}, priors={})
-        had, _ = len(d['runs']), len(d['priors'])
+        results = json.loads(path.read_text()) if path.exists() else dict(runs={}, priors={})
+        found, _ = (len(results[part]) for part in ('runs', 'priors'))
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(
-            f'{path} holds no comparison of cases ({type(e).__name__}: {e}); choose another path, or delete it'
+            f'{path} holds no comparison of cases ({type(e).__name__}: {e}); '
+            'choose another path, or delete it'
         ) from e
-    if not len(seeds) or had > len(CASES) * len(seeds):
+    wanted = len(CASES) * len(seeds)
+    if not wanted or found > wanted:
         raise ValueError(
-            f'{path} holds {had} runs, {len(seeds)} seeds would give {len(CASES) * len(seeds)}; choose another path, or more seeds'
+            f'{path} holds {found} runs, {len(seeds)} seeds would give {wanted}; '
+            'choose another path, or more seeds'
         )
-    return d
+    return results
+
+
+@dataclass
+class _Study:
+    "Training runs and results of one call of `compare_cases`"
+
+    path: Path  # JSON file
+    size: str  # smoke or lesson
+    results: dict  # content of the JSON file
+    device: torch.device  # of evaluations with other priors
+    log: Callable  # takes a line of text
+
+    def train_variant(
+        self, name: str, key: str, net: dict | None = None, **changes
+    ) -> SimpleNamespace:
+        "Train a run with a changed recipe, or load it if it is finished"
+        r = recipe(name, self.size)
+        r = replace(r, net=r.net | (net or {}), **changes)
+        folder = cache_dir() / 'runs' / f'{name}-{self.size}-{key}'
+        return load_run(train(name, r, folder, log=lambda line: None))
+
+    def train_case(self, case: str, key: str, dpm: SimpleNamespace, seed: int) -> SimpleNamespace:
+        "Train a row of `CASES`; a method that needs a DPM takes the given one"
+        what, net = CASES[case]
+        name = f'mnist14_{what}'
+        if 'dpm' in recipe(name, self.size).net:
+            net = net | dict(dpm=str(dpm.path))
+        return self.train_variant(name, key, net, seed=seed)
+
+    def keep(self, part: str, case: str, seed: int, nets: list, measure: Callable) -> None:
+        "Write the row that `measure` returns, unless the file has one for the same weights"
+        rows = self.results[part]
+        key = f'{case} {seed}'
+        weights = ' '.join(fingerprint(net) for net in nets)
+        if rows.get(key, {}).get('weights') == weights:
+            return
+        rows[key] = measure() | dict(case=case, seed=seed, weights=weights)
+        machine = dict(hardware=hardware(self.device), versions=versions())
+        write_json(self.path, self.results | machine)
+        self.log(f'{case}, seed {seed}: done')
+
+
+def _training_result(run: SimpleNamespace) -> dict:
+    "Evaluation of a finished run, with its skipped steps and its training curve"
+    lines = (run.path.parent / 'log.jsonl').read_text().splitlines()
+    steps = [json.loads(line) for line in lines]
+    curve = [[step['seen'], step['loss']] for step in steps]
+    return run.about['result'] | dict(skipped=run.about['steps_skipped'], curve=curve)
+
+
+def _compare_runs(
+    study: _Study, case: str, seed: int, dpm: SimpleNamespace, key: str
+) -> SimpleNamespace | None:
+    "Train and evaluate one case; return its run, or None if the loss was not finite"
+    try:
+        run = study.train_case(case, key, dpm, seed)
+    except NonFinite as e:
+        study.keep('runs', case, seed, [], partial(dict, failed=str(e)))
+        return None
+    study.keep('runs', case, seed, [run.enc], partial(_training_result, run))
+    return run
+
+
+def _compare_priors(
+    study: _Study, case: str, seed: int, run: SimpleNamespace, *, priors: dict, test: Images
+) -> None:
+    """Evaluate the encoder of a run with each of the DPMs.
+
+    For comparison, train and evaluate another encoder on the DPM with twice the training.
+    """
+
+    def own_result():
+        return run.about['result']
+
+    def result_on(prior):
+        parts = dict(dpm=prior.dpm.to(study.device), enc=run.enc.to(study.device))
+        return _judged(parts, test, prior.sched)
+
+    new = study.train_case(case, f'{seed}-twice', priors['twice'], seed)
+    study.keep('priors', 'twice, trained on it', seed, [new.enc], lambda: new.about['result'])
+    for name, prior in priors.items():
+        measure = own_result if name == 'own' else partial(result_on, prior)
+        study.keep('priors', name, seed, [prior.dpm, run.enc], measure)
 
 
 def compare_cases(
-    path,  # JSON to write
-    size=None,  # smoke or lesson; None asks $PDAE_NB_SIZE
-    seeds=(0, 1, 2),  # of weights, order, times and noise
-    log=print,  # where progress is told
-) -> dict:  # results of all runs; and those of the first case on other priors
-    "Variants of ScoreVAE's loss, its rivals, and other priors under the same encoders (ScoreVAE Sec. 1, claim 2); every finished row is kept, and the same call goes on"
-    size, path, dev = (
-        size or os.environ.get('PDAE_NB_SIZE') or 'lesson',
-        Path(path),
-        torch.device('cuda' if torch.cuda.is_available() else 'cpu'),
-    )
-    d, own, n = (
-        _earlier(path, seeds),
-        cached_run('mnist14_dpm', size=size),
-        recipe('mnist14_dpm', size).images,
-    )
+    path: str | Path,  # JSON file to write
+    size: str | None = None,  # smoke or lesson; None: $PDAE_NB_SIZE, else lesson
+    seeds=(0, 1, 2),  # of weights, order of images, timesteps and noise
+    log=print,  # takes a line for each finished row
+) -> dict:  # runs, priors and dpm: results by name
+    """Train and evaluate variants of ScoreVAE's loss, its baselines, and other frozen DPMs.
+
+    The encoders of the first case are also evaluated with DPMs that they were not trained on
+    (claim 2 of ScoreVAE Sec. 1). Each finished row is written at once, and a repeated call
+    continues after the last one.
+    """
+    path = Path(path)
+    size = size or os.environ.get('PDAE_NB_SIZE') or 'lesson'
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    study = _Study(path, size, _earlier(path, seeds), device, log)
+    own = cached_run('mnist14_dpm', size=size)
     test = load_images(own.recipe['data'], 'test', 14)
-
-    def made(name, key, net={}, **kw):
-        r = recipe(name, size)
-        return load_run(
-            train(
-                name,
-                replace(r, net=r.net | net, **kw),
-                cache_dir() / 'runs' / f'{name}-{size}-{key}',
-                log=lambda s: None,
-            )
+    n = recipe('mnist14_dpm', size).images
+    half = study.train_variant('mnist14_dpm', 'half', images=n // 2)
+    twice = study.train_variant('mnist14_dpm', 'twice', images=2 * n)
+    priors = dict(own=own, half=half, twice=twice)
+    study.results['dpm'] = {
+        name: dict(
+            images=prior.about['images_seen'],
+            noise_mse=prior.about['result']['test_noise_mse'],
         )
-
-    priors = dict(own=own) | {
-        k: made('mnist14_dpm', k, images=m) for k, m in (('half', n // 2), ('twice', 2 * n))
+        for name, prior in priors.items()
     }
-    d['dpm'] = {
-        k: dict(images=o.about['images_seen'], noise_mse=o.about['result']['test_noise_mse'])
-        for k, o in priors.items()
-    }
-
-    def keep(part, case, seed, nets, f):
-        mark, row = ' '.join(map(fingerprint, nets)), d[part].get(f'{case} {seed}', {})
-        if row.get('weights') != mark:
-            d[part][f'{case} {seed}'] = f() | dict(case=case, seed=seed, weights=mark)
-            write_json(path, d | dict(hardware=hardware(dev), versions=versions()))
-            log(f'{case}, seed {seed}: done')
-
-    for seed, (i, (case, (what, kw))) in ((s, o) for s in seeds for o in enumerate(CASES.items())):
-        prior = lambda o: (
-            dict(dpm=str(o.path)) if 'dpm' in recipe(f'mnist14_{what}', size).net else {}
-        )
-        try:
-            run = made(f'mnist14_{what}', f'{seed}-{i}', kw | prior(own), seed=seed)
-        except NonFinite as e:
-            said = str(e)
-            keep('runs', case, seed, [], lambda: dict(failed=said))
-            continue
-        keep(
-            'runs',
-            case,
-            seed,
-            [run.enc],
-            lambda: (
-                run.about['result']
-                | dict(
-                    skipped=run.about['steps_skipped'],
-                    curve=[
-                        [o['seen'], o['loss']]
-                        for o in map(
-                            json.loads, (run.path.parent / 'log.jsonl').read_text().splitlines()
-                        )
-                    ],
-                )
-            ),
-        )
-        if i:
-            continue
-        new = made(f'mnist14_{what}', f'{seed}-twice', kw | prior(priors['twice']), seed=seed)
-        keep('priors', 'twice, trained on it', seed, [new.enc], lambda: new.about['result'])
-        for k, o in priors.items():
-            keep(
-                'priors',
-                k,
-                seed,
-                [o.dpm, run.enc],
-                lambda: (
-                    run.about['result']
-                    if o is own
-                    else _judged(dict(dpm=o.dpm.to(dev), enc=run.enc.to(dev)), test, o.sched)
-                ),
-            )
+    for seed in seeds:
+        for number, case in enumerate(CASES):
+            run = _compare_runs(study, case, seed, own, f'{seed}-{number}')
+            if number == 0 and run is not None:
+                _compare_priors(study, case, seed, run, priors=priors, test=test)
     return json.loads(path.read_text())
 
 
 # %% ../nbs/11_scorevae.ipynb #66000b5f
 def prior_z(
-    enc,  # an encoder with a `config` of z_dim, whose training has paid for a KL
-    n,
-    seed=0,  # how many; of the draw
-) -> Tensor:  # codes, where the encoder lives: (n,z_dim)
-    "Codes of the prior, N(0,I)"
+    enc: nn.Module,  # has `config['z_dim']`; trained with a Kullback–Leibler term
+    n: int,  # number of codes
+    seed: int = 0,  # of the noise
+) -> Tensor:  # on the device and in the dtype of the encoder: (n,z_dim)
+    "Codes sampled from the prior N(0,I)"
     return code_noise(n, enc.config['z_dim'], seed).to(next(enc.parameters()))

@@ -35,10 +35,10 @@ import os
 import platform
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -60,7 +60,7 @@ from pdae_nb.files import (
 )
 
 from .data import Images, batches, cache_dir, load_images, show, to_signed
-from .denoise import denoising_loss
+from .denoise import Denoiser, denoising_loss
 from .forward import Schedule
 from .sample import sample
 from .unet import UNet, autocast, bf16_pays
@@ -69,226 +69,207 @@ from .unet import UNet, autocast, bf16_pays
 # %% ../nbs/05_train.ipynb #b81b9cbd
 @dataclass(frozen=True)
 class Recipe:
-    "All that distinguishes one training run from another"
+    "The configuration of one training run: data, network, length, optimiser and seed."
 
-    data: str  # dataset: a name of `load_images`, or the path of a folder of images
-    px: int  # image height and width, pixels
+    data: str  # data set: a name of `load_images`, or the path of a folder of images
+    px: int  # height and width of the images, pixels
     net: dict  # keyword arguments of the network
-    images: int  # images to see in all
+    images: int  # length of the run: images in all its batches
     batch: int = 128  # images per step
     lr: float = 1e-4  # learning rate of Adam(W)
-    warmup: int = 0  # steps over which the rate rises linearly
-    cool: float = 0.0  # last part of the run, over which it falls linearly to 0; fraction
-    ema: float = 0.9999  # decay of the weights' moving average
+    warmup: int = 0  # steps over which the learning rate rises linearly
+    cool: float = 0.0  # last fraction of the steps, over which it falls linearly to 0
+    ema: float = 0.9999  # decay of the moving average of the weights
     clip: float = 1.0  # largest gradient norm; inf never clips
     wd: float = 0.0  # weight decay
     flip: bool = False  # mirror images at random
-    seed: int = 0  # of weights, order, times and noise
+    seed: int = 0  # of initial weights, order of the images, timesteps and noise
 
     def __post_init__(self):
-        ok = dict(
-            px=self.px >= 1,
-            images=self.images >= 1,
-            batch=self.batch >= 1,
-            lr=0 < self.lr < math.inf,
-            warmup=self.warmup >= 0,
-            cool=0 <= self.cool <= 1,
-            ema=0 <= self.ema < 1,
-            clip=self.clip > 0,
-            wd=self.wd >= 0,
+        accepted = dict(
+            px=('>= 1', self.px >= 1),
+            images=('>= 1', self.images >= 1),
+            batch=('>= 1', self.batch >= 1),
+            lr=('> 0 and finite', 0 < self.lr < math.inf),
+            warmup=('>= 0', self.warmup >= 0),
+            cool=('in 0…1', 0 <= self.cool <= 1),
+            ema=('>= 0 and < 1', 0 <= self.ema < 1),
+            clip=('> 0', self.clip > 0),
+            wd=('>= 0', self.wd >= 0),
         )
-        if bad := [k for k, good in ok.items() if not good]:
-            raise ValueError(f'recipe: {bad[0]} cannot be {getattr(self, bad[0])}')
+        for name, (values, is_accepted) in accepted.items():
+            if not is_accepted:
+                got = getattr(self, name)
+                raise ValueError(f'recipe: {name} cannot be {got}, it must be {values}')
 
     @property
-    def steps(self):
+    def steps(self) -> int:
+        "Number of training steps: images // batch, at least 1."
         return max(1, self.images // self.batch)
 
 
 # %% ../nbs/05_train.ipynb #09b8b6b4
-_smoke = dict(data='digits', px=28, images=512, batch=16, lr=2e-3, warmup=5, ema=0.99)
-_128 = dict(px=128, net=dict(ch=128, mult=(1, 1, 2, 3, 4), attn=(16,), drop=0.1), flip=True)
-RECIPES = {  # (run, size): row   # where its result is
+_SMOKE = dict(data='digits', px=28, images=512, batch=16, lr=2e-3, warmup=5, ema=0.99)
+_LESSON = dict(warmup=500, cool=0.3, ema=0.999, flip=True)
+_LESSON_128 = dict(px=128, net=dict(ch=64, mult=(1, 1, 2, 3, 4), attn=(16,)), **_LESSON)
+_PAPER_128 = dict(px=128, net=dict(ch=128, mult=(1, 1, 2, 3, 4), attn=(16,), drop=0.1), flip=True)
+
+# fmt: off
+RECIPES = {  # (run, size) -> recipe
+    # result: data/models/mnist_dpm/run.json
     ('mnist_dpm', 'lesson'): Recipe(
-        'mnist',
-        28,
-        dict(ch=32, mult=(1, 2, 3), n_res=1, groups=8),
-        720_000,
-        64,
-        1e-3,
-        200,
-        0.4,
-        0.999,
-    ),  # data/models/mnist_dpm/run.json
+        'mnist', 28, dict(ch=32, mult=(1, 2, 3), n_res=1, groups=8),
+        images=720_000, batch=64, lr=1e-3, warmup=200, cool=0.4, ema=0.999),
+    # the paper does not state the number of images
     ('mnist_dpm', 'paper'): Recipe(
-        'mnist', 32, dict(ch=64, mult=(1, 2, 2, 4)), 12_800_000
-    ),  # the paper gives no number of images
+        'mnist', 32, dict(ch=64, mult=(1, 2, 2, 4)),
+        images=12_800_000),
+    # result: data/models/mnist_judge/run.json
     ('mnist_judge', 'lesson'): Recipe(
-        'mnist', 28, dict(ch=32), 300_000, 128, 1e-3, 100, 0.5, 0.99
-    ),  # data/models/mnist_judge/run.json
-    ('mnist_judge', 'smoke'): Recipe(net=dict(ch=8), **_smoke),
+        'mnist', 28, dict(ch=32),
+        images=300_000, lr=1e-3, warmup=100, cool=0.5, ema=0.99),
+    ('mnist_judge', 'smoke'): Recipe(net=dict(ch=8), **_SMOKE),
     ('cifar10_dpm', 'lesson'): Recipe(
-        'cifar10',
-        32,
-        dict(ch=64, mult=(1, 2, 2), attn=(16,), drop=0.1),
-        10_000_000,
-        128,
-        3e-4,
-        500,
-        0.3,
-        0.999,
-        flip=True,
-    ),
+        'cifar10', 32, dict(ch=64, mult=(1, 2, 2), attn=(16,), drop=0.1),
+        images=10_000_000, lr=3e-4, **_LESSON),
     ('cifar10_dpm', 'paper'): Recipe(
-        'cifar10',
-        32,
-        dict(ch=128, mult=(1, 2, 2, 2), n_res=4, attn=(16,), drop=0.1),
-        72_000_000,
-        256,
-        2e-4,
-        5000,
-    ),
+        'cifar10', 32, dict(ch=128, mult=(1, 2, 2, 2), n_res=4, attn=(16,), drop=0.1),
+        images=72_000_000, batch=256, lr=2e-4, warmup=5000),
     ('celeba64_dpm', 'lesson'): Recipe(
-        'celeba64',
-        64,
-        dict(ch=64, mult=(1, 2, 2, 4), attn=(16,)),
-        5_000_000,
-        256,
-        3e-4,
-        500,
-        0.3,
-        0.999,
-        flip=True,
-    ),
+        'celeba64', 64, dict(ch=64, mult=(1, 2, 2, 4), attn=(16,)),
+        images=5_000_000, batch=256, lr=3e-4, **_LESSON),
     ('celeba64_dpm', 'paper'): Recipe(
-        'celeba64', 64, dict(ch=64, mult=(1, 2, 4, 8), attn=(16,), drop=0.1), 72_000_000, flip=True
-    ),
+        'celeba64', 64, dict(ch=64, mult=(1, 2, 4, 8), attn=(16,), drop=0.1),
+        images=72_000_000, flip=True),
 }
-for _data, _images in dict(
-    celebahq128=52, ffhq128=130, horse128=130, bedroom128=120
-).items():  # million images seen (PDAE Sec. 4)
-    RECIPES[f'{_data}_dpm', 'paper'] = Recipe(_data, images=_images * 10**6, **_128)
-    RECIPES[f'{_data}_dpm', 'lesson'] = Recipe(
-        _data,
-        128,
-        dict(ch=64, mult=(1, 1, 2, 3, 4), attn=(16,)),
-        2_000_000,
-        64,
-        2e-4,
-        500,
-        0.3,
-        0.999,
-        flip=True,
-    )
-RECIPES |= {
-    (f'{d}_dpm', 'smoke'): Recipe(net=dict(ch=8, mult=(1, 2), n_res=1), **_smoke)
-    for d in 'mnist cifar10 celeba64 celebahq128 ffhq128 horse128 bedroom128'.split()
-}
+# fmt: on
+_MILLIONS_OF_IMAGES = dict(celebahq128=52, ffhq128=130, horse128=130, bedroom128=120)  # PDAE Sec. 4
+for _name, _millions in _MILLIONS_OF_IMAGES.items():
+    RECIPES |= {
+        (f'{_name}_dpm', 'paper'): Recipe(_name, images=_millions * 10**6, **_PAPER_128),
+        (f'{_name}_dpm', 'lesson'): Recipe(
+            _name, images=2_000_000, batch=64, lr=2e-4, **_LESSON_128
+        ),
+    }
+for _name in ('mnist', 'cifar10', 'celeba64', *_MILLIONS_OF_IMAGES):
+    RECIPES[f'{_name}_dpm', 'smoke'] = Recipe(net=dict(ch=8, mult=(1, 2), n_res=1), **_SMOKE)
+
+
+# %% ../nbs/05_train.ipynb #06943158
+def _size_or_default(size):
+    "`size`, else `$PDAE_NB_SIZE`, else 'lesson'."
+    return size or os.environ.get('PDAE_NB_SIZE') or 'lesson'
+
+
+def _similar_runs(name):
+    "Runs to suggest: `name` itself if it has recipes, else the runs of a similar name."
+    runs = sorted({run for run, _ in RECIPES})
+    if name in runs:
+        return [name]
+    return difflib.get_close_matches(name, runs, n=8, cutoff=0.3)
 
 
 def recipe(
-    name,  # run, `<data>_<what>`
-    size=None,  # smoke, lesson or paper; None asks $PDAE_NB_SIZE, else lesson
+    name: str,  # run, `<data>_<what>`
+    size: str | None = None,  # smoke, lesson or paper; None takes $PDAE_NB_SIZE, else lesson
 ) -> Recipe:
-    "The row of a run at a size (paper rows: Diff-AE Table 5)"
-    size = size or os.environ.get('PDAE_NB_SIZE') or 'lesson'
+    "The recipe of a run at a size; those of size `paper` follow Diff-AE Table 5."
+    size = _size_or_default(size)
     if (name, size) in RECIPES:
         return RECIPES[name, size]
-    near = (
-        [name]
-        if any(name == n for n, _ in RECIPES)
-        else difflib.get_close_matches(name, sorted({n for n, _ in RECIPES}), 8, 0.3)
-    )
+    similar = _similar_runs(name)
+    there = ['/'.join(key) for key in sorted(RECIPES) if key[0] in similar]
     raise ValueError(
-        f'no recipe for {name!r} at size {size!r}; there are {", ".join("/".join(k) for k in sorted(RECIPES) if k[0] in near) or "none of a name like that"}'
+        f'no recipe for {name!r} at size {size!r}; '
+        f'there are {", ".join(there) or "none of a similar name"}'
     )
 
 
 # %% ../nbs/05_train.ipynb #e88c6184
 def lr_at(
     r: Recipe,  # the recipe
-    i,  # step, 0…
+    i: int,  # step, 0…
 ) -> float:  # learning rate of that step
-    "Up over `warmup` steps, level, and down to 0 over the last `cool` of the run"
-    return r.lr * max(
-        0.0,
-        min(
-            1.0,
-            (i + 1) / max(1, r.warmup),
-            (r.steps - i) / max(1.0, r.cool * r.steps) if r.cool else 1.0,
-        ),
-    )
+    "η_i = η·min(1, (i+1)/warmup, (S-i)/(cool·S)) of S steps: linear rise, constant, linear fall."
+    rise = (i + 1) / max(1, r.warmup)
+    fall = (r.steps - i) / max(1.0, r.cool * r.steps) if r.cool else 1.0
+    return r.lr * max(0.0, min(1.0, rise, fall))
 
 
 def optimiser(
-    params,  # what to train
+    params,  # parameters to train
     r: Recipe,  # learning rate and weight decay
-):
-    "Adam with decoupled weight decay, fused into one kernel; without decay it is Adam (Diff-AE Table 5)"
+) -> torch.optim.Optimizer:
+    "AdamW, fused into one kernel. Without weight decay it is Adam (Diff-AE Table 5)."
     return torch.optim.AdamW(params, lr=r.lr, weight_decay=r.wd, fused=True)
 
 
 # %% ../nbs/05_train.ipynb #ce334a02
 class EMA:
-    "A moving average of the weights, which samples better than the weights themselves (decay .9999 in the published programs)"
+    "Exponential moving average of a network's weights (decay .9999 in the official programs)."
 
     def __init__(
         self,
-        module: nn.Module,  # what to follow
-        decay=0.9999,  # share of the past kept at each step, once the warm-up is over
+        module: nn.Module,  # network whose weights are averaged; it is copied into `.module`
+        decay: float = 0.9999,  # largest d: fraction of the average that is kept at each step
     ):
-        self.module, self.decay = copy.deepcopy(module).eval().requires_grad_(False), decay
-        pairs = list(zip(self.module.state_dict().values(), module.state_dict().values()))
-        self.mine, self.theirs = (
-            list(o) for o in zip(*(p for p in pairs if p[0].is_floating_point()))
-        )
+        self.module = copy.deepcopy(module).eval().requires_grad_(False)
+        self.decay = decay
+        self._averages = []
+        self._weights = []
+        tensors = zip(self.module.state_dict().values(), module.state_dict().values(), strict=True)
+        for average, weight in tensors:
+            if average.is_floating_point():
+                self._averages.append(average)
+                self._weights.append(weight)
 
     @torch.no_grad()
     def update(
-        self, i
-    ):  # steps done before this one; early averages forget fast: the decay is at most (1+i)/(10+i)
-        "Move towards the weights"
-        torch._foreach_lerp_(self.mine, self.theirs, 1 - min(self.decay, (1 + i) / (10 + i)))
+        self,
+        i: int,  # number of steps before this one, 0…
+    ):
+        "Replace the average by d·average + (1-d)·weights, with d = min(decay, (1+i)/(10+i))."
+        d = min(self.decay, (1 + i) / (10 + i))
+        torch._foreach_lerp_(self._averages, self._weights, 1 - d)
 
 
 # %% ../nbs/05_train.ipynb #14bf4eb5
 class Step(NamedTuple):
-    "What one training step leaves behind"
+    "The result of one training step."
 
     i: int  # steps done, 1…
     loss: Tensor  # mean over the batch, a scalar
-    seen: int  # images seen
-    lr: float  # learning rate used
-    grad_norm: Tensor  # before clipping
-    ok: bool  # False: not finite, so the weights were left alone
-    losses: Tensor = None  # one per image (B,), if the loss function tells
-    t: Tensor = None  # and their times (B,)
+    seen: int  # images in all batches so far
+    lr: float  # learning rate of this step
+    grad_norm: Tensor  # norm of the gradient before clipping, a scalar
+    ok: bool  # False: loss or gradient was not finite, so the weights were not changed
+    losses: Tensor | None = None  # (B,), if the loss function returns one loss per image
+    t: Tensor | None = None  # the timesteps of the images: int64 (B,)
 
 
 class NonFinite(RuntimeError):
-    "Too many steps in a row whose loss or gradient was not finite"
+    "Raised after too many consecutive steps whose loss or gradient was not finite."
 
 
 # %% ../nbs/05_train.ipynb #ceedc5f7
 def _seed(seed, i):
-    torch.manual_seed(
-        int(np.random.SeedSequence([seed, i, 2]).generate_state(1, np.uint64)[0] >> 1)
-    )
+    "Seed torch for the random numbers of step `i`: a function of the recipe's seed and `i` only."
+    words = np.random.SeedSequence([seed, i, 2]).generate_state(1, np.uint64)
+    torch.manual_seed(int(words[0] >> 1))
 
 
-def _where(losses, t):
-    bad = [] if t is None else sorted(t[~losses.isfinite()].tolist())
-    return (
-        ''
-        if t is None
-        else f', at t = {bad[:8]}'
-        if bad
-        else f', in the gradient (t of the batch: {t.min()} … {t.max()})'
-    )
+def _nonfinite_timesteps(losses, t):
+    "For the message of `NonFinite`: the timesteps whose losses are not finite, if `t` is known."
+    if t is None:
+        return ''
+    bad = sorted(t[~losses.isfinite()].tolist())
+    if bad:
+        return f', at t = {bad[:8]}'
+    return f', in the gradient (t of the batch: {t.min()} … {t.max()})'
 
 
 def _update(loss, params, opt, r):
-    "Backward, clip, step; returns the gradient's norm and whether all was finite"
+    "Backward pass, clipping, step. Returns the gradient norm, and whether all was finite."
     loss.backward()
     norm = nn.utils.clip_grad_norm_(params, r.clip, foreach=True)
     ok = bool(torch.isfinite(loss) & torch.isfinite(norm))
@@ -299,148 +280,192 @@ def _update(loss, params, opt, r):
 
 
 # %% ../nbs/05_train.ipynb #ddd6bf85
+def _losses(loss_fn, x0, y, *, seed, i, device, amp):
+    "Losses of step `i`, and the timesteps or None; the caller's random state is left unchanged."
+    devices = [device] if device.type == 'cuda' else []
+    with torch.random.fork_rng(devices), autocast(device, amp):
+        _seed(seed, i)
+        out = loss_fn(x0, y)
+    return out if isinstance(out, tuple) else (out, None)
+
+
 def fit(
-    loss_fn,  # (x0,y) -> scalar, or (losses (B,), t (B,)); its randomness is a function of the recipe's seed and the step alone
-    params,  # what to train
-    batches,  # yields x0,y, from step `start` on
-    recipe,  # learning rate, clipping, seed
-    ema=None,  # average to keep up
+    loss_fn: Callable,  # (x0,y) -> scalar, or (losses (B,), t (B,)); torch is seeded for each call
+    params,  # parameters; those that require a gradient are trained
+    batches,  # iterable of (x0,y), beginning with the batch of step `start`
+    recipe: Recipe,  # learning rate, clipping, seed
+    ema: EMA | None = None,  # moving average to update
     *,
-    opt=None,  # optimiser to go on with; None makes one
-    start=0,  # steps done before
-    amp=True,  # bf16 autocast, where the device has bf16 arithmetic
-    patience=10,  # not-finite steps in a row before it gives up
+    opt: torch.optim.Optimizer | None = None,  # optimiser to continue with; None makes one
+    start: int = 0,  # number of steps done before
+    amp: bool = True,  # bf16 autocast, if the device has bf16 arithmetic
+    patience: int = 10,  # consecutive steps that are not finite before `NonFinite` is raised
 ):  # yields a `Step` after every step
-    "Train; logging, samples and checkpoints belong into the caller's `for` loop"
-    params, bad = [p for p in params if p.requires_grad], 0
+    "Train, and yield after every step: logs, samples and checkpoints belong to the caller's loop."
+    params = [p for p in params if p.requires_grad]
     if not params:
         raise ValueError('nothing to train: no parameter requires a gradient')
-    opt, dev = opt or optimiser(params, recipe), params[0].device
+    opt = opt or optimiser(params, recipe)
+    device = params[0].device
+    bad = 0
     for i, (x0, y) in enumerate(batches, start):
-        for g in opt.param_groups:
-            g['lr'] = lr_at(recipe, i)
-        with torch.random.fork_rng([dev] if dev.type == 'cuda' else []), autocast(dev, amp):
-            _seed(recipe.seed, i)
-            out = loss_fn(x0, y)
-        losses, t = out if isinstance(out, tuple) else (out, None)
+        lr = lr_at(recipe, i)
+        for group in opt.param_groups:
+            group['lr'] = lr
+        losses, t = _losses(loss_fn, x0, y, seed=recipe.seed, i=i, device=device, amp=amp)
         loss = losses.float().mean()
         norm, ok = _update(loss, params, opt, recipe)
-        if ok and ema:
+        if ok and ema is not None:
             ema.update(i)
         bad = 0 if ok else bad + 1
+        losses = losses.detach()
         yield Step(
             i + 1,
             loss.detach(),
-            (i + 1) * recipe.batch,
-            lr_at(recipe, i),
-            norm.detach(),
-            ok,
-            None if t is None else losses.detach(),
-            t,
+            seen=(i + 1) * recipe.batch,
+            lr=lr,
+            grad_norm=norm.detach(),
+            ok=ok,
+            losses=None if t is None else losses,
+            t=t,
         )
         if bad == patience:
             raise NonFinite(
-                f'{bad} steps in a row were not finite, the last one step {i + 1}{_where(losses.detach(), t)}'
+                f'{bad} steps in a row were not finite, the last one step {i + 1}'
+                f'{_nonfinite_timesteps(losses, t)}'
             )
 
 
 # %% ../nbs/05_train.ipynb #1143b786
+def _conditioned(denoiser, y):
+    "The denoiser with its condition bound: (xt,t) -> eps."
+    if y is None:
+        return denoiser
+    return lambda xt, t: denoiser(xt, t, y)
+
+
 @torch.no_grad()
 def noise_mse(
-    denoiser,  # (xt,t) -> eps, or (xt,t,y) -> eps if there is `y`
+    denoiser: Denoiser,  # (xt,t) -> eps, or (xt,t,y) -> eps if `y` is given
     x0: Tensor,  # clean held-out data: (N,...)
-    sched: Schedule,  # noise table
-    seed=0,  # of times and noise
-    bs=100,  # images at a pass
-    y: Tensor = None,  # what the denoiser is conditioned on, a row for each image: (N,...)
-) -> tuple:  # losses (N,) and times (N,), on the CPU
-    "How a DPM is judged on data it never saw: each image once, times spread evenly over 1…T, noise fixed by the seed (PDAE Eq. 3)"
+    sched: Schedule,  # noise schedule
+    seed: int = 0,  # of timesteps and noise
+    bs: int = 100,  # samples per forward pass
+    y: Tensor | None = None,  # condition of each sample: (N,...)
+) -> tuple[Tensor, Tensor]:  # losses (N,) and timesteps int64 (N,), on the CPU
+    """Squared error of the predicted noise on held-out data, mean over pixels (PDAE Eq. 3).
+
+    Each sample is used once. The timesteps are evenly spaced over 1…T and shuffled. Timesteps and
+    noise depend on the seed only.
+    """
     g = torch.Generator().manual_seed(seed)
     t = torch.randperm(len(x0), generator=g) * sched.T // len(x0) + 1
     eps = torch.randn(x0.shape, generator=g)
-    given = lambda i: denoiser if y is None else lambda xt, t: denoiser(xt, t, y[i])
-    one = lambda i: denoising_loss(
-        given(i), x0[i], sched, t=t[i].to(x0.device), eps=eps[i].to(x0), reduce=None
-    ).cpu()
-    return torch.cat([one(slice(k, k + bs)) for k in range(0, len(x0), bs)]), t
+    losses = []
+    for start in range(0, len(x0), bs):
+        rows = slice(start, start + bs)
+        loss = denoising_loss(
+            _conditioned(denoiser, None if y is None else y[rows]),
+            x0[rows],
+            sched,
+            t=t[rows].to(x0.device),
+            eps=eps[rows].to(x0),
+            reduce=None,
+        )
+        losses.append(loss.cpu())
+    return torch.cat(losses), t
 
 
 # %% ../nbs/05_train.ipynb #a3224712
 @dataclass
 class Task:
-    "What `train` needs to know beyond the recipe"
+    "What `train` needs beyond the recipe: networks, data, loss and evaluation."
 
     parts: dict  # name -> network to train
     images: Images  # training data
     loss_fn: Callable  # (x0,y) -> scalar, or (losses (B,), t (B,))
-    result: Callable  # parts -> the numbers by which the run is judged
-    sched: Schedule = None  # noise table
-    preview: Callable = None  # parts -> images in [-1,1] to look at on the way
-    twice: tuple = ()  # parts that are differentiated twice: torch.compile cannot
+    result: Callable  # parts -> results on test data: dict of numbers
+    sched: Schedule | None = None  # noise schedule
+    preview: Callable | None = None  # parts -> images in [-1,1], stored at each checkpoint
+    twice: tuple = ()  # parts that are differentiated twice, which torch.compile cannot do
 
 
 def _device(net):
+    "The device of a network's parameters."
     return next(net.parameters()).device
 
 
-def dpm_task(
-    r: Recipe,
-    build=UNet,  # its row; (c, size, **net) -> network
-) -> Task:
-    "An unconditional DPM: predict the noise (PDAE Eq. 3)"
-    images, test, sched = (
-        load_images(r.data, 'train', r.px),
-        load_images(r.data, 'test', r.px),
-        Schedule.linear(),
+# %% ../nbs/05_train.ipynb #e651bf91
+def _test_noise_mse(net, test, sched, y=None):
+    "Mean of `noise_mse` on the first 10,000 test images, its standard error, number of images."
+    device = _device(net)
+    x0 = to_signed(test.x[:10_000]).to(device)
+    y = None if y is None else y[:10_000].to(device)
+    mse, _ = noise_mse(net, x0, sched, y=y)
+    return dict(
+        test_noise_mse=mse.mean().item(),
+        standard_error=(mse.std() / len(mse) ** 0.5).item(),
+        test_images=len(mse),
     )
+
+
+def _preview_noise(r, images):
+    "64 fixed x_T, from which the previews of a run are sampled."
+    generator = torch.Generator().manual_seed(r.seed)
+    return torch.randn(64, *images.x.shape[1:], generator=generator)
+
+
+def dpm_task(
+    r: Recipe,  # recipe of the run
+    build: Callable = UNet,  # (c, size, **r.net) -> network
+) -> Task:
+    "An unconditional DPM, trained to predict the noise (PDAE Eq. 3)."
+    images = load_images(r.data, 'train', r.px)
+    test = load_images(r.data, 'test', r.px)
+    sched = Schedule.linear()
     net = build(c=images.x.shape[1], size=r.px, **r.net)
-    noise = torch.randn(64, *images.x.shape[1:], generator=torch.Generator().manual_seed(r.seed))
+    xT = _preview_noise(r, images)
 
     def loss_fn(x0, y):
         t = sched.rand_t(len(x0), x0.device)
         return denoising_loss(net, x0, sched, t=t, reduce=None), t
 
     def result(parts):
-        mse, _ = noise_mse(
-            parts['dpm'], to_signed(test.x[:10_000]).to(_device(parts['dpm'])), sched
-        )
-        return dict(
-            test_noise_mse=mse.mean().item(),
-            standard_error=(mse.std() / len(mse) ** 0.5).item(),
-            test_images=len(mse),
-        )
+        return _test_noise_mse(parts['dpm'], test, sched)
 
-    return Task(
-        dict(dpm=net),
-        images,
-        loss_fn,
-        result,
-        sched,
-        lambda parts: sample(parts['dpm'], noise.to(_device(parts['dpm'])), sched, 20, clip=1.0),
-    )
+    def preview(parts):
+        dpm = parts['dpm']
+        return sample(dpm, xT.to(_device(dpm)), sched, 20, clip=1.0)
+
+    return Task(dict(dpm=net), images, loss_fn, result, sched, preview)
 
 
 # %% ../nbs/05_train.ipynb #7b7efcf0
+def _conv_norm_act(c_in, c_out, stride):
+    return nn.Sequential(
+        nn.Conv2d(c_in, c_out, 3, stride, 1),
+        nn.GroupNorm(4, c_out),
+        nn.SiLU(),
+    )
+
+
 class Judge(nn.Module):
-    "A small classifier of clean images, trained apart from every diffusion model, to say what a sample shows"
+    "The evaluation classifier: a small network that classifies clean images."
 
     def __init__(
         self,
-        c=1,  # image channels
-        ch=32,  # width of the first layer
-        classes=10,  # classes
+        c: int = 1,  # channels of the image
+        ch: int = 32,  # channels of the first layer
+        classes: int = 10,  # number of classes
     ):
         super().__init__()
         self.config = dict(c=c, ch=ch, classes=classes)
-        conv = lambda i, o, s: nn.Sequential(
-            nn.Conv2d(i, o, 3, s, 1), nn.GroupNorm(4, o), nn.SiLU()
-        )
         self.body = nn.Sequential(
-            conv(c, ch, 1),
-            conv(ch, 2 * ch, 2),
-            conv(2 * ch, 2 * ch, 1),
-            conv(2 * ch, 4 * ch, 2),
-            conv(4 * ch, 4 * ch, 1),
+            _conv_norm_act(c, ch, 1),
+            _conv_norm_act(ch, 2 * ch, 2),
+            _conv_norm_act(2 * ch, 2 * ch, 1),
+            _conv_norm_act(2 * ch, 4 * ch, 2),
+            _conv_norm_act(4 * ch, 4 * ch, 1),
         )
         self.head = nn.Linear(4 * ch, classes)
 
@@ -448,26 +473,29 @@ class Judge(nn.Module):
         self,
         x: Tensor,  # clean images in [-1,1]: (B,C,H,W)
     ) -> Tensor:  # logits: (B,classes)
+        "Logits of the classes: convolutions, maximum over the pixels, linear layer."
         return self.head(self.body(x).amax((2, 3))).to(x.dtype)
 
 
 # %% ../nbs/05_train.ipynb #240ac4c2
 def judge_task(
-    r: Recipe,  # its row
+    r: Recipe,  # recipe of the run
 ) -> Task:
-    "A classifier of clean images; each batch is shifted by up to 2 pixels"
-    images, test = load_images(r.data, 'train', r.px), load_images(r.data, 'test', r.px)
+    "The evaluation classifier, trained on batches that are shifted by up to 2 pixels."
+    images = load_images(r.data, 'train', r.px)
+    test = load_images(r.data, 'test', r.px)
     net = Judge(images.x.shape[1], classes=len(images.classes), **r.net)
 
     def loss_fn(x0, y):
-        return F.cross_entropy(net(x0.roll(torch.randint(-2, 3, (2,)).tolist(), (2, 3))), y)
+        shift = torch.randint(-2, 3, (2,)).tolist()
+        return F.cross_entropy(net(x0.roll(shift, (2, 3))), y)
 
     @torch.no_grad()
     def result(parts):
-        net = parts['judge']
-        p = torch.cat([
-            net(to_signed(x).to(_device(net))).softmax(1).cpu() for x in test.x.split(500)
-        ])
+        judge = parts['judge']
+        device = _device(judge)
+        pixels = test.x.split(500)
+        p = torch.cat([judge(to_signed(x).to(device)).softmax(1).cpu() for x in pixels])
         return dict(
             test_accuracy=(p.argmax(1) == test.y).float().mean().item(),
             test_sure=(p.amax(1) > 0.9).float().mean().item(),
@@ -478,13 +506,14 @@ def judge_task(
 
 
 # %% ../nbs/05_train.ipynb #b6e78547
-TASKS = dict(
-    dpm=dpm_task, judge=judge_task
-)  # what `train` makes of a run `<data>_<what>`; later lessons add theirs
+# `<what>` of a run `<data>_<what>` -> function from a recipe to a task; later lessons add theirs
+TASKS = dict(dpm=dpm_task, judge=judge_task)
 
 
+# %% ../nbs/05_train.ipynb #2935b6b9
 def _task_of(name):
-    ends = [k for k in TASKS if name.endswith(f'_{k}')]
+    "The entry of TASKS for a run's name. If several endings fit, the longest one counts."
+    ends = [what for what in TASKS if name.endswith(f'_{what}')]
     if not ends:
         raise ValueError(
             f'a run is called <data>_<what>, <what> being one of {", ".join(TASKS)}; got {name!r}'
@@ -492,21 +521,22 @@ def _task_of(name):
     return TASKS[max(ends, key=len)]
 
 
-def _json(o):
-    return json.loads(json.dumps(o))
-
-
-def hardware(device: torch.device) -> str:
-    "What a run was trained on, for people to read"
+# %% ../nbs/05_train.ipynb #406ce307
+def hardware(
+    device: torch.device,  # device of the run
+) -> str:
+    "The hardware of a run, in words."
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    arithmetic = 'bf16' if bf16_pays(device) else 'fp32'
     return (
-        torch.cuda.get_device_name(device)
-        if device.type == 'cuda'
-        else f'{os.cpu_count()} CPU cores ({platform.machine()}, {"bf16" if bf16_pays(device) else "fp32"}), {torch.get_num_threads()} threads'
+        f'{os.cpu_count()} CPU cores ({platform.machine()}, {arithmetic}), '
+        f'{torch.get_num_threads()} threads'
     )
 
 
-def versions() -> dict:
-    "Of everything that decides the numbers of a run"
+def versions() -> dict:  # name -> version
+    "Versions of the software that determines the numbers of a run."
     return dict(
         pdae_nb=importlib.import_module('pdae_nb').__version__,
         torch=torch.__version__,
@@ -515,236 +545,305 @@ def versions() -> dict:
     )
 
 
+# %% ../nbs/05_train.ipynb #9160c52b
+def _json(o):
+    "`o` as it is read back from JSON: tuples become lists."
+    return json.loads(json.dumps(o))
+
+
 def _check_same(old, r, out):
+    "Raise if the recipe `old`, as stored in the folder `out`, is not `r`."
     new = _json(asdict(r))
-    if diff := [
-        f'{k} {old.get(k)} → {new.get(k)}'
-        for k in sorted(old.keys() | new.keys())
-        if old.get(k) != new.get(k)
-    ]:
+    changes = []
+    for field in sorted(old.keys() | new.keys()):
+        if old.get(field) != new.get(field):
+            changes.append(f'{field} {old.get(field)} → {new.get(field)}')
+    if changes:
         raise ValueError(
-            f'{out} holds a run of another recipe: {", ".join(diff)}. Choose another folder, or delete that one'
+            f'{out} holds a run of another recipe: {", ".join(changes)}. '
+            'Choose another folder, or delete that one'
         )
 
 
 # %% ../nbs/05_train.ipynb #ababa035
+def _mean_by_t_quarter(steps, T):
+    "Mean loss in each quarter of the timesteps 1…T; NaN for a quarter without images."
+    t = torch.cat([s.t for s in steps])
+    losses = torch.cat([s.losses for s in steps]).float()
+    quarter = (t - 1) * 4 // T
+    return [float(losses[quarter == q].nanmean()) for q in range(4)]
+
+
 def _log_line(recent, r, T, seconds, skipped):
-    "Mean loss since the last line, and its mean in each quarter of the times"
-    s = recent[-1]
+    "A line of the log: means over the steps since the last line, and numbers of the newest step."
+    newest = recent[-1]
     line = dict(
-        step=s.i,
-        seen=s.seen,
-        loss=float(torch.stack([o.loss for o in recent]).mean()),
-        lr=s.lr,
-        grad_norm=float(s.grad_norm),
+        step=newest.i,
+        seen=newest.seen,
+        loss=float(torch.stack([s.loss for s in recent]).mean()),
+        lr=newest.lr,
+        grad_norm=float(newest.grad_norm),
         images_per_s=round(len(recent) * r.batch / seconds, 1),
         skipped=skipped,
     )
-    if s.t is None:
-        return line
-    t, l = torch.cat([o.t for o in recent]), torch.cat([o.losses for o in recent]).float()
-    return line | dict(
-        loss_by_t_quarter=[float(l[(t - 1) * 4 // T == q].nanmean()) for q in range(4)]
-    )
+    if newest.t is not None:
+        line['loss_by_t_quarter'] = _mean_by_t_quarter(recent, T)
+    return line
 
 
-def _trim_log(path, i):  # forget the lines of steps that will be done again
+# %% ../nbs/05_train.ipynb #e0cf8145
+def _whole_lines(path):
+    "The lines of a log, without a last line that was cut off."
+    return [line for line in Path(path).read_text().splitlines(True) if line.endswith('\n')]
+
+
+def _trim_log(path, i):
+    "Drop the lines of the steps after `i`, which will be repeated; replace the file atomically."
     if not path.exists():
         return
+    kept = [line for line in _whole_lines(path) if json.loads(line)['step'] <= i]
     tmp = path.with_name(f'.{path.name}.tmp')
-    tmp.write_text(
-        ''.join(
-            l
-            for l in path.read_text().splitlines(True)
-            if l.endswith('\n') and json.loads(l)['step'] <= i
-        )
-    )
+    tmp.write_text(''.join(kept))
     tmp.replace(path)
 
 
 # %% ../nbs/05_train.ipynb #5ec73315
-def _logged(steps, st, r, path, every, log):
-    "Pass steps on, count them in the run's state, and write and tell a line every few"
-    recent, t0, t1 = [], time.time() - st.seconds, time.time()
+@dataclass
+class _Run:
+    "A run in progress: what is trained, where it is stored, and how many steps are done."
+
+    name: str  # `<data>_<what>`
+    recipe: Recipe
+    out: Path  # folder for checkpoints, log, samples and, at the end, the run
+    device: torch.device
+    task: Task
+    model: nn.ModuleDict  # the parts that are not inside another part
+    ema: EMA  # of `model`
+    opt: torch.optim.Optimizer
+    averaged: dict  # name -> averaged network, for all parts
+    i: int = 0  # steps done
+    seconds: float = 0.0  # duration of these steps
+    skipped: int = 0  # steps that were not finite
+
+    @property
+    def seen(self):
+        "Images in all batches so far."
+        return self.i * self.recipe.batch
+
+
+# %% ../nbs/05_train.ipynb #b807fdea
+def _logged(run, steps, every, log):
+    "Yield the steps of `fit`; count them in `run`, and write a log line at every `every`-th step."
+    T = 1 if run.task.sched is None else run.task.sched.T
+    recent = []
+    start = time.time() - run.seconds
+    last_line = time.time()
     for step in steps:
-        st.i, st.skipped, st.seconds = step.i, st.skipped + (not step.ok), time.time() - t0
+        run.i = step.i
+        run.skipped += not step.ok
+        run.seconds = time.time() - start
         recent.append(step)
-        if st.i % every == 0 or st.i == r.steps:
-            line = _log_line(
-                recent, r, st.task.sched.T if st.task.sched else 1, time.time() - t1, st.skipped
-            )
-            recent, t1 = [], time.time()
-            with open(path, 'a') as f:
+        if run.i % every == 0 or run.i == run.recipe.steps:
+            line = _log_line(recent, run.recipe, T, time.time() - last_line, run.skipped)
+            recent = []
+            last_line = time.time()
+            with open(run.out / 'log.jsonl', 'a') as f:
                 f.write(json.dumps(line) + '\n')
-            log(f'{st.i}/{r.steps}  loss {line["loss"]:.4f}  {line["images_per_s"]:.0f} images/s')
+            progress = f'{run.i}/{run.recipe.steps}'
+            log(f'{progress}  loss {line["loss"]:.4f}  {line["images_per_s"]:.0f} images/s')
         yield step
 
 
 # %% ../nbs/05_train.ipynb #34fa8b1a
-def _start(r, task, out, device, compile, log):
-    "Networks, average and optimiser, new or as the last checkpoint left them"
+def _modules(parts, inner, device):
+    "The parts that are not inside another part, on the device and in training mode."
+    own = {name: part for name, part in parts.items() if name not in inner}
+    model = nn.ModuleDict(own).to(device, memory_format=torch.channels_last)
+    for part in model.values():
+        is_trained = any(p.requires_grad for p in part.parameters())
+        part.train(is_trained)  # a frozen part does not use dropout
+    return model
+
+
+def _new_run(name, r, out, make_task, device):
+    "A run before its first step. The seed determines the initial weights."
     torch.manual_seed(r.seed)
-    task = task(r)
-    held = within(task.parts)
-    model = nn.ModuleDict({k: m for k, m in task.parts.items() if k not in held}).to(
-        device, memory_format=torch.channels_last
-    )
-    for m in model.values():
-        m.train(
-            any(p.requires_grad for p in m.parameters())
-        )  # what does not learn keeps its dropout asleep
-    st = SimpleNamespace(
-        task=task,
-        model=model,
-        ema=EMA(model, r.ema),
-        opt=optimiser([p for p in model.parameters() if p.requires_grad], r),
-        i=0,
-        seconds=0.0,
-        skipped=0,
-    )
-    st.averaged = {k: st.ema.module.get_submodule(held.get(k, k)) for k in task.parts}
-    meta = load_checkpoint(
-        out / 'checkpoints',
-        st.model,
-        st.ema,
-        st.opt,
-        lambda meta: _check_same(meta['recipe'], r, out),
-        log,
-    )
+    task = make_task(r)
+    inner = within(task.parts)
+    model = _modules(task.parts, inner, device)
+    ema = EMA(model, r.ema)
+    opt = optimiser([p for p in model.parameters() if p.requires_grad], r)
+    averaged = {part: ema.module.get_submodule(inner.get(part, part)) for part in task.parts}
+    return _Run(name, r, out, device, task, model, ema, opt, averaged)
+
+
+def _resume(run, log):
+    "Load the newest checkpoint into `run`, if there is one, and shorten the log accordingly."
+
+    def check(meta):
+        _check_same(meta['recipe'], run.recipe, run.out)
+
+    folder = run.out / 'checkpoints'
+    meta = load_checkpoint(folder, run.model, run.ema, run.opt, check=check, log=log)
     if meta:
-        st.i, st.seconds, st.skipped = meta['i'], meta['seconds'], meta['skipped']
-        log(f'going on at step {st.i} of {r.steps}')
-    _trim_log(out / 'log.jsonl', st.i)
-    if compile:
-        [m.compile() for k, m in task.parts.items() if k not in task.twice]
-    if device.type == 'cuda' and task.images.x.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
-        task.images = task.images.to(device)
-    return st
+        run.i = meta['i']
+        run.seconds = meta['seconds']
+        run.skipped = meta['skipped']
+        log(f'going on at step {run.i} of {run.recipe.steps}')
+    _trim_log(run.out / 'log.jsonl', run.i)
+
+
+def _compile(task):
+    "Apply torch.compile to the parts that are differentiated once."
+    for name, part in task.parts.items():
+        if name not in task.twice:
+            part.compile()
+
+
+def _cache_on_gpu(run):
+    "Move the training images to the GPU if they fill less than a quarter of its free memory."
+    if run.device.type != 'cuda':
+        return
+    free, _ = torch.cuda.mem_get_info(run.device)
+    if run.task.images.x.nbytes < free / 4:
+        run.task.images = run.task.images.to(run.device)
 
 
 # %% ../nbs/05_train.ipynb #ab2b22a7
-def _look(st, seen, path, look):
-    if look:
-        look(seen, st.averaged, st.task.sched)
-    if not st.task.preview:
+def _save(run):
+    "Write a checkpoint."
+    meta = dict(recipe=_json(asdict(run.recipe)), seconds=run.seconds, skipped=run.skipped)
+    save_checkpoint(run.out / 'checkpoints', run.i, run.model, run.ema, run.opt, meta)
+
+
+def _save_preview(run):
+    "Write the preview of the averaged networks to `samples/`, if the task has one."
+    if not run.task.preview:
         return
     import matplotlib.pyplot as plt
 
+    path = run.out / 'samples' / f'{run.i:09d}.png'
     path.parent.mkdir(exist_ok=True)
-    fig = show(st.task.preview(st.averaged)).figure
+    fig = show(run.task.preview(run.averaged)).figure
     fig.savefig(path, dpi=80)
     plt.close(fig)
 
 
-def _finish(name, r, out, st, device):
-    "Round the averaged weights as they will be stored, judge them, write the run"
-    for k, m in st.averaged.items():
-        for n, v in m.state_dict().items():
-            v.copy_(cast(v, torch.float16, f'{name}: {k}.{n}'))
+def _round(run):
+    "Round the averaged weights to float16, in which they will be stored."
+    for part, net in run.averaged.items():
+        for name, weight in net.state_dict().items():
+            weight.copy_(cast(weight, torch.float16, f'{run.name}: {part}.{name}'))
+
+
+def _finish(run):
+    "Round the averaged weights, evaluate them, and write the run."
+    _round(run)
     about = dict(
-        recipe=_json(asdict(r)),
-        images_seen=st.i * r.batch,
-        steps_skipped=st.skipped,
-        seconds=round(st.seconds),
-        hardware=hardware(device),
+        recipe=_json(asdict(run.recipe)),
+        images_seen=run.seen,
+        steps_skipped=run.skipped,
+        seconds=round(run.seconds),
+        hardware=hardware(run.device),
         versions=versions(),
+        result=run.task.result(run.averaged),
     )
-    save_run(
-        out / name, st.averaged, st.task.sched, about | dict(result=st.task.result(st.averaged))
+    save_run(run.out / run.name, run.averaged, run.task.sched, about)
+
+
+# %% ../nbs/05_train.ipynb #01e2a922
+def _steps(run):
+    "The remaining steps of a run, as `fit` yields them."
+    r = run.recipe
+    data = batches(
+        run.task.images,
+        r.batch,
+        r.steps,
+        flip=r.flip,
+        seed=r.seed,
+        start=run.i,
+        device=run.device,
     )
+    params = run.model.parameters()
+    return fit(run.task.loss_fn, params, data, r, run.ema, opt=run.opt, start=run.i)
+
+
+def _train_all_steps(run, steps, every, look):
+    "Do the steps. Write checkpoints every `every` steps, at the end, and when asked to stop."
+    n = run.recipe.steps
+    with stoppable() as signals:
+        try:
+            for _ in tqdm(steps, run.name, n, initial=run.i, disable=None):
+                if signals:
+                    raise Stopped(
+                        signal.Signals(signals[0]),
+                        f'saved after step {run.i} of {n}; the same command goes on from there',
+                    )
+                if run.i % every == 0 and run.i < n:
+                    _save(run)
+                    if look:
+                        look(run.seen, run.averaged, run.task.sched)
+                    _save_preview(run)
+        except (Stopped, NonFinite):
+            _save(run)
+            raise
+        _save(run)
 
 
 # %% ../nbs/05_train.ipynb #76ec1e40
 def train(
-    name,  # run, `<data>_<what>`
-    r: Recipe,  # its row
+    name: str,  # run, `<data>_<what>`
+    r: Recipe,  # recipe of the run
     out,  # folder for checkpoints, log, samples and, at the end, the run
-    task=None,  # recipe -> Task; None looks `<what>` up in TASKS
+    task: Callable | None = None,  # recipe -> Task; None takes `<what>` from TASKS
     *,
     device=None,  # cpu or cuda; None takes the GPU if there is one
-    compile=False,  # torch.compile every part
-    every=500,  # steps between checkpoints and previews
-    log_every=50,  # steps between log lines
-    look=None,  # (images seen, averaged parts, sched), called at every checkpoint and at the end
-    log=tqdm.write,  # where progress is told; a terminal also gets a progress bar
-) -> Path:  # the run's folder
-    "Train a run, or go on with it: the same call resumes and, on a CPU, ends with the same weights bit for bit"
-    task, out, device = (
-        task or _task_of(name),
-        Path(out),
-        torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu')),
-    )
+    compile: bool = False,  # torch.compile every part
+    every: int = 500,  # steps between checkpoints and previews
+    log_every: int = 50,  # steps between log lines
+    look: Callable | None = None,  # (images seen, averaged parts, sched) -> None
+    log: Callable = tqdm.write,  # takes lines of text; a terminal also gets a progress bar
+) -> Path:  # folder of the run
+    """Train a run. The same call resumes a run that was interrupted.
+
+    On a CPU, a resumed run ends with the same weights as an uninterrupted one, bit for bit. `look`
+    is called at every checkpoint and after the last step.
+    """
+    make_task = task or _task_of(name)
+    out = Path(out)
+    device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     if min(every, log_every) < 1:
         raise ValueError(
             f'every and log_every must be at least 1 step, got {every} and {log_every}'
         )
+    path = out / name
     with locked(out):
-        if (out / name / 'run.json').exists():
-            _check_same(json.loads((out / name / 'run.json').read_text())['recipe'], r, out)
-            log(f'{out / name} is done')
-            return out / name
-        st = _start(r, task, out, device, compile, log)
-        save = lambda: save_checkpoint(
-            out / 'checkpoints',
-            st.i,
-            st.model,
-            st.ema,
-            st.opt,
-            dict(recipe=_json(asdict(r)), seconds=st.seconds, skipped=st.skipped),
-        )
-        steps = fit(
-            st.task.loss_fn,
-            st.model.parameters(),
-            batches(st.task.images, r.batch, r.steps, r.flip, r.seed, st.i, device=device),
-            r,
-            st.ema,
-            opt=st.opt,
-            start=st.i,
-        )
-        with stoppable() as asked:  # until here, and when judging, an interruption loses nothing
-            try:
-                for step in tqdm(
-                    _logged(steps, st, r, out / 'log.jsonl', log_every, log),
-                    name,
-                    r.steps,
-                    initial=st.i,
-                    disable=None,
-                ):
-                    if asked:
-                        raise Stopped(
-                            signal.Signals(asked[0]),
-                            f'saved after step {st.i} of {r.steps}; the same command goes on from there',
-                        )
-                    if st.i % every == 0 and st.i < r.steps:
-                        save()
-                        _look(st, st.i * r.batch, out / f'samples/{st.i:09d}.png', look)
-            except (Stopped, NonFinite):
-                save()
-                raise
-            save()
-        _finish(name, r, out, st, device)
-        if look:
-            look(st.i * r.batch, st.averaged, st.task.sched)
-        log(f'{out / name} is done')
-        return out / name
+        if (path / 'run.json').exists():
+            stored = json.loads((path / 'run.json').read_text())
+            _check_same(stored['recipe'], r, out)
+        else:
+            run = _new_run(name, r, out, make_task, device)
+            _resume(run, log)
+            if compile:
+                _compile(run.task)
+            _cache_on_gpu(run)
+            _train_all_steps(run, _logged(run, _steps(run), log_every, log), every, look)
+            _finish(run)
+            if look:
+                look(run.seen, run.averaged, run.task.sched)
+        log(f'{path} is done')
+    return path
 
 
 # %% ../nbs/05_train.ipynb #0f14d5df
 def cached_run(
-    name,  # run, `<data>_<what>`
-    make=None,  # recipe -> Task; None looks `<what>` up in TASKS
-    size=None,  # smoke, lesson or paper: train that size; None takes what `data/models` has, else $PDAE_NB_SIZE
-):  # what `load_run` gives
-    "Load a run if it is there, else train it and keep it"
+    name: str,  # run, `<data>_<what>`
+    make: Callable | None = None,  # recipe -> Task; None takes `<what>` from TASKS
+    size: str | None = None,  # smoke, lesson or paper; None: `data/models`, else as in `recipe`
+):  # what `load_run` returns
+    "Load a run of `data/models`, or one that was trained before; else train it and keep it."
     if size is None and (models_dir() / name / 'run.json').exists():
         return load_run(name)
-    size = size or os.environ.get('PDAE_NB_SIZE') or 'lesson'
-    return load_run(
-        train(
-            name,
-            recipe(name, size),
-            cache_dir() / 'runs' / f'{name}-{size}',
-            make,
-            log=lambda s: None,
-        )
-    )
+    size = _size_or_default(size)
+    out = cache_dir() / 'runs' / f'{name}-{size}'
+    return load_run(train(name, recipe(name, size), out, make, log=lambda line: None))

@@ -15,6 +15,8 @@ __all__ = [
 ]
 
 # %% ../nbs/08_weighting.ipynb #920f0b2b
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -24,61 +26,68 @@ from .guidance import check_window
 
 # %% ../nbs/08_weighting.ipynb #f99f14af
 def w_simple(
-    sched: Schedule,  # noise table
-    t: Tensor,  # times: int64 (B,)
-) -> Tensor:  # multiplies the squared error of eps: float64 (B,)
-    "1: the simplified loss of DDPM (PDAE Eq. 3)"
+    sched: Schedule,  # noise schedule
+    t: Tensor,  # timesteps in 0…T: int64 (B,)
+) -> Tensor:  # weight of the squared error of ε: float64 (B,)
+    "λ_t = 1: the simplified loss of DDPM (PDAE Eq. 3)."
     return torch.ones_like(sched(t))
 
 
 # %% ../nbs/08_weighting.ipynb #201593fb
 def w_vlb(
-    sched: Schedule,  # noise table
-    t: Tensor,  # times in 1…T: int64 (B,)
-) -> Tensor:  # nats per unit of squared eps error: float64 (B,)
-    "(1+SNR)(1/α_t - 1)/2 = β_t/(2α_t(1-ᾱ_t)): the variational bound's own weight, for the variance β_t (DDPM Eq. 12)"
-    ab, ab1 = _now_and_before(sched, t)
-    return (1 + snr(sched, t)) * (ab1 / ab - 1) / 2
+    sched: Schedule,  # noise schedule
+    t: Tensor,  # timesteps in 1…T: int64 (B,)
+) -> Tensor:  # weight of the squared error of ε, in nats: float64 (B,)
+    """λ_t = (1 + SNR)·(1/α_t - 1)/2 = β_t/(2·α_t·(1 - ᾱ_t)): the variational lower bound.
+
+    The model's variance is β_t (DDPM Eq. 12).
+    """
+    ab, ab_before = _now_and_before(sched, t)
+    return (1 + snr(sched, t)) * (ab_before / ab - 1) / 2
 
 
 # %% ../nbs/08_weighting.ipynb #4c60998d
 def w_likelihood(
-    sched: Schedule,  # noise table
-    t: Tensor,  # times in 1…T: int64 (B,)
-) -> Tensor:  # nats per unit of squared eps error: float64 (B,)
-    "(1+SNR)·β_t/2: ScoreVAE's λ(t) = g² on the score's error, as a weight on eps and per step (ScoreVAE Eqs 7-8)"
-    ab, ab1 = _now_and_before(sched, t)
-    return (1 + snr(sched, t)) * (1 - ab / ab1) / 2
+    sched: Schedule,  # noise schedule
+    t: Tensor,  # timesteps in 1…T: int64 (B,)
+) -> Tensor:  # weight of the squared error of ε, in nats: float64 (B,)
+    """λ_t = (1 + SNR)·β_t/2: the weight g² on the squared error of the score, for one step.
+
+    ScoreVAE Eqs 7 and 8, written as a weight of the squared error of ε.
+    """
+    ab, ab_before = _now_and_before(sched, t)
+    beta = 1 - ab / ab_before
+    return (1 + snr(sched, t)) * beta / 2
 
 
 # %% ../nbs/08_weighting.ipynb #e90556ac
 def w_p2(
-    sched: Schedule,  # noise table
-    t: Tensor,  # times: int64 (B,)
-    k=1.0,  # keeps the weight finite where nearly all is noise
-    gamma=1.0,  # strength; 0 is `w_simple`
-) -> Tensor:  # multiplies the squared error of eps: float64 (B,)
-    "(k+SNR)^-γ: less for clean times, whose details nobody sees (Choi et al. 2022)"
+    sched: Schedule,  # noise schedule
+    t: Tensor,  # timesteps in 0…T: int64 (B,)
+    k: float = 1.0,  # keeps the weight finite as SNR tends to 0
+    gamma: float = 1.0,  # exponent; 0 gives `w_simple`
+) -> Tensor:  # weight of the squared error of ε: float64 (B,)
+    "λ_t = (k + SNR)^-γ: P2, which gives timesteps of high SNR less weight (Choi et al. 2022)."
     return (k + snr(sched, t)) ** -gamma
 
 
 # %% ../nbs/08_weighting.ipynb #d02961f9
 def w_min_snr(
-    sched: Schedule,  # noise table
-    t: Tensor,  # times: int64 (B,)
-    gamma=5.0,  # largest SNR that counts
-) -> Tensor:  # multiplies the squared error of eps: float64 (B,)
-    "min(SNR,γ)/SNR: the error of x_0, weighted by its SNR up to γ (Hang et al. 2023)"
+    sched: Schedule,  # noise schedule
+    t: Tensor,  # timesteps in 0…T: int64 (B,)
+    gamma: float = 5.0,  # upper bound of the weight of the squared error of x_0
+) -> Tensor:  # weight of the squared error of ε: float64 (B,)
+    "λ_t = min(SNR, γ)/SNR: the squared error of x_0 with weight min(SNR, γ) (Hang et al. 2023)."
     return (gamma / snr(sched, t)).clamp(max=1)
 
 
 # %% ../nbs/08_weighting.ipynb #027057e3
 def w_pdae(
-    sched: Schedule,  # noise table
-    t: Tensor,  # times: int64 (B,)
-    gamma=0.1,  # 0 spares only clean times, 1 only noisy ones: 0…1
-) -> Tensor:  # multiplies the squared error of eps: float64 (B,)
-    "(1/(1+SNR))^(1-γ)·(SNR/(1+SNR))^γ = (1-ᾱ_t)^(1-γ)·ᾱ_t^γ: less for both ends (PDAE Eq. 10)"
+    sched: Schedule,  # noise schedule
+    t: Tensor,  # timesteps in 0…T: int64 (B,)
+    gamma: float = 0.1,  # in 0…1; 0 reduces only high SNR, 1 only low SNR
+) -> Tensor:  # weight of the squared error of ε: float64 (B,)
+    "λ_t = (1/(1 + SNR))^(1-γ)·(SNR/(1 + SNR))^γ = (1 - ᾱ_t)^(1-γ)·ᾱ_t^γ (PDAE Eq. 10)."
     if not 0 <= gamma <= 1:
         raise ValueError(f'gamma balances two factors and must be in 0…1, got {gamma}')
     ab = sched(t)
@@ -87,22 +96,22 @@ def w_pdae(
 
 # %% ../nbs/08_weighting.ipynb #6f57ce11
 def relative_to_vlb(
-    weight,  # (sched,t) -> (B,)
-    sched: Schedule,  # noise table
-) -> Tensor:  # for t = 1…T, adding up to 1: float64 (T,)
-    "A weight as a multiple of the variational bound's, normalised (PDAE Fig. 4)"
+    weight: Callable,  # (sched, t) -> (B,), for example `w_pdae`
+    sched: Schedule,  # noise schedule
+) -> Tensor:  # for t = 1…T, with sum 1: float64 (T,)
+    "λ_t divided by the weight of the variational lower bound, normalised (PDAE Fig. 4)."
     t = torch.arange(1, sched.T + 1)
-    w = weight(sched, t) / w_vlb(sched, t)
-    return w / w.sum()
+    ratio = weight(sched, t) / w_vlb(sched, t)
+    return ratio / ratio.sum()
 
 
 # %% ../nbs/08_weighting.ipynb #6b576e49
 def stage_share(
-    weight,  # (sched,t) -> (B,)
-    sched: Schedule,  # noise table
-    window,  # (t1,t2): the stage t1 < t <= t2
-) -> float:  # 0…1
-    "How much of a weight's sum over all times lies in a stage (PDAE Sec. 3.4)"
+    weight: Callable,  # (sched, t) -> (B,), for example `w_pdae`
+    sched: Schedule,  # noise schedule
+    window: tuple[int, int],  # (t1,t2): the stage t1 < t <= t2
+) -> float:  # in 0…1
+    "Share of a stage in the sum of λ_t over t = 1…T (the critical stage of PDAE Sec. 3.4)."
     t1, t2 = check_window(window, sched)
     w = weight(sched, torch.arange(1, sched.T + 1))
     return (w[t1:t2].sum() / w.sum()).item()
