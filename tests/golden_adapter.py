@@ -15,16 +15,22 @@ from torch import Tensor
 import pdae_nb
 from pdae_nb.data import load_images, to_signed
 from pdae_nb.denoise import denoising_loss
-from pdae_nb.diffae import diffae_loss
-from pdae_nb.files import load_run, models_dir
+from pdae_nb.methods.diffae import diffae_loss
+from pdae_nb.model import load_run
+from pdae_nb.files import models_dir
 from pdae_nb.forward import Schedule, add_noise
 from pdae_nb.gap import posterior_gap
-from pdae_nb.guidance import classifier_guided, classifier_loss, grad_log
-from pdae_nb.latent import draw, latent_loss, sample_z
-from pdae_nb.pdae import decode, pdae_denoiser, pdae_loss
-from pdae_nb.sample import em_step, heun, invert, karras_times, sample
-from pdae_nb.scorevae import PRESETS, kl_to_prior, score, scorevae_loss, vae_loss
-from pdae_nb.train import _seed as seed_training_step
+from pdae_nb.methods.classifier import classifier_guided, classifier_loss
+from pdae_nb.guidance import grad_log
+from pdae_nb.edit import draw
+from pdae_nb.methods.latent import latent_loss, sample_z
+from pdae_nb.hub import decode
+from pdae_nb.methods.pdae import pdae_denoiser, pdae_loss
+from pdae_nb.solvers import em_step, heun, karras_times
+from pdae_nb.sampling import invert, sample
+from pdae_nb.methods.scorevae import PRESETS, kl_to_prior, score, scorevae_loss
+from pdae_nb.methods.vae import vae_loss
+from pdae_nb.training import _seed as seed_training_step
 from pdae_nb.weighting import w_pdae
 
 PACKAGE_FILE = pdae_nb.__file__

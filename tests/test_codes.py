@@ -1,162 +1,462 @@
-"""Diff-AE and the DPM over codes, end to end at toy size: resume, shipping, codes computed once, edits, few labels, bad input."""
-import subprocess, sys
+"""Diff-AE and the latent DPM at toy size.
+
+Resumed training, stored runs, the cache of codes, edits of codes, and messages about bad input.
+"""
+
+import signal
+import subprocess
+import sys
 from dataclasses import replace
-import pytest, torch
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_numerics import inp
+
+import pdae_nb.training as training_module
 from pdae_nb.data import Images, batches, digits, to_signed
-from pdae_nb.diffae import SemanticEncoder, coded_mse, diffae_denoiser, diffae_loss, held_out, images_to_reach, looks
-from pdae_nb.files import Stopped, fingerprint, load_run
+from pdae_nb.edit import (
+    accept,
+    attribute,
+    between,
+    draw,
+    edit,
+    fit_probe,
+    lerp,
+    move,
+    oversample,
+    slerp,
+    to_median,
+)
+from pdae_nb.experiments.training_efficiency import held_out, images_to_reach, looks
+from pdae_nb.files import Stopped, fingerprint
 from pdae_nb.forward import Schedule
-from pdae_nb.latent import MLPSkipNet, Probe, ZStats, accept, attribute, between, draw, edit, encode_all, fit_probe, lerp, move, oversample, sample_z, slerp, to_median
-from pdae_nb.pdae import decode, decoder_of, encode, reconstruct
-from pdae_nb.train import Recipe, train
+from pdae_nb.hub import coded_mse, decode, decoder_of, reconstruct, train
+from pdae_nb.methods.diffae import SemanticEncoder, diffae_denoiser
+from pdae_nb.methods.latent import MLPSkipNet, Probe, ZStats, encode_all, sample_z
+from pdae_nb.model import encode, load_run
+from pdae_nb.sampling import invert, sample
+from pdae_nb.solvers import pdae_times
+from pdae_nb.training import Recipe
 from pdae_nb.unet import UNet
-import pdae_nb.train as train_module
 
 NET = dict(ch=8, mult=(1, 2), n_res=1, groups=8, z_dim=6, enc_mult=(1, 2, 2))
-ROW = Recipe('digits', 28, NET, 48, 8, 1e-2, ema=.5)
-quiet = dict(every=2, log=lambda s: None)
+RECIPE = Recipe('digits', 28, NET, images=48, batch=8, lr=1e-2, ema=0.5)
+
+
+def silent(message):
+    "A log function that drops its message."
+
+
+def latent_recipe(coder):
+    "Recipe of a latent DPM of the codes of a run."
+    net = dict(run=str(coder), hidden=16, layers=3)
+    return Recipe('digits', 28, net, images=640, batch=64, lr=1e-2, ema=0.5, wd=0.01)
+
 
 @pytest.fixture(scope='module')
-def coder(tmp_path_factory): return train('toy_diffae', ROW, tmp_path_factory.mktemp('coder'), **quiet)
+def coder(tmp_path_factory):
+    "Folder of a Diff-AE that was trained without interruption and without checkpoints."
+    return train('toy_diffae', RECIPE, tmp_path_factory.mktemp('coder'), log=silent)
+
 
 @pytest.fixture(scope='module')
-def latent(coder, tmp_path_factory): return train('toy_diffae_latent', Recipe('digits', 28, dict(run=str(coder), hidden=16, layers=3), 640, 64, 1e-2, ema=.5, wd=.01), tmp_path_factory.mktemp('latent'), **quiet)
+def latent(coder, tmp_path_factory):
+    "Folder of a latent DPM of the codes of `coder`."
+    out = tmp_path_factory.mktemp('latent')
+    return train('toy_diffae_latent', latent_recipe(coder), out, log=silent)
+
 
 @pytest.fixture
-def runs(coder, latent): return load_run(coder), load_run(latent)
+def base(coder):
+    "The Diff-AE as a run."
+    return load_run(coder)
+
 
 @pytest.fixture
-def x0(): return to_signed(digits('test', 28).x[:4])
+def prior(latent):
+    "The latent DPM as a run."
+    return load_run(latent)
 
-def same(a, b):
-    from safetensors.torch import load_file
-    return all(torch.equal(v, load_file(b/p.name)[k]) for p in a.glob('*.safetensors') for k, v in load_file(p).items())
 
-def stops_after(n, monkeypatch):
-    real, seen = train_module.fit, []
-    def fit(*a, **kw):
-        for step in real(*a, **kw):
-            seen.append(step.i); yield step
-            if len(seen) == n: import signal; signal.raise_signal(signal.SIGTERM)
-    monkeypatch.setattr(train_module, 'fit', fit)
+@pytest.fixture
+def x0():
+    "Four test images: (4,1,28,28)."
+    return to_signed(digits('test', 28).x[:4])
 
-@pytest.mark.parametrize('which', ['coder', 'latent'])
-def test_an_interrupted_training_ends_with_the_same_bits(which, request, tmp_path, monkeypatch):
-    done = request.getfixturevalue(which); run = load_run(done); name = done.name
-    r = Recipe(**run.recipe); stops_after(3, monkeypatch)
-    with pytest.raises(Stopped): train(name, r, tmp_path, **quiet)
-    assert same(done, train(name, r, tmp_path, **quiet))
 
-def test_a_run_is_stored_with_all_that_it_needs(runs, coder, latent):
-    assert sorted(p.name for p in coder.iterdir()) == ['enc.safetensors', 'run.json', 'sched.safetensors', 'unet.safetensors']
-    assert sorted(p.name for p in latent.iterdir()) == ['net.safetensors', 'run.json', 'sched.safetensors', 'stats.safetensors']
-    z = encode_all(runs[0].enc, digits('train', 28))
-    torch.testing.assert_close(runs[1].stats.mean, z.mean(0), atol=2e-3, rtol=2e-3); assert runs[1].sched(torch.tensor([1000])).item() == pytest.approx(.992**1000)
+# ---------------------------------------------------------------- training and stored runs
 
-STEP = '''
+
+def weights(path):
+    "All tensors of a run folder, under the names file/tensor."
+    tensors = {}
+    for file in path.glob('*.safetensors'):
+        for name, v in load_file(file).items():
+            tensors[f'{file.name}/{name}'] = v
+    return tensors
+
+
+def assert_same_weights(first, second):
+    "Two run folders hold the same tensors, bit for bit."
+    a = weights(first)
+    b = weights(second)
+    assert a
+    assert a.keys() == b.keys()
+    for name, v in a.items():
+        assert torch.equal(v, b[name]), name
+
+
+def ask_to_stop_after(n, monkeypatch):
+    "Make `fit` raise SIGTERM after n steps, once; the list returned collects all its steps."
+    fit = training_module.fit
+    steps = []
+
+    def interrupted(*args, **kw):
+        for step in fit(*args, **kw):
+            steps.append(step.i)
+            yield step
+            if len(steps) == n:
+                signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(training_module, 'fit', interrupted)
+    return steps
+
+
+@pytest.mark.parametrize('which', [pytest.param('coder', marks=pytest.mark.slow), 'latent'])
+def test_interrupted_and_resumed_training_gives_the_same_bits(
+    which, request, tmp_path, monkeypatch
+):
+    done = request.getfixturevalue(which)
+    recipe = Recipe(**load_run(done).recipe)
+    steps = ask_to_stop_after(3, monkeypatch)
+    with pytest.raises(Stopped):
+        train(done.name, recipe, tmp_path, every=2, log=silent)
+    resumed = train(done.name, recipe, tmp_path, every=2, log=silent)
+    assert_same_weights(done, resumed)
+    assert 3 < len(steps) < 3 + recipe.steps  # the second call did not begin at step 1
+
+
+def test_files_of_a_stored_run(base, prior, coder, latent):
+    files = sorted(path.name for path in coder.iterdir())
+    assert files == ['enc.safetensors', 'run.json', 'sched.safetensors', 'unet.safetensors']
+    files = sorted(path.name for path in latent.iterdir())
+    assert files == ['net.safetensors', 'run.json', 'sched.safetensors', 'stats.safetensors']
+
+
+def test_latent_run_stores_the_statistics_of_the_codes_and_its_schedule(base, prior):
+    z = encode_all(base.enc, digits('train', 28))
+    torch.testing.assert_close(prior.stats.mean, z.mean(0), atol=2e-3, rtol=2e-3)
+    assert prior.sched(torch.tensor([1000])).item() == pytest.approx(0.992**1000)
+
+
+STEP = """
 import torch
-from pdae_nb.diffae import SemanticEncoder, diffae_loss
+from pdae_nb.methods.diffae import SemanticEncoder, diffae_loss
 from pdae_nb.forward import Schedule
 from pdae_nb.unet import UNet
+
 last = dict(memory_format=torch.channels_last)
-enc, unet = SemanticEncoder(1, 32, (1, 2), 28, 8, n_res=1).to(**last).train(), UNet(c=1, ch=32, mult=(1, 2), n_res=1, size=28, dz=8, z_shift=False).to(**last).train()
+enc = SemanticEncoder(1, 32, (1, 2), 28, 8, n_res=1).to(**last).train()
+unet = UNet(c=1, ch=32, mult=(1, 2), n_res=1, size=28, dz=8, z_shift=False).to(**last).train()
 for bf16 in (False, True):
-    with torch.autocast('cpu', torch.bfloat16, enabled=bf16): diffae_loss(enc, unet, torch.rand(4, 1, 28, 28).to(**last), Schedule.linear()).backward()
-print(all(p.grad is not None and p.grad.isfinite().all() for m in (enc, unet) for p in m.parameters()))'''
+    x0 = torch.rand(4, 1, 28, 28).to(**last)
+    with torch.autocast('cpu', torch.bfloat16, enabled=bf16):
+        loss = diffae_loss(enc, unet, x0, Schedule.linear())
+        loss.backward()
+grads = [p.grad for m in (enc, unet) for p in m.parameters()]
+print(all(g is not None and g.isfinite().all() for g in grads))
+"""
 
-def test_the_first_step_does_not_kill_the_process():
+
+@pytest.mark.slow
+def test_first_training_step_in_a_new_process_gives_finite_gradients():
     r = subprocess.run([sys.executable, '-c', STEP], capture_output=True, text=True)
-    assert r.returncode == 0 and r.stdout.strip() == 'True', r.stderr
+    assert r.returncode == 0, r.stderr
+    assert r.stdout.strip() == 'True', r.stderr
 
-def test_the_code_only_scales_and_does_so_in_both_halves():
-    torch.manual_seed(0); net = UNet(c=1, ch=8, mult=(1, 2), n_res=1, size=28, dz=4, z_shift=False, groups=8)
+
+def test_code_scales_each_block_of_both_halves_and_does_not_shift():
+    net = UNet(c=1, ch=8, mult=(1, 2), n_res=1, size=28, dz=4, z_shift=False, groups=8)
     blocks = [*net.down.blocks, *net.up.mid, *net.up.blocks]
-    assert all(b.norm2.z.out_features == b.conv2.out_channels for b in blocks) and len(blocks) == 3 + 2 + 5
+    assert len(blocks) == 3 + 2 + 5
+    for block in blocks:
+        assert block.norm2.z.out_features == block.conv2.out_channels
 
-def test_reconstruct_knows_diffae(runs, x0):
-    with torch.no_grad():
-        mine, back = reconstruct(digits('test', 28).x[0], runs[0], 3); assert back.shape == mine.shape == (1, 1, 28, 28)
-        t = torch.full((4,), 300); assert torch.equal(decoder_of(runs[0], x0)(x0, t), diffae_denoiser(runs[0].unet, encode(runs[0].enc, x0))(x0, t))
-    assert coded_mse(runs[0], x0).shape == (4,)
 
-def test_a_look_is_written_once_for_each_point(runs, x0, tmp_path):
-    look = held_out(tmp_path/'deep/looks.jsonl', x0)
-    for n in (8, 16, 16, 8): look(n, dict(enc=runs[0].enc, unet=runs[0].unet), runs[0].sched)
-    c = looks(tmp_path/'deep/looks.jsonl'); assert c['seen'] == [8, 16] and c['noise_mse'][0] == pytest.approx(coded_mse(runs[0], x0).mean().item())
-    assert images_to_reach([8, 16], [2., 1.], .5) is None and images_to_reach([8, 16], [2., 1.], 1.25) == 14
+@torch.no_grad()
+def test_a_diffae_run_reconstructs(base, x0):
+    seen, back = reconstruct(digits('test', 28).x[0], base, 3)
+    assert seen.shape == (1, 1, 28, 28)
+    assert back.shape == (1, 1, 28, 28)
+    t = torch.full((4,), 300)
+    want = diffae_denoiser(base.unet, encode(base.enc, x0))(x0, t)
+    assert torch.equal(decoder_of(base, x0)(x0, t), want)
+    assert coded_mse(base, x0).shape == (4,)
 
-# ---- codes
-def test_codes_are_computed_once_and_follow_the_weights(runs, monkeypatch, tmp_path):
-    monkeypatch.setenv('PDAE_NB_CACHE', str(tmp_path)); im = digits('test', 28)[slice(5)]; enc = runs[0].enc
-    z = encode_all(enc, im); assert len(list(tmp_path.glob('codes-*'))) == 1 and torch.equal(z, encode_all(enc, im))
-    before = fingerprint(enc); enc.head.bias.data += 1; assert fingerprint(enc) != before
-    torch.testing.assert_close(encode_all(enc, im), z + 1, atol=1e-4, rtol=1e-4); assert len(list(tmp_path.glob('codes-*'))) == 2
-    assert not torch.equal(encode_all(enc, digits('test', 28)[slice(5, 10)]), z + 1)
-    (f := sorted(tmp_path.glob('codes-*'))[0]).write_bytes(f.read_bytes()[:50]); encode_all(enc, im)                # a damaged file is made anew
 
-def test_codes_go_through_batches_as_they_are():
-    z = torch.randn(10, 3)
-    assert torch.equal(torch.cat([b for b, _ in batches(Images(z), 5, 2)]).sort(0).values, z.sort(0).values)
-    with pytest.raises(TypeError, match='float32 .N,D. for codes'): Images(torch.randn(2, 3, 4))
+def test_repeated_looks_count_once(base, x0, tmp_path):
+    file = tmp_path / 'deep/looks.jsonl'
+    look = held_out(file, x0)
+    for seen in (8, 16, 16, 8):
+        look(seen, dict(enc=base.enc, unet=base.unet), base.sched)
+    curve = looks(file)
+    assert curve['seen'] == [8, 16]
+    assert len(curve['noise_mse']) == 2
+    assert curve['noise_mse'][0] == pytest.approx(coded_mse(base, x0).mean().item())
 
-def test_one_sampler_serves_codes_and_images(runs):
-    z = sample_z(runs[1], 5, 10); assert z.shape == (5, 6) and torch.equal(z, sample_z(runs[1], 5, 10)) and not torch.equal(z, sample_z(runs[1], 5, 10, seed=1))
-    assert runs[1].stats.norm(sample_z(runs[1], 50, 10, clip=1.)).abs().max() < 1.5
-    xT = torch.randn(3, 1, 28, 28); x = draw(runs[1], runs[0], xT, 3, bs=2); assert x.abs().max() <= 1 and not torch.allclose(x, xT.clamp(-1, 1), atol=.1)
-    assert not torch.equal(x, draw(runs[1], runs[0], xT, 3, bs=2, seed=1))                                           # the codes count
 
-def test_the_published_latent_loop():
-    from pdae_nb.sample import pdae_times, sample
-    from test_numerics import inp
-    z, sched = inp('zlat', [2, 16], 2), Schedule.constant(); toy = lambda z, t: .5*z + .1*((t - 1)/1000)[:, None]
-    want = {1.: ([-1.13761, -1.0557, -1.14495], 1.13186), None: ([-11.5823, -5.45592, -12.1313], 9.41352)}
-    for clip, (first, last) in want.items():
-        got = sample(toy, z, sched, pdae_times(10), clip=clip).flatten()
-        torch.testing.assert_close(torch.cat([got[:3], got[-1:]]), torch.tensor([*first, last]), atol=1e-4, rtol=1e-5)
+def test_images_to_reach_a_level():
+    assert images_to_reach([8, 16], [2.0, 1.0], 0.5) is None
+    assert images_to_reach([8, 16], [2.0, 1.0], 1.25) == 14
 
-# ---- lines, directions, rejection
-def test_lines_and_arcs_in_float64():
-    a, b = torch.randn(2, 3, 2, 5, dtype=torch.float64)
-    for f in (lerp, slerp): torch.testing.assert_close(f(a, b, 0.), a); torch.testing.assert_close(f(a, b, 1.), b); assert f(a, b, .3).dtype == torch.float64
-    torch.testing.assert_close(slerp(a, a, .3), a); u, v = (o.flatten(1)/o.flatten(1).norm(dim=1, keepdim=True) for o in (a, b))
-    torch.testing.assert_close(slerp(u, v, .4).norm(dim=1), torch.ones(3, dtype=torch.float64))
+
+# ---------------------------------------------------------------- codes
+
 
 @pytest.fixture
-def probe():
-    g = torch.Generator().manual_seed(0); z = torch.randn(500, 6, generator=g)*3 + 1
-    return z, fit_probe(z, z[:, 2] > 1)
+def cache(monkeypatch, tmp_path):
+    "An empty cache folder."
+    monkeypatch.setenv('PDAE_NB_CACHE', str(tmp_path))
+    return tmp_path
 
-def test_a_step_to_the_median_arrives(probe):
-    z, p = probe; has = z[:, 2] > 1
-    torch.testing.assert_close(p.logit(move(z, p, to_median(z, p, z[has]))), p.logit(z[has]).median().expand(500), atol=1e-3, rtol=1e-3)
-    step = p.stats.norm(move(z, p, .5)) - p.stats.norm(z); torch.testing.assert_close(step.norm(dim=1), torch.full((500,), .5*6**.5), atol=1e-3, rtol=1e-3)
 
-def test_rejection_keeps_what_it_should(probe):
-    z, p = probe; kept = accept(z, p, seed=1)
-    assert (p.prob(kept) >= .5).all() and torch.equal(kept, accept(z, p, seed=1)) and len(accept(z, p, 5)) == 5
-    flat = Probe(torch.zeros(6), torch.logit(torch.tensor(.75)).item(), ZStats(6)); assert abs(len(accept(torch.randn(20_000, 6), flat))/20_000 - .75) < .02
+def cached_codes(cache):
+    "Files of codes in the cache."
+    return sorted(cache.glob('codes-*'))
 
-def test_walks_and_edits_begin_at_the_picture(runs, x0, probe):
-    from pdae_nb.sample import invert, sample
-    run = runs[0]; z = encode(run.enc, x0); back = sample(decode(run, z), invert(decode(run, z), x0, run.sched, 4), run.sched, 4)
-    w = between(run, x0[:2], x0[2:], [0, 1], 4); torch.testing.assert_close(w[0], back[:2], atol=1e-3, rtol=1e-3); torch.testing.assert_close(w[1], back[2:], atol=1e-3, rtol=1e-3)
-    still, pushed = edit(run, x0, probe[1], [0., 3.], 4); torch.testing.assert_close(still, back, atol=1e-3, rtol=1e-3); assert not torch.allclose(still, pushed, atol=1e-4)
 
-# ---- bad input
-@pytest.mark.parametrize('what, why', [
-    (lambda z, p: p.prob(z[:, :4]), r'codes \(N,6\), got \(500, 4\)'), (lambda z, p: fit_probe(z, torch.zeros(500)), '500 codes are labelled 0, 0 not'),
-    (lambda z, p: fit_probe(z, torch.arange(500) < 3, folds=5), '5 folds need as many codes of each class, got 3'), (lambda z, p: fit_probe(z, torch.zeros(4)), 'a label for each'),
-    (lambda z, p: fit_probe(z, torch.arange(500) % 3), 'two classes'), (lambda z, p: accept(z, p, 500), 'were accepted, 500 are wanted'), (lambda z, p: oversample(torch.ones(3).bool()), 'needs both classes'),
-    (lambda z, p: ZStats(z[:1]), 'at least 2 images'), (lambda z, p: MLPSkipNet(6, 8, 1), 'at least 2 layers, got 1'), (lambda z, p: MLPSkipNet(6, 8, 2)(z[:, :5], torch.ones(500)), r'codes \(B,6\), got \(500, 5\)'),
-    (lambda z, p: attribute(digits('test'), 'eight'), "no attribute 'eight'; there are 0, 1, 2"), (lambda z, p: attribute(Images(torch.zeros(1, 1, 2, 2).byte(), torch.ones(1, 1), ['Wavy_Hair']), 'Wavy Hair'), "did you mean 'Wavy_Hair'"),
-    (lambda z, p: attribute(Images(torch.zeros(1, 1, 2, 2).byte()), '1'), 'no labels'), (lambda z, p: SemanticEncoder(1, 8, (1,)*6, 28), 'to nothing')])
-def test_bad_input_is_met_at_the_door(what, why, probe):
-    with pytest.raises(ValueError, match=why): what(*probe)
+def test_codes_are_computed_once(base, cache, monkeypatch):
+    images = digits('test', 28)[slice(5)]
+    z = encode_all(base.enc, images)
+    assert len(cached_codes(cache)) == 1
 
-def test_what_does_not_belong_together(runs, coder, x0, tmp_path):
-    with pytest.raises(ValueError, match='learnt the codes of toy_diffae, not of'): draw(runs[1], load_run('mnist_dpm'), x0)
-    with pytest.raises(ValueError, match='no encoder'): train('toy_latent', Recipe('digits', 28, dict(run='mnist_dpm', hidden=8, layers=2), 64, 8), tmp_path, **quiet)
-    with pytest.raises(ValueError, match=r'wants a code z \(4,6\), got \(4, 5\)'): diffae_denoiser(runs[0].unet, torch.zeros(4, 5))(x0, torch.ones(4))
-    with pytest.raises(ValueError, match='two images of one shape'): between(runs[0], x0, x0[:2], [0])
-    with pytest.raises(ValueError, match='decodes no codes'): decode(load_run('mnist_dpm'), torch.zeros(1, 6))
-    with pytest.raises(ValueError, match='another recipe'): train('toy_diffae', replace(ROW, lr=1.), coder.parent, **quiet)
+    def fail(x0):
+        raise AssertionError('the codes were computed again')
+
+    monkeypatch.setattr(base.enc, 'forward', fail)
+    assert torch.equal(z, encode_all(base.enc, images))
+
+
+def test_cached_codes_belong_to_the_weights_and_the_images(base, cache):
+    enc = base.enc
+    images = digits('test', 28)[slice(5)]
+    z = encode_all(enc, images)
+    before = fingerprint(enc)
+    enc.head.bias.data += 1
+    assert fingerprint(enc) != before
+    torch.testing.assert_close(encode_all(enc, images), z + 1, atol=1e-4, rtol=1e-4)
+    assert len(cached_codes(cache)) == 2
+    others = encode_all(enc, digits('test', 28)[slice(5, 10)])
+    assert not torch.allclose(others, z + 1, atol=1e-4)
+    assert len(cached_codes(cache)) == 3
+
+
+def test_damaged_file_of_codes_is_replaced(base, cache):
+    images = digits('test', 28)[slice(5)]
+    z = encode_all(base.enc, images)
+    (file,) = cached_codes(cache)
+    whole = file.read_bytes()
+    file.write_bytes(whole[:50])
+    assert torch.equal(encode_all(base.enc, images), z)
+    assert file.read_bytes() == whole
+
+
+def test_batches_of_codes_hold_each_code_once():
+    z = torch.randn(10, 3)
+    shuffled = torch.cat([batch for batch, _ in batches(Images(z), 5, 2)])
+    assert sorted(shuffled.tolist()) == sorted(z.tolist())
+    with pytest.raises(TypeError, match='float32 .N,D. for codes'):
+        Images(torch.randn(2, 3, 4))
+
+
+def test_sampled_codes_follow_the_seed(prior):
+    z = sample_z(prior, 5, 10)
+    assert z.shape == (5, 6)
+    assert torch.equal(z, sample_z(prior, 5, 10))
+    assert not torch.equal(z, sample_z(prior, 5, 10, seed=1))
+
+
+def test_clipped_sampling_of_codes_stays_in_range(prior):
+    z = sample_z(prior, 50, 10, clip=1.0)
+    assert prior.stats.norm(z).abs().max() < 1.5
+
+
+def test_sampled_images_depend_on_the_codes(base, prior):
+    xT = torch.randn(3, 1, 28, 28)
+    x = draw(prior, base, xT, 3, bs=2)
+    assert x.abs().max() <= 1
+    assert not torch.allclose(x, xT.clamp(-1, 1), atol=0.1)
+    other_codes = draw(prior, base, xT, 3, bs=2, seed=1)
+    assert not torch.equal(x, other_codes)
+
+
+@pytest.mark.parametrize(
+    'clip, first, last',
+    [
+        (1.0, [-1.13761, -1.0557, -1.14495], 1.13186),
+        (None, [-11.5823, -5.45592, -12.1313], 9.41352),
+    ],
+)
+def test_latent_sampler_gives_the_published_numbers(clip, first, last):
+    def toy(z, t):
+        time = (t - 1) / 1000
+        return 0.5 * z + 0.1 * time[:, None]
+
+    z = inp('zlat', [2, 16], 2)
+    got = sample(toy, z, Schedule.constant(), pdae_times(10), clip=clip).flatten()
+    ends = torch.cat([got[:3], got[-1:]])
+    torch.testing.assert_close(ends, torch.tensor([*first, last]), atol=1e-4, rtol=1e-5)
+
+
+# ---------------------------------------------------------------- interpolation, probes, rejection
+
+
+def unit(x):
+    "Vectors of length 1 over all axes but the first, flattened."
+    flat = x.flatten(1)
+    return flat / flat.norm(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize('f', [lerp, slerp])
+def test_interpolation_ends_at_its_arguments_in_float64(f):
+    a, b = torch.randn(2, 3, 2, 5, dtype=torch.float64)
+    torch.testing.assert_close(f(a, b, 0.0), a)
+    torch.testing.assert_close(f(a, b, 1.0), b)
+    assert f(a, b, 0.3).dtype == torch.float64
+
+
+def test_slerp_keeps_the_length_and_equal_arguments():
+    a, b = torch.randn(2, 3, 2, 5, dtype=torch.float64)
+    torch.testing.assert_close(slerp(a, a, 0.3), a)
+    lengths = slerp(unit(a), unit(b), 0.4).norm(dim=1)
+    torch.testing.assert_close(lengths, torch.ones(3, dtype=torch.float64))
+
+
+@pytest.fixture
+def codes():
+    "500 codes: (500,6)."
+    return torch.randn(500, 6, generator=torch.Generator().manual_seed(0)) * 3 + 1
+
+
+@pytest.fixture
+def probe(codes):
+    "A probe of the sign of the third number of a code, less 1."
+    return fit_probe(codes, codes[:, 2] > 1)
+
+
+def test_step_to_the_median_gives_the_median_logit(codes, probe):
+    positives = codes[codes[:, 2] > 1]
+    moved = move(codes, probe, to_median(codes, probe, positives))
+    median = probe.logit(positives).median().expand(500)
+    torch.testing.assert_close(probe.logit(moved), median, atol=1e-3, rtol=1e-3)
+
+
+def test_step_is_in_units_of_the_square_root_of_the_width(codes, probe):
+    step = probe.stats.norm(move(codes, probe, 0.5)) - probe.stats.norm(codes)
+    length = torch.full((500,), 0.5 * 6**0.5)
+    torch.testing.assert_close(step.norm(dim=1), length, atol=1e-3, rtol=1e-3)
+
+
+def test_rejection_keeps_probable_codes_and_follows_the_seed(codes, probe):
+    kept = accept(codes, probe, seed=1)
+    assert 0 < len(kept) < 500
+    assert (probe.prob(kept) >= 0.5).all()
+    assert torch.equal(kept, accept(codes, probe, seed=1))
+    assert len(accept(codes, probe, 5)) == 5
+
+
+def test_rejection_accepts_with_the_probability_of_the_attribute():
+    constant = Probe(torch.zeros(6), torch.logit(torch.tensor(0.75)).item(), ZStats(6))
+    kept = accept(torch.randn(20_000, 6), constant)
+    assert abs(len(kept) / 20_000 - 0.75) < 0.02
+
+
+@pytest.fixture
+def restored(base, x0):
+    "The four images, encoded, inverted and decoded."
+    denoiser = decode(base, encode(base.enc, x0))
+    xT = invert(denoiser, x0, base.sched, 4)
+    return sample(denoiser, xT, base.sched, 4)
+
+
+def test_interpolation_of_images_ends_at_the_reconstructions(base, x0, restored):
+    first, last = between(base, x0[:2], x0[2:], [0, 1], 4)
+    torch.testing.assert_close(first, restored[:2], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(last, restored[2:], atol=1e-3, rtol=1e-3)
+
+
+def test_edit_of_size_0_is_the_reconstruction(base, x0, restored, probe):
+    unchanged, changed = edit(base, x0, probe, [0.0, 3.0], 4)
+    torch.testing.assert_close(unchanged, restored, atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(unchanged, changed, atol=1e-4)
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def one_image(labels=None, classes=()):
+    "A data set of one image of 2×2 pixels."
+    return Images(torch.zeros(1, 1, 2, 2).byte(), labels, classes)
+
+
+BAD_INPUT = [
+    (lambda z, p: p.prob(z[:, :4]), r'codes \(N,6\), got \(500, 4\)'),
+    (lambda z, p: fit_probe(z, torch.zeros(500)), '500 codes are labelled 0, 0 not'),
+    (
+        lambda z, p: fit_probe(z, torch.arange(500) < 3, folds=5),
+        '5 folds need as many codes of each class, got 3',
+    ),
+    (lambda z, p: fit_probe(z, torch.zeros(4)), 'a label for each'),
+    (lambda z, p: fit_probe(z, torch.arange(500) % 3), 'two classes'),
+    (lambda z, p: accept(z, p, 500), 'were accepted, 500 are wanted'),
+    (lambda z, p: oversample(torch.ones(3).bool()), 'needs both classes'),
+    (lambda z, p: ZStats(z[:1]), 'at least 2 images'),
+    (lambda z, p: MLPSkipNet(6, 8, 1), 'at least 2 layers, got 1'),
+    (
+        lambda z, p: MLPSkipNet(6, 8, 2)(z[:, :5], torch.ones(500)),
+        r'codes \(B,6\), got \(500, 5\)',
+    ),
+    (
+        lambda z, p: attribute(digits('test'), 'eight'),
+        "no attribute 'eight'; there are 0, 1, 2",
+    ),
+    (
+        lambda z, p: attribute(one_image(torch.ones(1, 1), ['Wavy_Hair']), 'Wavy Hair'),
+        "did you mean 'Wavy_Hair'",
+    ),
+    (lambda z, p: attribute(one_image(), '1'), 'no labels'),
+    (lambda z, p: SemanticEncoder(1, 8, (1,) * 6, 28), 'to nothing'),
+]
+
+
+@pytest.mark.parametrize('call, message', BAD_INPUT, ids=[message for _, message in BAD_INPUT])
+def test_bad_input_is_named(call, message, codes, probe):
+    with pytest.raises(ValueError, match=message):
+        call(codes, probe)
+
+
+def test_codes_of_another_run_are_refused(prior, x0):
+    with pytest.raises(ValueError, match='learnt the codes of toy_diffae, not of'):
+        draw(prior, load_run('mnist_dpm'), x0)
+
+
+def test_a_run_without_encoder_has_no_codes(tmp_path):
+    net = dict(run='mnist_dpm', hidden=8, layers=2)
+    recipe = Recipe('digits', 28, net, images=64, batch=8)
+    with pytest.raises(ValueError, match='no encoder'):
+        train('toy_latent', recipe, tmp_path, every=2, log=silent)
+    with pytest.raises(ValueError, match='decodes no codes'):
+        decode(load_run('mnist_dpm'), torch.zeros(1, 6))
+
+
+def test_shapes_that_do_not_fit_a_run_are_named(base, x0):
+    with pytest.raises(ValueError, match=r'wants a code z \(4,6\), got \(4, 5\)'):
+        diffae_denoiser(base.unet, torch.zeros(4, 5))(x0, torch.ones(4))
+    with pytest.raises(ValueError, match='two images of one shape'):
+        between(base, x0, x0[:2], [0])
+
+
+def test_another_recipe_does_not_continue_a_run(coder):
+    with pytest.raises(ValueError, match='another recipe'):
+        train('toy_diffae', replace(RECIPE, lr=1.0), coder.parent, every=2, log=silent)

@@ -102,7 +102,7 @@ def test_adapter_and_files_fit_together(stored: Tensors) -> None:
     expected = {key for key in stored if not key.startswith(INPUT)}
     assert expected == {f'{run}/{name}' for run, name in KEYS}
     assert {run: list(table) for run, table in adapter.QUANTITIES.items()} == NOTE['quantities']
-    assert adapter.SETTINGS == NOTE['settings']
+    assert NOTE['settings'] == adapter.SETTINGS
 
 
 @pytest.mark.parametrize(('run', 'name'), KEYS)

@@ -1,120 +1,273 @@
-"""The rules that keep the house in order: sync, direction of imports, budgets, cleanliness. Seconds, no training."""
-import ast, json, re, statistics, subprocess, sys
+"""Rules of the repository: generated files, layers, style, clean notebooks. No training."""
+
+import ast
+import importlib.metadata
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from configparser import ConfigParser
 from pathlib import Path
+
+import nbformat
 import pytest
+from nbdev.config import get_config
 
 ROOT = Path(__file__).parent.parent
-NBS = sorted((ROOT/'nbs').glob('*.ipynb'))
-LESSONS = [p for p in NBS if re.match(r'[01]\d', p.name)]
-MODULES = sorted(p for p in (ROOT/'pdae_nb').glob('*.py') if not p.name.startswith('_'))
-by_name = lambda p: p.stem
+PACKAGE = ROOT / 'pdae_nb'
+NOTEBOOKS = sorted((ROOT / 'nbs').rglob('*.ipynb'))
+COURSE = sorted((ROOT / 'nbs/course').glob('*.ipynb'))
+MODULES = sorted(path for path in PACKAGE.rglob('*.py') if not path.name.startswith('_'))
 
-def cells(p): return json.loads(p.read_text())['cells']
-def text(c): return ''.join(c['source'])
-def code(p): return [c for c in cells(p) if c['cell_type'] == 'code']
-def exported(c): return bool(re.search(r'^#\|\s*exports?\b', text(c), re.M))
-def lines(s): return [l for l in s.split('\n') if l.strip() and not l.startswith('#|')]
-def asserts(c): return bool(re.search(r'(?:^|;)\s*assert\b|\btest_(eq|ne|close|fail|is|sig|warns|shuffled|stdout)\w*\(', text(c), re.M))
-def module_of(p): return next((m[1] for c in code(p) if (m := re.search(r'^#\|\s*default_exp\s+(\w+)', text(c), re.M))), None)
-def run(*args): return subprocess.run(args, capture_output=True, text=True, cwd=ROOT)
+LAYERS = [
+    'data plot files',
+    'forward denoise sampling solvers unet',
+    'gap guidance weighting',
+    'model training',
+    'methods.dpm methods.classifier methods.pdae methods.diffae methods.scorevae methods.vae '
+    'methods.latent',
+    'pretrained adapters',
+    'recipes hub',
+    'edit metrics evaluation',
+    'speed experiments.critical_stage experiments.training_efficiency experiments.autoencoding '
+    'experiments.latent_space experiments.generation experiments.scorevae',
+    'cli',
+]
+LAYER = {module: number for number, line in enumerate(LAYERS, 1) for module in line.split()}
 
-OWNER = {m: p.stem for p in NBS if (m := module_of(p))}
+
+def module_name(path: Path) -> str:
+    return '.'.join(path.relative_to(PACKAGE).with_suffix('').parts)
+
+
+def cells(path: Path) -> list[dict]:
+    return json.loads(path.read_text(encoding='utf-8'))['cells']
+
+
+def text(cell: dict) -> str:
+    return ''.join(cell['source'])
+
+
+def code_cells(path: Path) -> list[dict]:
+    return [cell for cell in cells(path) if cell['cell_type'] == 'code']
+
+
+def is_exported(cell: dict) -> bool:
+    return bool(re.match(r'#\|\s*export', text(cell)))
+
+
+def owned_module(path: Path) -> str | None:
+    "The module that a notebook owns, by its `default_exp`."
+    for cell in code_cells(path):
+        if match := re.search(r'^#\|\s*default_exp\s+([\w.]+)', text(cell), re.M):
+            return match[1]
+    return None
+
+
+OWNER = {owned_module(path): path for path in NOTEBOOKS if owned_module(path)}
+
+
+def run(*command: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+def imported_modules(path: Path) -> Iterator[tuple[ast.stmt, str]]:
+    "Each import statement of a module with the name of the package's module that it imports."
+    package = module_name(path).split('.')[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            parent = package[: len(package) - (node.level - 1)]
+            yield node, '.'.join([*parent, node.module]) if node.module else '.'.join(parent)
+        elif isinstance(node, ast.ImportFrom) and (node.module or '').startswith('pdae_nb.'):
+            yield node, node.module.removeprefix('pdae_nb.')
+
 
 def test_pyproject_is_rendered_from_settings():
-    r = run(sys.executable, '.ci/sync_settings.py', '--check')
-    assert r.returncode == 0, r.stdout
+    result = run(sys.executable, '.ci/sync_settings.py', '--check')
+    assert result.returncode == 0, result.stdout
+
 
 def test_nbdev_reads_what_settings_say():
-    from configparser import ConfigParser
-    from nbdev.config import get_config
-    cp = ConfigParser(delimiters=['=']); cp.read(ROOT/'settings.ini')
-    s, c = cp['DEFAULT'], get_config(ROOT)
-    assert c.lib_name == s['lib_name'] and c.lib_path == ROOT/s['lib_path'] and c.nbs_path == ROOT/s['nbs_path']
-    assert c.tst_flags == s['tst_flags'] and c.version == s['version']
+    parser = ConfigParser(delimiters=['='])
+    parser.read(ROOT / 'settings.ini', encoding='utf-8')
+    settings = parser['DEFAULT']
+    config = get_config(ROOT)
+    assert config.lib_name == settings['lib_name']
+    assert config.lib_path == ROOT / settings['lib_path']
+    assert config.nbs_path == ROOT / settings['nbs_path']
+    assert config.tst_flags == settings['tst_flags']
+    assert config.version == settings['version']
 
-def test_every_module_has_a_notebook():
-    assert {p.stem for p in MODULES} == set(OWNER)
 
-@pytest.mark.parametrize('p', MODULES, ids=by_name)
-def test_imports_point_to_lower_numbers(p):
-    tree = ast.parse(p.read_text())
-    used = [n.module.split('.')[-1] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and (n.level or (n.module or '').startswith('pdae_nb'))]
-    for m in used: assert OWNER[m] < OWNER[p.stem], f'{p.stem} imports {m}, which stands behind it'
-    assert not [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and any(a.name == '*' for a in n.names)], 'star import'
+def test_ruff_finds_nothing():
+    paths = ['pdae_nb', 'tests', '.ci']
+    ruff = [sys.executable, '-m', 'ruff']
+    check = run(*ruff, 'check', '--output-format', 'concise', *paths)
+    assert check.returncode == 0, check.stdout
+    layout = run(*ruff, 'format', '--check', *paths)
+    assert layout.returncode == 0, layout.stdout
 
-@pytest.mark.parametrize('p', NBS, ids=by_name)
-def test_experiments_export_nothing(p):
-    if re.match(r'2\d', p.name): assert not any(exported(c) for c in code(p))
 
-def test_modules_are_pyflakes_clean():
-    r = run(sys.executable, '-m', 'pyflakes', *map(str, MODULES))
-    assert r.returncode == 0, r.stdout
+def test_exported_cells_are_formatted():
+    result = run(sys.executable, '.ci/format_cells.py', '--check')
+    assert result.returncode == 0, result.stdout
 
-@pytest.mark.parametrize('p', MODULES, ids=by_name)
-def test_module_budgets(p):
-    src = p.read_text()
-    assert len([l for l in src.split('\n') if l.strip() and not l.startswith('# %%')]) <= 310, 'a module has at most 300 exported lines (and nbdev\'s own few)'
-    for f in [n for n in ast.walk(ast.parse(src)) if isinstance(n, ast.FunctionDef)]:
-        assert f.end_lineno - f.lineno < 45, f'{f.name} has {f.end_lineno - f.lineno + 1} lines'
-        if not f.name.startswith('_'): assert f.args.args == [] or ast.get_docstring(f) or f.name in ('forward',) or _nested(f, src), f'{f.name} has no docstring'
 
-def _nested(f, src): return any(f in ast.walk(o) and o is not f for o in ast.walk(ast.parse(src)) if isinstance(o, ast.FunctionDef)) or f.col_offset > 0
+def test_each_module_is_owned_by_one_notebook():
+    assert {module_name(path) for path in MODULES} == set(OWNER)
+    owners = [owned_module(path) for path in NOTEBOOKS if owned_module(path)]
+    assert len(owners) == len(set(owners))
 
-@pytest.mark.parametrize('p', LESSONS, ids=by_name)
-def test_notebook_budgets(p):
-    cs, cc = cells(p), code(p)
-    n = [len(lines(text(c))) for c in cc]
-    words = sum(len(re.findall(r'\w+', text(c))) for c in cs if c['cell_type'] == 'markdown')
-    assert 35 <= len(cs) <= 85, f'{len(cs)} cells'
-    assert statistics.median(n) <= 5.5, f'median {statistics.median(n)} lines'
-    assert sum(k <= 15 for k in n) >= .88*len(n), f'{sum(k > 15 for k in n)} of {len(n)} code cells have more than 15 lines'
-    assert 1.8 <= words/sum(n) <= 5, f'{words/sum(n):.1f} words per code line'
 
-@pytest.mark.parametrize('p', LESSONS, ids=by_name)
-def test_an_assertion_between_any_two_exported_functions(p):
-    last = None
-    for c in code(p):
-        if exported(c) and (m := re.search(r'^(?:def|class)\s+([a-zA-Z]\w*)', text(c), re.M)):
-            if last and re.search(rf'^@patch.*\n(?:.*\n)?def \w+\((?:self|cls): {last}\b', text(c), re.M): continue   # still the same class
-            assert last is None, f'no assertion between {last} and {m[1]}'
-            last = m[1]
-        elif asserts(c): last = None
+def test_the_table_of_layers_is_complete():
+    assert {module_name(path) for path in MODULES} == set(LAYER)
 
-@pytest.mark.parametrize('p', NBS, ids=by_name)
-def test_notebook_is_clean(p):
-    nb, raw = json.loads(p.read_text()), p.read_text()
-    import nbformat
+
+@pytest.mark.parametrize('path', MODULES, ids=module_name)
+def test_imports_follow_the_layers(path):
+    module = module_name(path)
+    for node, imported in imported_modules(path):
+        names = [alias.name for alias in node.names]
+        assert '*' not in names, f'line {node.lineno}: star import'
+        assert imported in LAYER, f'line {node.lineno}: {imported} is no module of the package'
+        assert LAYER[imported] <= LAYER[module], f'line {node.lineno}: {imported} is a higher layer'
+
+
+def test_modules_import_each_other_without_cycles():
+    imports = {module_name(path): set() for path in MODULES}
+    for path in MODULES:
+        imports[module_name(path)] |= {imported for _, imported in imported_modules(path)}
+    while imports:
+        leaves = {module for module, imported in imports.items() if not imported & set(imports)}
+        assert leaves, f'a cycle joins {sorted(imports)}'
+        imports = {module: imports[module] for module in set(imports) - leaves}
+
+
+def test_only_the_command_line_imports_experiments_and_only_inside_functions():
+    for path in MODULES:
+        module = module_name(path)
+        if module.startswith('experiments.'):
+            continue
+        for node, imported in imported_modules(path):
+            if imported.startswith('experiments.'):
+                assert module == 'cli', f'{module} imports {imported}'
+                assert node.col_offset > 0, f'cli imports {imported} at its top'
+
+
+def public_functions(path: Path) -> list[ast.FunctionDef]:
+    tree = ast.parse(path.read_text(encoding='utf-8'))
+    owners = [tree, *(node for node in tree.body if isinstance(node, ast.ClassDef))]
+    functions = [node for owner in owners for node in owner.body]
+    functions = [node for node in functions if isinstance(node, ast.FunctionDef)]
+    return [node for node in functions if not node.name.startswith('_')]
+
+
+@pytest.mark.parametrize('path', MODULES, ids=module_name)
+def test_public_functions_have_docstrings(path):
+    silent = [node.name for node in public_functions(path) if not ast.get_docstring(node)]
+    silent = [name for name in silent if name != 'forward']
+    assert not silent
+
+
+def required_packages() -> set[str]:
+    "Names of the distributions that the package requires, optional ones included."
+    parser = ConfigParser(delimiters=['='])
+    parser.read(ROOT / 'settings.ini', encoding='utf-8')
+    settings = parser['DEFAULT']
+    words = ' '.join(settings[key] for key in settings if key.endswith('requirements')).split()
+    return {re.split(r'[<>=~!]', word)[0].lower().replace('_', '-') for word in words}
+
+
+OPTIONAL = {'torchmetrics', 'torch_fidelity'}  # looked for at run time, with a clear error
+
+
+def test_every_imported_package_is_declared():
+    imported = set()
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split('.')[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(node.module.split('.')[0])
+    imported -= set(sys.stdlib_module_names) | OPTIONAL | {'pdae_nb'}
+    distributions = importlib.metadata.packages_distributions()
+    missing = [
+        name
+        for name in sorted(imported)
+        if not {d.lower().replace('_', '-') for d in distributions[name]} & required_packages()
+    ]
+    assert not missing
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_is_clean(path):
+    raw = path.read_text(encoding='utf-8')
     nbformat.validate(nbformat.reads(raw, as_version=4))
     assert not re.search(r'cuda:\d', raw), 'a device ordinal'
     assert 'widget-view+json' not in raw, 'a live widget was saved'
     assert not re.search(r'<{7} |>{7} ', raw), 'merge-conflict markers'
-    outs = [o for c in nb['cells'] if c['cell_type'] == 'code' for o in c['outputs']]
-    assert len(json.dumps(outs)) <= 410_000, 'outputs over 300 KB (400 KB in base64)'
-    assert not re.search(r'\d+%\|[█▏▎▍▌▋▊▉ ]', json.dumps(outs, ensure_ascii=False)), 'progress-bar residue'
-    assert not [o for o in outs if o['output_type'] == 'error'], 'an error was saved'
-    for c in nb['cells']:
-        if c['cell_type'] == 'markdown':
-            for l in text(c).split('\n'): assert not (l.startswith('>') and re.search(r'[$\\]', l)), f'$ or \\ in the subtitle: {l}'
+    outputs = [output for cell in code_cells(path) for output in cell['outputs']]
+    assert len(json.dumps(outputs)) <= 410_000, 'outputs over 300 KB (400 KB in base64)'
+    bars = re.search(r'\d+%\|[█▏▎▍▌▋▊▉ ]', json.dumps(outputs, ensure_ascii=False))
+    assert not bars, 'a progress bar was saved'
+    assert not [output for output in outputs if output['output_type'] == 'error']
 
-@pytest.mark.parametrize('p', LESSONS, ids=by_name)
-def test_a_page_has_its_parts(p):
-    md = '\n'.join(text(c) for c in cells(p) if c['cell_type'] == 'markdown')
-    assert re.match(r'# \S', text(cells(p)[0])), 'a title'
-    assert '<details>' in md and 'Try it' in md, 'exercises with folded answers'
-    assert re.search(r'still lack', md), 'what we have, what we still lack'
-    assert any('slider(' in text(c) for c in code(p)), 'a slider'
-    assert any('image/png' in json.dumps(c['outputs']) for c in code(p)), 'a picture'
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
+def test_subtitles_hold_no_formula(path):
+    "nbdev copies the subtitle into the module's docstring."
+    for cell in cells(path):
+        if cell['cell_type'] == 'markdown':
+            for line in text(cell).split('\n'):
+                assert not (line.startswith('>') and re.search(r'[$\\]', line)), line
+
 
 def test_importing_the_sampler_needs_little():
-    heavy = 'datasets sklearn ipywidgets matplotlib PIL pyarrow torchvision'.split()
-    r = run(sys.executable, '-c', f'import sys, pdae_nb.sample; print([m for m in {heavy} if m in sys.modules])')
-    assert r.stdout.strip() == '[]', r.stdout + r.stderr
+    heavy = [
+        'datasets',
+        'sklearn',
+        'ipywidgets',
+        'matplotlib',
+        'IPython',
+        'PIL',
+        'pyarrow',
+        'scipy',
+    ]
+    code = f'import sys, pdae_nb.sampling; print([m for m in {heavy} if m in sys.modules])'
+    result = run(sys.executable, '-c', code)
+    assert result.stdout.strip() == '[]', result.stdout + result.stderr
+
+
+GLOBAL_SETTINGS = """
+import importlib, torch
+def settings():
+    return (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32,
+            torch.backends.cudnn.benchmark, torch.get_default_dtype(), torch.get_num_threads(),
+            torch.is_grad_enabled(), torch.initial_seed())
+torch.manual_seed(123)
+before = settings()
+for module in {modules}:
+    importlib.import_module('pdae_nb.' + module)
+assert settings() == before, (before, settings())
+"""
+
+
+def test_importing_changes_no_global_setting():
+    modules = [module_name(path) for path in MODULES]
+    result = run(sys.executable, '-c', GLOBAL_SETTINGS.format(modules=modules))
+    assert result.returncode == 0, result.stderr
+
 
 def test_nothing_imports_torchvision():
-    assert not [p for p in [*MODULES, *NBS] if 'torchvision' in p.read_text()]
+    for path in [*MODULES, *NOTEBOOKS]:
+        assert 'torchvision' not in path.read_text(encoding='utf-8'), path
+
 
 def test_tracked_files_are_small():
-    r = run('git', 'ls-files', '-z')
-    if r.returncode: pytest.skip('not a git checkout')
-    big = [f for f in r.stdout.split('\0') if f and (ROOT/f).exists() and (ROOT/f).stat().st_size > 16e6]
+    listed = run('git', 'ls-files', '-z')
+    if listed.returncode:
+        pytest.skip('not a git checkout')
+    paths = [ROOT / name for name in listed.stdout.split('\0') if name]
+    big = [path for path in paths if path.exists() and path.stat().st_size > 25e6]
     assert not big

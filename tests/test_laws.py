@@ -1,194 +1,396 @@
-"""The laws of the interface, in float64, on a mixture whose every answer can be written down."""
-import pytest, torch
-from pdae_nb.denoise import GaussianMixture, denoising_loss, loss_curve, predict_x0
+"""Identities of the interface, in float64, on a Gaussian mixture with known densities."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from pdae_nb.denoise import GaussianMixture, denoising_loss, loss_curve
+from pdae_nb.experiments.critical_stage import stage_accuracy, stage_grid
+from pdae_nb.forward import Schedule, add_noise, at, eps_to_x0, posterior, shift_to_eps, x0_to_eps
 from pdae_nb.gap import gap_curve, gap_factor, posterior_gap
-from pdae_nb.guidance import classifier_guided, grad_log, guided, stage_accuracy, stage_grid
-from pdae_nb.forward import Schedule, add_noise, at, eps_to_x0, posterior, score_to_eps, shift_to_eps, x0_to_eps
-from pdae_nb.sample import belm_step, ddim_step, dpmpp_step, invert, invert_exactly, sample, trajectory
+from pdae_nb.guidance import grad_log, guided
+from pdae_nb.methods.classifier import classifier_guided
+from pdae_nb.sampling import ddim_step, invert, sample, trajectory
+from pdae_nb.solvers import belm_step, dpmpp_step, invert_exactly
 
 SCHED = Schedule.linear()
 TIMES = [1, 2, 5, 50, 300, 700, 1000]
-f64 = dict(dtype=torch.float64)
+F64 = torch.float64
+
+
+def mixture(sched):
+    mu = torch.tensor([[0.8, 0.6], [-0.9, 0.3], [0.1, -1.0]], dtype=F64)
+    return GaussianMixture(mu, 0.15, sched)
+
 
 @pytest.fixture
 def gm():
     torch.manual_seed(0)
-    return GaussianMixture(torch.tensor([[.8, .6], [-.9, .3], [.1, -1.]], **f64), .15, SCHED)
+    return mixture(SCHED)
+
+
+class Noisy(NamedTuple):
+    "Samples of the mixture at one timestep."
+
+    x0: Tensor
+    y: Tensor
+    t: Tensor
+    eps: Tensor
+    xt: Tensor
+
 
 def noisy(gm, t, n=200):
-    x0, y = gm.sample(n); t = torch.full((n,), t)
+    x0, y = gm.sample(n)
+    t = torch.full((n,), t)
     eps = torch.randn_like(x0)
-    return x0, y, t, eps, add_noise(SCHED, x0, t, eps)
+    return Noisy(x0, y, t, eps, add_noise(SCHED, x0, t, eps))
+
+
+def eps_and_score(gm, y):
+    "For `guided`: the unconditional eps and the exact score grad log p(y|x_t)."
+
+    def both(xt, t):
+        score = grad_log(lambda x: gm.log_p(x, t, y), xt)
+        return gm(xt, t), score
+
+    return both
+
+
+# ---------------------------------------------------------------- guidance
+
 
 @pytest.mark.parametrize('t', TIMES)
 def test_bayes_rule_for_scores(gm, t):
-    "eps + score_to_eps(grad log p(y|x_t)) is the exact conditional eps"
-    _, y, t, _, xt = noisy(gm, t)
-    one = guided(lambda xt, t: (gm(xt, t), grad_log(lambda x: gm.log_p(x, t, y), xt)), SCHED)
-    for f in (one, classifier_guided(gm, gm, y, SCHED)): torch.testing.assert_close(f(xt, t), gm(xt, t, y), rtol=1e-9, atol=1e-9)
+    "eps + score_to_eps(grad log p(y|x_t)) is the exact conditional eps."
+    d = noisy(gm, t)
+    conditional = gm(d.xt, d.t, d.y)
+    by_score = guided(eps_and_score(gm, d.y), SCHED)
+    by_classifier = classifier_guided(gm, gm, d.y, SCHED)
+    torch.testing.assert_close(by_score(d.xt, d.t), conditional, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(by_classifier(d.xt, d.t), conditional, rtol=1e-9, atol=1e-9)
+
 
 @pytest.mark.parametrize('window', [(0, 1), (0, 1000), (300, 700), (999, 1000)])
-def test_guidance_acts_in_its_window_and_nowhere_else(gm, window):
-    x0, y, _, eps, _ = noisy(gm, 1, 50)
-    asked = []
-    both = lambda xt, t: asked.append(t) or (gm(xt, t), grad_log(lambda x: gm.log_p(x, t, y), xt))
-    f = guided(both, SCHED, window=window, unguided=gm)
-    for t in (1, 2, 300, 301, 700, 701, 999, 1000):
-        tt = torch.full((50,), t); xt = add_noise(SCHED, x0, tt, eps)
-        inside = window[0] < t <= window[1]; before = len(asked)
-        torch.testing.assert_close(f(xt, tt), gm(xt, tt, y) if inside else gm(xt, tt), rtol=1e-9, atol=1e-9)
-        assert (len(asked) > before) == inside, 'the score is computed inside the window, and only there'
-    t = torch.arange(1, 51)*20; xt = add_noise(SCHED, x0, t, eps)           # and sample by sample in one batch
-    want = torch.where(((window[0] < t) & (t <= window[1]))[:, None], gm(xt, t, y), gm(xt, t))
+def test_guidance_acts_only_in_its_window(gm, window):
+    t1, t2 = window
+    d = noisy(gm, 1, 50)
+    both = eps_and_score(gm, d.y)
+    calls = []
+
+    def counted(xt, t):
+        calls.append(t)
+        return both(xt, t)
+
+    f = guided(counted, SCHED, window=window, unguided=gm)
+    for time in (1, 2, 300, 301, 700, 701, 999, 1000):
+        t = torch.full((50,), time)
+        xt = add_noise(SCHED, d.x0, t, d.eps)
+        inside = t1 < time <= t2
+        want = gm(xt, t, d.y) if inside else gm(xt, t)
+        calls.clear()
+        torch.testing.assert_close(f(xt, t), want, rtol=1e-9, atol=1e-9)
+        assert len(calls) == int(inside), 'the score is computed only inside the window'
+
+    # Each sample of a batch may have its own timestep.
+    t = torch.arange(1, 51) * 20
+    xt = add_noise(SCHED, d.x0, t, d.eps)
+    inside = (t1 < t) & (t <= t2)
+    want = torch.where(inside[:, None], gm(xt, t, d.y), gm(xt, t))
     torch.testing.assert_close(f(xt, t), want, rtol=1e-9, atol=1e-9)
 
-def test_a_score_leaves_the_caller_alone(gm):
-    _, y, t, _, xt = noisy(gm, 500)
-    for mode in (torch.no_grad, torch.enable_grad, torch.inference_mode):
-        with mode():
-            before = torch.is_grad_enabled(), xt.requires_grad
-            score = grad_log(lambda x: gm.log_p(x, t, y), xt)
-            assert (torch.is_grad_enabled(), xt.requires_grad) == before
-            assert score.requires_grad == (mode is torch.enable_grad)        # differentiable in a loss, without a graph in a sampler
-    temper = torch.ones((), **f64, requires_grad=True)
-    grad_log(lambda x: temper*gm.log_p(x, t, y), xt).square().sum().backward()
-    torch.testing.assert_close(temper.grad, 2*score.square().sum())          # d/da (a·score)² at a = 1: a second derivative
 
-@pytest.mark.parametrize('eta', [0., 1.])
-def test_shared_beginnings_change_nothing(gm, eta):
-    "every window of the grid equals mixed sampling from the start, draw for draw"
-    y, xT = torch.arange(60) % 3, torch.randn(60, 2, **f64)
-    kw = dict(step=250, substeps=5, eta=eta, clip=None, scale=2.)
-    judge = lambda x: -torch.cdist(x, gm.mu)
-    cells = stage_grid(gm, gm, judge, xT, y, SCHED, **kw)
+@pytest.mark.parametrize('mode', [torch.no_grad, torch.enable_grad, torch.inference_mode])
+def test_a_score_leaves_xt_and_the_grad_mode_unchanged(gm, mode):
+    d = noisy(gm, 500)
+    with mode():
+        grad_enabled = torch.is_grad_enabled()
+        score = grad_log(lambda x: gm.log_p(x, d.t, d.y), d.xt)
+        assert torch.is_grad_enabled() == grad_enabled
+        assert not d.xt.requires_grad
+        assert d.xt.grad is None
+        # In a loss the score is differentiable. In a sampler it keeps no graph.
+        assert score.requires_grad == (mode is torch.enable_grad)
+
+
+def test_a_score_can_be_differentiated(gm):
+    "The derivative of ‖a·score‖² with respect to a, at a = 1, is 2·‖score‖²."
+    d = noisy(gm, 500)
+    score = grad_log(lambda x: gm.log_p(x, d.t, d.y), d.xt).detach()
+    assert score.square().sum() > 0
+    a = torch.ones((), dtype=F64, requires_grad=True)
+    grad_log(lambda x: a * gm.log_p(x, d.t, d.y), d.xt).square().sum().backward()
+    torch.testing.assert_close(a.grad, 2 * score.square().sum())
+
+
+@pytest.mark.parametrize('eta', [0.0, 1.0])
+def test_grid_cells_equal_separate_sampling(gm, eta):
+    "Every window of the grid gives exactly the result of mixed sampling from x_T."
+    y = torch.arange(60) % 3
+    xT = torch.randn(60, 2, dtype=F64)
+    settings = dict(step=250, substeps=5, eta=eta, clip=None, scale=2.0)
+
+    def classify(x):
+        return -torch.cdist(x, gm.mu)
+
+    cells = stage_grid(gm, gm, classify, xT, y, SCHED, **settings)
     assert len(cells) == 11
-    for w in cells:
-        if w != (0, 0): assert torch.equal(cells[w], stage_accuracy(gm, gm, judge, xT, y, SCHED, window=w, **kw))
+    for window, cell in cells.items():
+        if window != (0, 0):
+            alone = stage_accuracy(gm, gm, classify, xT, y, SCHED, window=window, **settings)
+            assert torch.equal(cell, alone)
+
+
+# ---------------------------------------------------------------- one step
+
 
 @pytest.mark.parametrize('t', TIMES)
-def test_posterior_mean_from_eps_is_the_textbook_one(gm, t):
-    "mu~(x_t, x0_hat(eps)) = (x_t - beta/sqrt(1-ab) eps)/sqrt(alpha)"
-    _, _, t, _, xt = noisy(gm, t)
-    eps, a, ab = gm(xt, t), SCHED(t)/SCHED(t - 1), SCHED(t)
-    want = (xt - at((1 - a)/(1 - ab).sqrt(), xt)*eps)/at(a.sqrt(), xt)
-    torch.testing.assert_close(posterior(SCHED, eps_to_x0(SCHED, xt, t, eps), xt, t)[0], want, rtol=1e-9, atol=1e-9)
+def test_posterior_mean_as_a_function_of_eps(gm, t):
+    "mu~(x_t, x0_hat(eps)) = (x_t - beta/sqrt(1-ab) eps)/sqrt(alpha)."
+    d = noisy(gm, t)
+    eps = gm(d.xt, d.t)
+    alpha_bar = SCHED(d.t)
+    alpha = alpha_bar / SCHED(d.t - 1)
+    beta = 1 - alpha
+    want = (d.xt - at(beta / (1 - alpha_bar).sqrt(), d.xt) * eps) / at(alpha.sqrt(), d.xt)
+    mean, _ = posterior(SCHED, eps_to_x0(SCHED, d.xt, d.t, eps), d.xt, d.t)
+    torch.testing.assert_close(mean, want, rtol=1e-9, atol=1e-9)
+
 
 @pytest.mark.parametrize('t', TIMES)
 def test_shift_moves_the_posterior_mean_by_variance_times_score(gm, t):
-    _, _, t, _, xt = noisy(gm, t)
-    eps, score = gm(xt, t), torch.randn_like(xt)
-    mean = lambda e: posterior(SCHED, eps_to_x0(SCHED, xt, t, e), xt, t)
-    (before, var), (after, _) = mean(eps), mean(eps + shift_to_eps(SCHED, t, score))
-    torch.testing.assert_close(after - before, var*score, rtol=1e-7, atol=1e-10)
+    d = noisy(gm, t)
+    eps = gm(d.xt, d.t)
+    score = torch.randn_like(d.xt)
+    shifted_eps = eps + shift_to_eps(SCHED, d.t, score)
+    before, var = posterior(SCHED, eps_to_x0(SCHED, d.xt, d.t, eps), d.xt, d.t)
+    after, _ = posterior(SCHED, eps_to_x0(SCHED, d.xt, d.t, shifted_eps), d.xt, d.t)
+    torch.testing.assert_close(after - before, var * score, rtol=1e-7, atol=1e-10)
+
 
 @pytest.mark.parametrize('t', TIMES)
 def test_ddim_with_eta_1_is_ddpm(gm, t):
-    "one step of eta=1 to t-1 has the posterior's mean and variance"
-    _, _, t, _, xt = noisy(gm, t)
-    eps = gm(xt, t)
-    torch.manual_seed(1); xs, x0 = ddim_step(SCHED, xt, t, t - 1, eps, eta=1.)
-    torch.manual_seed(1); noise = torch.randn_like(xt)
-    mean, var = posterior(SCHED, x0, xt, t)
-    torch.testing.assert_close(xs, mean + var.sqrt()*noise, rtol=1e-8, atol=1e-8)
+    "One step of eta=1 to t-1 has the posterior's mean and variance."
+    d = noisy(gm, t)
+    eps = gm(d.xt, d.t)
+    torch.manual_seed(1)
+    xs, x0 = ddim_step(SCHED, d.xt, d.t, d.t - 1, eps, eta=1.0)
+    torch.manual_seed(1)
+    noise = torch.randn_like(d.xt)
+    mean, var = posterior(SCHED, x0, d.xt, d.t)
+    torch.testing.assert_close(xs, mean + var.sqrt() * noise, rtol=1e-8, atol=1e-8)
 
-def test_t0_is_clean(gm):
-    x0, _, _, eps, _ = noisy(gm, 1)
-    assert torch.equal(add_noise(SCHED, x0, torch.zeros(len(x0), dtype=torch.int64), eps), x0)
+
+def test_no_noise_is_added_at_t_0(gm):
+    d = noisy(gm, 1)
+    t = torch.zeros(len(d.x0), dtype=torch.int64)
+    assert torch.equal(add_noise(SCHED, d.x0, t, d.eps), d.x0)
+
+
+# ---------------------------------------------------------------- losses and gaps
+
 
 @pytest.mark.parametrize('t', TIMES)
-def test_a_denoiser_that_knows_x0_has_no_gap(gm, t):
-    x0, _, t, eps, xt = noisy(gm, t)
-    oracle = lambda xt, t: x0_to_eps(SCHED, xt, t, x0)
-    assert posterior_gap(oracle, x0, SCHED, t, eps).max() < 1e-18
-    assert denoising_loss(oracle, x0, SCHED, t=t, eps=eps) < 1e-18
+def test_a_denoiser_that_returns_the_true_noise_has_no_gap(gm, t):
+    d = noisy(gm, t)
+
+    def oracle(xt, t):
+        return x0_to_eps(SCHED, xt, t, d.x0)
+
+    assert posterior_gap(oracle, d.x0, SCHED, d.t, d.eps).max() < 1e-18
+    assert denoising_loss(oracle, d.x0, SCHED, t=d.t, eps=d.eps) < 1e-18
+
 
 @pytest.mark.parametrize('t', TIMES)
-def test_gap_and_loss_are_one_measurement(gm, t):
-    x0, _, t, eps, _ = noisy(gm, t)
-    loss = denoising_loss(gm, x0, SCHED, t=t, eps=eps, reduce=None)
-    torch.testing.assert_close(posterior_gap(gm, x0, SCHED, t, eps), 2*gap_factor(SCHED, t)*loss, rtol=1e-8, atol=1e-14)
+def test_gap_is_a_multiple_of_the_loss(gm, t):
+    "posterior_gap = 2·gap_factor(t)·loss, sample by sample."
+    d = noisy(gm, t)
+    loss = denoising_loss(gm, d.x0, SCHED, t=d.t, eps=d.eps, reduce=None)
+    gap = posterior_gap(gm, d.x0, SCHED, d.t, d.eps)
+    torch.testing.assert_close(gap, 2 * gap_factor(SCHED, d.t) * loss, rtol=1e-8, atol=1e-14)
 
-@pytest.mark.parametrize('bad', [[0], [5, 0], [-3], [1001]])
-def test_no_gap_where_there_is_no_step(gm, bad):
-    "the error says what came, and what was wanted"
-    want = '1…1000' if 0 in bad else '…1000'
-    with pytest.raises(ValueError, match=rf't must be in .*{want}, got .*{bad[-1]}'): gap_factor(SCHED, torch.tensor(bad))
-    with pytest.raises(ValueError, match=rf't must be in .*{want}, got .*{bad[-1]}'): gap_curve(gm, gm.sample(4)[0], SCHED, bad)
-    with pytest.raises(TypeError, match='int64'): gap_factor(SCHED, torch.tensor([.5]))
+
+@pytest.mark.parametrize(
+    'bad, accepted',
+    [([0], '1…1000'), ([5, 0], '1…1000'), ([-3], '0…1000'), ([1001], '0…1000')],
+)
+def test_gap_refuses_timesteps_without_a_step(gm, bad, accepted):
+    "The error states the timestep received and the timesteps accepted."
+    x0, _ = gm.sample(4)
+    message = rf't must be in {accepted}, got {bad[-1]}\b'
+    with pytest.raises(ValueError, match=message):
+        gap_factor(SCHED, torch.tensor(bad))
+    with pytest.raises(ValueError, match=message):
+        gap_curve(gm, x0, SCHED, bad)
+
+
+def test_gap_refuses_timesteps_that_are_not_integers():
+    with pytest.raises(TypeError, match='int64'):
+        gap_factor(SCHED, torch.tensor([0.5]))
+
 
 @pytest.mark.parametrize('bs', [1, 7, 30, 45, 10_000])
-def test_no_pass_is_larger_than_asked_for(gm, bs):
-    "whatever the size of a pass: the same losses, in the same order, each sample with its own label and noise"
-    x0, y = gm.sample(30); ts, sizes, told = [1, 300, 700], [], []
-    def noted(xt, t, y): sizes.append(len(xt)); told.append(y); return gm(xt, t, y)
-    got = loss_curve(noted, x0, SCHED, ts, y=y, bs=bs)
-    assert max(sizes) <= bs and sum(sizes) == 90 and torch.equal(torch.cat(told), y.repeat(3))
-    torch.testing.assert_close(got, loss_curve(lambda xt, t: gm(xt, t, y), x0, SCHED, ts, bs=30), rtol=1e-12, atol=1e-15)
-    torch.testing.assert_close(got, torch.stack([denoising_loss(lambda xt, t: gm(xt, t, y), x0, SCHED, t=torch.full((30,), t),
-        eps=torch.randn(x0.shape, generator=torch.Generator().manual_seed(0), **f64), reduce=None) for t in ts]), rtol=1e-12, atol=1e-15)
+def test_loss_curve_is_the_same_for_every_batch_size(gm, bs):
+    "No pass is larger than `bs`. Each sample keeps its own label and noise."
+    x0, y = gm.sample(30)
+    ts = [1, 300, 700]
+    sizes = []
+    labels = []
 
-def test_the_label_narrows_the_gap_at_every_t(gm):
+    def recorded(xt, t, y):
+        sizes.append(len(xt))
+        labels.append(y)
+        return gm(xt, t, y)
+
+    def labelled(xt, t):
+        return gm(xt, t, y)
+
+    got = loss_curve(recorded, x0, SCHED, ts, y=y, bs=bs)
+    assert max(sizes) <= bs
+    assert sum(sizes) == 90
+    assert torch.equal(torch.cat(labels), y.repeat(3))
+
+    one_pass_per_t = loss_curve(labelled, x0, SCHED, ts, bs=30)
+    torch.testing.assert_close(got, one_pass_per_t, rtol=1e-12, atol=1e-15)
+
+    eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0), dtype=F64)
+    want = []
+    for time in ts:
+        t = torch.full((30,), time)
+        want.append(denoising_loss(labelled, x0, SCHED, t=t, eps=eps, reduce=None))
+    torch.testing.assert_close(got, torch.stack(want), rtol=1e-12, atol=1e-15)
+
+
+def test_the_label_reduces_the_gap_at_every_t(gm):
     x0, y = gm.sample(20_000)
-    gaps = [(u.mean(), c.mean()) for u, c in zip(gap_curve(gm, x0, SCHED, TIMES[1:]), gap_curve(gm, x0, SCHED, TIMES[1:], y=y))]
-    assert all(cond <= uncond*(1 + 1e-9) for uncond, cond in gaps)
-    assert any(cond < .5*uncond for uncond, cond in gaps)
+    unconditional = gap_curve(gm, x0, SCHED, TIMES[1:]).mean(1)
+    conditional = gap_curve(gm, x0, SCHED, TIMES[1:], y=y).mean(1)
+    assert unconditional.shape == conditional.shape == (len(TIMES) - 1,)
+    assert (conditional <= unconditional * (1 + 1e-9)).all()
+    assert (conditional < 0.5 * unconditional).any()
+
+
+def test_other_denoisers_have_a_higher_loss_than_the_exact_one(gm):
+    x0, _ = gm.sample(5000)
+    ts = [20, 300, 800]
+
+    def shifted(xt, t):
+        return gm(xt, t) + 0.05
+
+    def scaled(xt, t):
+        return 1.1 * gm(xt, t)
+
+    def zero(xt, t):
+        return torch.zeros_like(xt)
+
+    best = loss_curve(gm, x0, SCHED, ts).mean(1)
+    for other in (shifted, scaled, zero):
+        assert (loss_curve(other, x0, SCHED, ts).mean(1) > best).all()
+
+
+# ---------------------------------------------------------------- sampling and inversion
+
+
+def rms_after_inversion(gm, x0, n, solver):
+    "Root mean square error of inversion and sampling in n steps each."
+    xT = invert(gm, x0, SCHED, n, solver=solver)
+    return (sample(gm, xT, SCHED, n, solver=solver) - x0).square().mean().sqrt()
+
 
 @pytest.mark.parametrize('solver', [ddim_step, dpmpp_step], ids=lambda f: f.__name__)
-def test_inversion_comes_back_the_better_the_more_steps(gm, solver):
+def test_inversion_error_falls_with_the_number_of_steps(gm, solver):
     x0, _ = gm.sample(300)
-    err = [(sample(gm, invert(gm, x0, SCHED, n, solver=solver), SCHED, n, solver=solver) - x0).square().mean().sqrt() for n in (20, 100, 500)]
-    assert err[0] > 1.5*err[1] > 2*err[2]
+    of_20, of_100, of_500 = [rms_after_inversion(gm, x0, n, solver) for n in (20, 100, 500)]
+    assert of_20 > 1.5 * of_100
+    assert 1.5 * of_100 > 2 * of_500
+
 
 @pytest.mark.parametrize('dtype, tol', [(torch.float64, 1e-11), (torch.float32, 2e-4)])
 @pytest.mark.parametrize('steps', [2, 10, 100])
 def test_exact_inversion_loses_only_rounding(gm, steps, dtype, tol):
     x0 = gm.sample(300)[0].to(dtype)
-    back = sample(gm, invert_exactly(gm, x0, SCHED, steps), SCHED, steps, solver=belm_step)
-    assert (back - x0).abs().max() < tol
+    inverted = invert_exactly(gm, x0, SCHED, steps)
+    exact = sample(gm, inverted, SCHED, steps, solver=belm_step)
+    assert (exact - x0).abs().max() < tol
     ddim = sample(gm, invert(gm, x0, SCHED, steps), SCHED, steps)
-    assert (ddim - x0).abs().max() > 100*tol
+    assert (ddim - x0).abs().max() > 100 * tol
+
 
 @pytest.fixture(scope='module')
-def ode():
-    "The probability-flow ODE from one noise down to a small t: its end, and what each number of steps makes of it"
-    sched = Schedule.vp_sde(2**12); T, lo = sched.T, 30
-    gm = GaussianMixture(torch.tensor([[.8, .6], [-.9, .3], [.1, -1.]], **f64), .15, sched)
-    xT = torch.randn(50, 2, generator=torch.Generator().manual_seed(0), **f64)
-    lam = (sched.alpha_bar/(1 - sched.alpha_bar)).log()
-    def grid(n):   # evenly in log SNR
-        want = torch.linspace(lam[T], lam[lo], n + 1, **f64)
-        return sorted({int((lam[1:] - w).abs().argmin()) + 1 for w in want}, reverse=True)
-    exact = sample(gm, xT, sched, list(range(T, lo - 1, -1)), solver=dpmpp_step)
-    return lambda solver, n: (sample(gm, xT, sched, grid(n), solver=solver) - exact).abs().mean().log2().item()
+def log2_error():
+    """The error of a solver at n steps, as a power of 2.
 
-@pytest.mark.parametrize('solver, order', [(ddim_step, 1), (dpmpp_step, 2), (belm_step, 2)], ids=lambda o: getattr(o, '__name__', o))
-def test_order_of_convergence(solver, order, ode):
-    "four times the steps, 4^order times the accuracy"
-    assert abs((ode(solver, 32) - ode(solver, 128))/2 - order) < .3
+    The probability-flow ODE runs from x_T to a small timestep, with n steps evenly in log SNR. The
+    reference takes every timestep.
+    """
+    sched = Schedule.vp_sde(2**12)
+    first = sched.T
+    last = 30
+    gm = mixture(sched)
+    xT = torch.randn(50, 2, generator=torch.Generator().manual_seed(0), dtype=F64)
+    log_snr = (sched.alpha_bar / (1 - sched.alpha_bar)).log()
+
+    def grid(n):
+        want = torch.linspace(log_snr[first], log_snr[last], n + 1, dtype=F64)
+        nearest = {int((log_snr[1:] - w).abs().argmin()) + 1 for w in want}
+        return sorted(nearest, reverse=True)
+
+    every_t = list(range(first, last - 1, -1))
+    exact = sample(gm, xT, sched, every_t, solver=dpmpp_step)
+
+    def error(solver, n):
+        x = sample(gm, xT, sched, grid(n), solver=solver)
+        return (x - exact).abs().mean().log2().item()
+
+    return error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'solver, order',
+    [(ddim_step, 1), (dpmpp_step, 2), (belm_step, 2)],
+    ids=lambda o: getattr(o, '__name__', o),
+)
+def test_order_of_convergence(solver, order, log2_error):
+    "With 4 times the steps, the error is divided by 4^order."
+    measured = (log2_error(solver, 32) - log2_error(solver, 128)) / 2
+    assert abs(measured - order) < 0.3
+
 
 def test_samples_follow_the_mixture(gm):
-    x = sample(gm, torch.randn(4000, 2, **f64), SCHED, 200)
-    d = (x[:, None] - gm.mu).norm(dim=-1)
-    share = d.argmin(1).bincount(minlength=3)/len(x)
-    assert (share - 1/3).abs().max() < .05
-    near = x - gm.mu[d.argmin(1)]
-    assert abs(near.std().item()/gm.std - 1) < .1
+    x = sample(gm, torch.randn(4000, 2, dtype=F64), SCHED, 200)
+    distances = (x[:, None] - gm.mu).norm(dim=-1)
+    nearest = distances.argmin(1)
+    share = nearest.bincount(minlength=3) / len(x)
+    assert (share - 1 / 3).abs().max() < 0.05
+    deviation = x - gm.mu[nearest]
+    assert abs(deviation.std().item() / gm.std - 1) < 0.1
 
-def test_latents_and_images_take_the_same_road(gm):
-    "the same numbers, whether a batch is (B,4) or (B,1,2,2)"
-    eps = lambda xt, t: .3*xt + at(SCHED(t), xt)
+
+def test_sampling_does_not_depend_on_the_shape_of_the_data():
+    "The same numbers for codes (B,4) and images (B,1,2,2)."
     x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
-    for f in (lambda x: sample(eps, x, SCHED, 10), lambda x: invert(eps, x, SCHED, 10), lambda x: invert_exactly(eps, x, SCHED, 10).xT):
-        assert torch.equal(f(x), f(x.reshape(5, 1, 2, 2)).reshape(5, 4))
 
-def test_the_exact_denoiser_cannot_be_beaten(gm):
-    x0, _ = gm.sample(5000)
-    ts = [20, 300, 800]
-    best = loss_curve(gm, x0, SCHED, ts).mean(1)
-    for other in (lambda xt, t: gm(xt, t) + .05, lambda xt, t: 1.1*gm(xt, t), lambda xt, t: torch.zeros_like(xt)):
-        assert (loss_curve(other, x0, SCHED, ts).mean(1) > best).all()
+    def eps(xt, t):
+        return 0.3 * xt + at(SCHED(t), xt)
 
-def test_a_trajectory_names_where_it_lands(gm):
-    path = list(trajectory(gm, torch.randn(3, 2, **f64), SCHED, 4))
+    def sampled(x):
+        return sample(eps, x, SCHED, 10)
+
+    def inverted(x):
+        return invert(eps, x, SCHED, 10)
+
+    def inverted_exactly(x):
+        return invert_exactly(eps, x, SCHED, 10).xT
+
+    for f in (sampled, inverted, inverted_exactly):
+        images = f(x.reshape(5, 1, 2, 2))
+        assert torch.equal(f(x), images.reshape(5, 4))
+
+
+def test_a_trajectory_yields_the_timesteps_it_arrives_at(gm):
+    path = list(trajectory(gm, torch.randn(3, 2, dtype=F64), SCHED, 4))
     assert [s for s, _, _ in path] == [750, 500, 250, 0]
-    torch.testing.assert_close(path[-1][1], path[-1][2])   # at t=0 the state is the predicted x_0
+    _, x, x0 = path[-1]
+    torch.testing.assert_close(x, x0)  # at t = 0 the state is the predicted x_0

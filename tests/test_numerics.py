@@ -1,215 +1,493 @@
-"""Numbers of the official implementations, as published code gives them in float32 on a CPU; their time index is ours minus one."""
+"""The outputs of the official implementations, computed with published code in float32 on a CPU.
+
+Their timestep is ours minus 1.
+"""
+
 import zlib
+
 import numpy as np
-import pytest, torch
+import pytest
+import torch
 from torch import nn
+
 from pdae_nb.denoise import denoising_loss
 from pdae_nb.forward import Schedule, score_to_eps, shift_to_eps, snr
-from pdae_nb.sample import diffae_times, pdae_times, sample, trajectory
-from pdae_nb.diffae import EncoderBlock, SemanticEncoder
-from pdae_nb.latent import MLPSkipNet
-from pdae_nb.pdae import ConvEncoder, GradientEstimator, lerp_trajectories
+from pdae_nb.methods.diffae import EncoderBlock, SemanticEncoder
+from pdae_nb.methods.latent import MLPSkipNet
+from pdae_nb.methods.pdae import ConvEncoder, GradientEstimator, lerp_trajectories
+from pdae_nb.sampling import sample, trajectory
+from pdae_nb.solvers import diffae_times, pdae_times
 from pdae_nb.unet import Attention, UNet, timestep_embedding
 
 SCHED = Schedule.linear()
 
+
 def u(name, n):
-    "A deterministic fill, uniform in [0,1)"
-    x, m = (np.arange(n, dtype=np.uint64) + zlib.crc32(name.encode())) % 2**32, np.uint64(0xFFFFFFFF)
-    for _ in range(2): x = ((x ^ (x >> np.uint64(16)))*np.uint64(0x45d9f3b)) & m
-    return (x ^ (x >> np.uint64(16)))/2**32
+    "n numbers in [0,1) that are a function of the name: a hash of the name plus 0, 1, 2, …"
+    mask = np.uint64(0xFFFFFFFF)
+    factor = np.uint64(0x45D9F3B)
+    half = np.uint64(16)
+    x = (np.arange(n, dtype=np.uint64) + zlib.crc32(name.encode())) % 2**32
+    for _ in range(2):
+        x = ((x ^ (x >> half)) * factor) & mask
+    return (x ^ (x >> half)) / 2**32
 
-def inp(name, shape, scale): return torch.from_numpy(scale*(2*u(f'input:{name}', int(np.prod(shape))) - 1)).reshape(shape).float()
 
-def test_the_fill_itself(): np.testing.assert_allclose(u('abc', 3), [.8334091988, .3021204264, .0728967271], atol=1e-9)
+def inp(name, shape, scale):
+    "A float32 tensor with values in [-scale, scale), a function of the name."
+    values = scale * (2 * u(f'input:{name}', int(np.prod(shape))) - 1)
+    return torch.from_numpy(values).reshape(shape).float()
 
-# ---- the network
+
+def test_deterministic_numbers():
+    want = [0.8334091988, 0.3021204264, 0.0728967271]
+    np.testing.assert_allclose(u('abc', 3), want, atol=1e-9)
+
+
+# ---------------------------------------------------------------- official names of the weights
+
+
 def block(p, b):
-    yield from (f'{p}.{k}' for k in ('in_layers.0', 'in_layers.2', 'emb_layers.1'))
-    if b.norm2.z is not None: yield f'{p}.emb_z_layers.1' if b.norm2.z.out_features == 2*b.conv2.out_channels else f'{p}.cond_emb_layers.1'
-    yield from (f'{p}.{k}' for k in ('out_layers.0', 'out_layers.3'))
-    if isinstance(b.skip, nn.Conv2d): yield f'{p}.skip_connection'
+    "Official names of a residual block without its attention; p is their prefix."
+    yield from (f'{p}.in_layers.0', f'{p}.in_layers.2', f'{p}.emb_layers.1')
+    if b.norm2.z is not None:
+        scale_and_shift = b.norm2.z.out_features == 2 * b.conv2.out_channels
+        yield f'{p}.emb_z_layers.1' if scale_and_shift else f'{p}.cond_emb_layers.1'
+    yield from (f'{p}.out_layers.0', f'{p}.out_layers.3')
+    if isinstance(b.skip, nn.Conv2d):
+        yield f'{p}.skip_connection'
+
 
 def attention(p, m):
-    if isinstance(m, Attention): yield from (f'{p}.{k}' for k in ('norm', 'qkv', 'proj_out'))
+    "Official names of an attention; none if m is no attention."
+    if isinstance(m, Attention):
+        yield from (f'{p}.norm', f'{p}.qkv', f'{p}.proj_out')
+
 
 def encoder_block(p, b):
+    "Official names of a block of Diff-AE's semantic encoder."
     yield from (f'{p}.in_layers.0', f'{p}.in_layers.2')
-    if isinstance(b.skip, nn.Conv2d): yield f'{p}.skip_connection'
+    if isinstance(b.skip, nn.Conv2d):
+        yield f'{p}.skip_connection'
+
 
 def second_half(up, p=''):
-    yield from block(f'{p}middle_block.0', up.mid[0]); yield from attention(f'{p}middle_block.1', up.mid[0].attn); yield from block(f'{p}middle_block.2', up.mid[1])
-    k, j = -1, 0
+    "Official names of the second half of a U-Net: middle, up-sampling blocks, output."
+    first, second = up.mid
+    yield from block(f'{p}middle_block.0', first)
+    yield from attention(f'{p}middle_block.1', first.attn)
+    yield from block(f'{p}middle_block.2', second)
+    number = -1
+    place = 0  # of an up-sampling block, which is the last member of the block before
     for b in up.blocks:
-        if b.resample: yield from block(f'{p}output_blocks.{k}.{j}', b); continue
-        k += 1; j = 1 + isinstance(b.attn, Attention)
-        yield from block(f'{p}output_blocks.{k}.0', b); yield from attention(f'{p}output_blocks.{k}.1', b.attn)
+        if b.resample:
+            yield from block(f'{p}output_blocks.{number}.{place}', b)
+        else:
+            number += 1
+            place = 2 if isinstance(b.attn, Attention) else 1
+            yield from block(f'{p}output_blocks.{number}.0', b)
+            yield from attention(f'{p}output_blocks.{number}.1', b.attn)
     yield from (f'{p}out.0', f'{p}out.2')
 
-def official_names(net):
-    "The official state-dict keys, in the order of our modules"
-    if isinstance(net, GradientEstimator):
-        yield from official_names(net.dpm); yield 'label_emb'; yield from second_half(net.up, 'shift_'); return
-    if isinstance(net, ConvEncoder):
-        for i, m in enumerate(net.body):
-            if isinstance(m, Attention): yield from attention(f'encoder.{i}', m)
-            elif list(m.parameters()): yield f'encoder.{i}'
-        yield f'encoder.{len(net.body) + 1}'; return
-    if isinstance(net, SemanticEncoder):
-        blocks = [m for m in net.body if isinstance(m, EncoderBlock)]
-        yield 'encoder.input_blocks.0.0'
-        for i, b in enumerate(blocks[:-2], 1): yield from encoder_block(f'encoder.input_blocks.{i}.0', b); yield from attention(f'encoder.input_blocks.{i}.1', b.attn)
-        yield from encoder_block('encoder.middle_block.0', blocks[-2]); yield from attention('encoder.middle_block.1', blocks[-2].attn); yield from encoder_block('encoder.middle_block.2', blocks[-1])
-        yield from ('encoder.out.0', 'encoder.out.3'); return
-    if isinstance(net, MLPSkipNet):
-        yield from ('time_embed.0', 'time_embed.2')
-        for i in range(len(net.layers)): yield from (f'layers.{i}.linear', f'layers.{i}.linear_emb', f'layers.{i}.norm')
-        yield f'layers.{len(net.layers)}.linear'; return
+
+def unet_names(net):
     time = 'time_embed.time_embed' if net.config['dz'] else 'time_embed'
     yield from (f'{time}.0', f'{time}.2', 'input_blocks.0.0')
-    for i, b in enumerate(net.down.blocks, 1): yield from block(f'input_blocks.{i}.0', b); yield from attention(f'input_blocks.{i}.1', b.attn)
+    for i, b in enumerate(net.down.blocks, 1):
+        yield from block(f'input_blocks.{i}.0', b)
+        yield from attention(f'input_blocks.{i}.1', b.attn)
     yield from second_half(net.up)
+
+
+def gradient_estimator_names(net):
+    yield from official_names(net.dpm)
+    yield 'label_emb'
+    yield from second_half(net.up, 'shift_')
+
+
+def conv_encoder_names(net):
+    for i, m in enumerate(net.body):
+        if isinstance(m, Attention):
+            yield from attention(f'encoder.{i}', m)
+        elif list(m.parameters()):
+            yield f'encoder.{i}'
+    yield f'encoder.{len(net.body) + 1}'
+
+
+def semantic_encoder_names(net):
+    *inputs, first, second = [m for m in net.body if isinstance(m, EncoderBlock)]
+    yield 'encoder.input_blocks.0.0'
+    for i, b in enumerate(inputs, 1):
+        yield from encoder_block(f'encoder.input_blocks.{i}.0', b)
+        yield from attention(f'encoder.input_blocks.{i}.1', b.attn)
+    yield from encoder_block('encoder.middle_block.0', first)
+    yield from attention('encoder.middle_block.1', first.attn)
+    yield from encoder_block('encoder.middle_block.2', second)
+    yield from ('encoder.out.0', 'encoder.out.3')
+
+
+def latent_net_names(net):
+    yield from ('time_embed.0', 'time_embed.2')
+    for i in range(len(net.layers)):
+        yield from (f'layers.{i}.linear', f'layers.{i}.linear_emb', f'layers.{i}.norm')
+    yield f'layers.{len(net.layers)}.linear'
+
+
+NAMES = {
+    GradientEstimator: gradient_estimator_names,
+    ConvEncoder: conv_encoder_names,
+    SemanticEncoder: semantic_encoder_names,
+    MLPSkipNet: latent_net_names,
+}
+
+
+def official_names(net):
+    "The keys of the official state dict without .weight and .bias, in the order of our modules."
+    for kind, names in NAMES.items():
+        if isinstance(net, kind):
+            return names(net)
+    return unet_names(net)
+
+
+def weight_values(key, v):
+    "Values for one tensor of a network, a function of its official name."
+    uniform = u(key, v.numel())
+    if v.ndim > 1:
+        outputs = len(v)
+        return (2 * uniform - 1) * np.sqrt(3 * outputs / v.numel())
+    if key.endswith('weight'):
+        return 0.5 + uniform
+    return 0.2 * (2 * uniform - 1)
+
 
 @torch.no_grad()
 def fill(net):
-    keys = [f'{n}.{s}' for n in official_names(net) for s in ('weight', 'bias')]
+    "Set every weight of a network to values that are a function of its official name."
+    keys = [f'{name}.{kind}' for name in official_names(net) for kind in ('weight', 'bias')]
     state = net.state_dict()
-    assert len(keys) == len(state)
-    for k, v in zip(keys, state.values()):
-        w, n = u(k, v.numel()), v.numel()
-        w = (2*w - 1)*np.sqrt(3*len(v)/n) if v.ndim > 1 else .5 + w if k.endswith('weight') else .2*(2*w - 1)
-        v.copy_(torch.from_numpy(w).reshape(v.shape))
+    for key, v in zip(keys, state.values(), strict=True):
+        v.copy_(torch.from_numpy(weight_values(key, v)).reshape(v.shape))
 
-@pytest.mark.parametrize('heads, mean, abs_mean, first, last', [
-    (1, .00864899, .448099, [-.304033, -.169668, .423158, -.133011, .0911598], .173675),
-    (4, .00796018, .446576, [-.233284, -.107622, .474691, -.218734, .0925067], .15607)])
-def test_unet_equals_the_official_one(heads, mean, abs_mean, first, last):
-    net = UNet(c=3, ch=32, mult=(1, 2, 3), size=32, attn=(16,), heads=heads).eval()
-    assert sum(p.numel() for p in net.parameters()) == 2_885_827
+
+def n_params(net):
+    return sum(p.numel() for p in net.parameters())
+
+
+# ---------------------------------------------------------------- the networks
+
+
+def fingerprint(x):
+    "Mean, mean absolute value, the first five values, the last value."
+    return [x.mean(), x.abs().mean(), *x.flatten()[:5], x.flatten()[-1]]
+
+
+def small_unet(heads=1):
+    return UNet(c=3, ch=32, mult=(1, 2, 3), size=32, attn=(16,), heads=heads)
+
+
+# fmt: off
+UNET_EPS = {  # heads -> fingerprint
+    1: [.00864899, .448099, -.304033, -.169668, .423158, -.133011, .0911598, .173675],
+    4: [.00796018, .446576, -.233284, -.107622, .474691, -.218734, .0925067, .156070],
+}
+PDAE_GRADIENT = [-.244022, .514594, .269737, .0804855, -.323166, -.190722, .196672, .235316]
+PDAE_Z = {  # size of the image -> fingerprint
+    128: [-.0361562, .502284, .283429, -.235663, -.485897, -.0508718, .265137, -.431040],
+    64: [-.0238055, .501968, .422983, .193701, -.467484, -.348888, -.0205151, -.206516],
+}
+DIFFAE_Z = [-.0526045, .334231, -.15551, .241757, -.401154, -.0561932, .0693927, .390651]
+DIFFAE_EPS = [.0155462, .451765, -.1358, -.0761019, .219588, .483503, .235028, .291843]
+DIFFAE_EPS_OF_GIVEN_Z = [
+    .0118432, .454347, .0743938, .156425, .133836, -.00374633, -.0308769, .0984921]
+LATENT_EPS = [-.0481797, .626398, .539364, -.0566622, .407236, -1.90817, .47236, .0128114]
+TIMESTEP_EMBEDDING = [
+    -.925125, .0389288, .98829, .817926, -.379664, -.999242, -.152587, .575324]
+# fmt: on
+
+
+@pytest.mark.parametrize('heads', UNET_EPS)
+@torch.no_grad()
+def test_unet_equals_the_official_one(heads):
+    net = small_unet(heads).eval()
+    assert n_params(net) == 2_885_827
     fill(net)
     x = inp('x', [2, 3, 32, 32], 1)
-    np.testing.assert_allclose(x.flatten()[:3], [.362935, -.0195144, .438504], atol=1e-6)
-    with torch.no_grad(): e = net(x, torch.tensor([7, 613]))
-    np.testing.assert_allclose([e.mean(), e.abs().mean(), *e.flatten()[:5], e.flatten()[-1]], [mean, abs_mean, *first, last], atol=1e-4)
+    np.testing.assert_allclose(x.flatten()[:3], [0.362935, -0.0195144, 0.438504], atol=1e-6)
+    eps = net(x, torch.tensor([7, 613]))
+    np.testing.assert_allclose(fingerprint(eps), UNET_EPS[heads], atol=1e-4)
 
-def fingerprint(x): return [x.mean(), x.abs().mean(), *x.flatten()[:5], x.flatten()[-1]]
 
+@torch.no_grad()
 def test_gradient_estimator_equals_the_official_one():
-    G = GradientEstimator(UNet(c=3, ch=32, mult=(1, 2, 3), size=32, attn=(16,)), 16).eval(); fill(G)
-    with torch.no_grad(): eps, g = G(inp('x', [2, 3, 32, 32], 1), torch.tensor([7, 613]), inp('z', [2, 16], 1.5))
-    np.testing.assert_allclose(fingerprint(eps), [.00864899, .448099, -.304033, -.169668, .423158, -.133011, .0911598, .173675], atol=1e-4)
-    np.testing.assert_allclose(fingerprint(g), [-.244022, .514594, .269737, .0804855, -.323166, -.190722, .196672, .235316], atol=1e-4)
+    G = GradientEstimator(small_unet(), 16).eval()
+    fill(G)
+    x = inp('x', [2, 3, 32, 32], 1)
+    z = inp('z', [2, 16], 1.5)
+    eps, g = G(x, torch.tensor([7, 613]), z)
+    np.testing.assert_allclose(fingerprint(eps), UNET_EPS[1], atol=1e-4)
+    np.testing.assert_allclose(fingerprint(g), PDAE_GRADIENT, atol=1e-4)
 
-@pytest.mark.parametrize('size, want', [(128, [-.0361562, .502284, .283429, -.235663, -.485897, -.0508718, .265137, -.43104]),
-    (64, [-.0238055, .501968, .422983, .193701, -.467484, -.348888, -.0205151, -.206516])])
-def test_encoder_equals_the_official_one(size, want):
-    enc = ConvEncoder(3, size).eval(); fill(enc)
-    with torch.no_grad(): z = enc(inp(f'x{size}', [1, 3, size, size], 1))
-    np.testing.assert_allclose(fingerprint(z), want, atol=1e-4)
 
+@pytest.mark.parametrize('size', PDAE_Z)
+@torch.no_grad()
+def test_pdae_encoder_equals_the_official_one(size):
+    enc = ConvEncoder(3, size).eval()
+    fill(enc)
+    z = enc(inp(f'x{size}', [1, 3, size, size], 1))
+    np.testing.assert_allclose(fingerprint(z), PDAE_Z[size], atol=1e-4)
+
+
+@torch.no_grad()
 def test_diffae_equals_the_official_one():
-    enc = SemanticEncoder(3, 32, (1, 2, 2), 32, 64, (16,)).eval(); unet = UNet(c=3, ch=32, mult=(1, 2), size=32, dz=64, attn=(16,), dt=64, z_shift=False).eval()
-    counts = [sum(p.numel() for p in m.parameters()) for m in (enc, unet)]
-    assert counts[0] == 326_432 and sum(counts) == 1_420_259
-    fill(enc); fill(unet)
-    x0, x, t = inp('x0', [2, 3, 32, 32], 1), inp('x', [2, 3, 32, 32], 1), torch.tensor([7, 613])
-    with torch.no_grad(): z = enc(x0); own, given = unet(x, t, z), unet(x, t, inp('z', [2, 64], 1.5))
-    np.testing.assert_allclose(fingerprint(z), [-.0526045, .334231, -.15551, .241757, -.401154, -.0561932, .0693927, .390651], atol=1e-4)
-    np.testing.assert_allclose(fingerprint(own), [.0155462, .451765, -.1358, -.0761019, .219588, .483503, .235028, .291843], atol=1e-4)
-    np.testing.assert_allclose(fingerprint(given), [.0118432, .454347, .0743938, .156425, .133836, -.00374633, -.0308769, .0984921], atol=1e-4)
+    enc = SemanticEncoder(3, 32, (1, 2, 2), 32, 64, (16,)).eval()
+    unet = UNet(c=3, ch=32, mult=(1, 2), size=32, dz=64, attn=(16,), dt=64, z_shift=False).eval()
+    assert n_params(enc) == 326_432
+    assert n_params(enc) + n_params(unet) == 1_420_259
+    fill(enc)
+    fill(unet)
+    x0 = inp('x0', [2, 3, 32, 32], 1)
+    x = inp('x', [2, 3, 32, 32], 1)
+    t = torch.tensor([7, 613])
+    z = enc(x0)
+    eps = unet(x, t, z)
+    eps_of_given_z = unet(x, t, inp('z', [2, 64], 1.5))
+    np.testing.assert_allclose(fingerprint(z), DIFFAE_Z, atol=1e-4)
+    np.testing.assert_allclose(fingerprint(eps), DIFFAE_EPS, atol=1e-4)
+    np.testing.assert_allclose(fingerprint(eps_of_given_z), DIFFAE_EPS_OF_GIVEN_Z, atol=1e-4)
 
+
+@torch.no_grad()
 def test_latent_net_equals_the_official_one():
-    net = MLPSkipNet(16, 32, 4).eval(); fill(net)
-    with torch.no_grad(): e = net(inp('zlat', [2, 16], 1), torch.tensor([7, 613]))
-    np.testing.assert_allclose(fingerprint(e), [-.0481797, .626398, .539364, -.0566622, .407236, -1.90817, .47236, .0128114], atol=1e-4)
+    net = MLPSkipNet(16, 32, 4).eval()
+    fill(net)
+    eps = net(inp('zlat', [2, 16], 1), torch.tensor([7, 613]))
+    np.testing.assert_allclose(fingerprint(eps), LATENT_EPS, atol=1e-4)
 
-@pytest.mark.parametrize('kw, n', [
-    (dict(c=3, ch=128, mult=(1, 1, 2, 3, 4), size=128, attn=(16,)), 98_618_499), (dict(c=3, ch=64, mult=(1, 2, 4, 8), size=64, attn=(16,)), 63_958_019),
-    (dict(c=3, ch=64, mult=(1, 2, 4, 8), size=64, attn=(16,), dt=512), 67_841_539), (dict(c=3, ch=128, mult=(1, 1, 2, 2, 4, 4), size=256, attn=(16,), dt=512), 131_709_827),
-    (dict(c=1, ch=64, mult=(1, 2, 2, 4), size=32), 19_404_161)])
-def test_parameter_counts(kw, n):
-    with torch.device('meta'): assert sum(p.numel() for p in UNet(**kw).parameters()) == n
+
+# fmt: off
+@pytest.mark.parametrize('config, n', [
+    (dict(c=3, ch=128, mult=(1, 1, 2, 3, 4), size=128, attn=(16,)), 98_618_499),
+    (dict(c=3, ch=64, mult=(1, 2, 4, 8), size=64, attn=(16,)), 63_958_019),
+    (dict(c=3, ch=64, mult=(1, 2, 4, 8), size=64, attn=(16,), dt=512), 67_841_539),
+    (dict(c=3, ch=128, mult=(1, 1, 2, 2, 4, 4), size=256, attn=(16,), dt=512), 131_709_827),
+    (dict(c=1, ch=64, mult=(1, 2, 2, 4), size=32), 19_404_161),
+])
+# fmt: on
+def test_parameter_counts(config, n):
+    with torch.device('meta'):
+        net = UNet(**config)
+    assert n_params(net) == n
+
 
 def test_timestep_embedding():
-    want = [-.925125, .0389288, .98829, .817926, -.379664, -.999242, -.152587, .575324]
-    np.testing.assert_allclose(timestep_embedding(torch.tensor([613]), 8)[0], want, atol=1e-5)
+    embedding = timestep_embedding(torch.tensor([613]), 8)[0]
+    np.testing.assert_allclose(embedding, TIMESTEP_EMBEDDING, atol=1e-5)
 
-# ---- the table
-@pytest.mark.parametrize('t, ab, sigma, c, lam', [   # their t
-    (1, .99978012, .014829293, .0067430, 5.1051e-4), (5, .99910152, .029974418, .0233177, 1.8118e-3), (10, .99780655, .04683404, .0404516, 4.0450e-3),
-    (50, .96995151, .17334504, .1671140, .04253198), (100, .8951416, .32381848, .3176906, .1299368), (300, .39401111, .77845287, .7729996, .5804557),
-    (500, .07779666, .96031421, .9546525, .7201784), (700, .0068682791, .99655992, .9894399, .6039361), (900, 2.7024452e-4, .99986488, .9908062, .4396125),
-    (999, 4.0358296e-5, .99997979, .9899287, .3635612)])
-def test_schedule_values(t, ab, sigma, c, lam):
-    t = torch.tensor([t + 1]); one = torch.ones(1, dtype=torch.float64); r = snr(SCHED, t)
-    got = [SCHED(t), (1 - SCHED(t)).sqrt(), -shift_to_eps(SCHED, t, one), (1/(1 + r))**.9*(r/(1 + r))**.1]
-    np.testing.assert_allclose(torch.stack(got).flatten(), [ab, sigma, c, lam], rtol=2e-5)
 
-# ---- the samplers, on toy decoders
-XS, Z = inp('xs', [2, 3, 4, 4], 1.2), inp('z', [2, 16], 1.5)
-ZM = Z.mean(1)[:, None, None, None]
-theirs = lambda t: ((t - 1)/1000).reshape(-1, 1, 1, 1)
+# ---------------------------------------------------------------- the noise schedule
 
-def pdae_toy(steps, p=0.):
-    "eps + sqrt(1-ab)·G as published, without G in the last p of the steps"
-    rank, stop = {t: i for i, t in enumerate(pdae_times(steps)[::-1])}, int(p*steps)
+# fmt: off
+SCHEDULE_VALUES = [  # their t, alpha_bar, sqrt(1 - alpha_bar), -shift_to_eps of 1, lambda of PDAE
+    (1,   .99978012,    .014829293, .0067430, 5.1051e-4),
+    (5,   .99910152,    .029974418, .0233177, 1.8118e-3),
+    (10,  .99780655,    .04683404,  .0404516, 4.0450e-3),
+    (50,  .96995151,    .17334504,  .1671140, .04253198),
+    (100, .8951416,     .32381848,  .3176906, .1299368),
+    (300, .39401111,    .77845287,  .7729996, .5804557),
+    (500, .07779666,    .96031421,  .9546525, .7201784),
+    (700, .0068682791,  .99655992,  .9894399, .6039361),
+    (900, 2.7024452e-4, .99986488,  .9908062, .4396125),
+    (999, 4.0358296e-5, .99997979,  .9899287, .3635612),
+]
+# fmt: on
+
+
+def pdae_weight(sched, t):
+    "PDAE's weight of the loss: (1/(1+SNR))^0.9·(SNR/(1+SNR))^0.1."
+    ratio = snr(sched, t)
+    return (1 / (1 + ratio)) ** 0.9 * (ratio / (1 + ratio)) ** 0.1
+
+
+@pytest.mark.parametrize('their_t, alpha_bar, sigma, shift, weight', SCHEDULE_VALUES)
+def test_schedule_values(their_t, alpha_bar, sigma, shift, weight):
+    t = torch.tensor([their_t + 1])
+    one = torch.ones(1, dtype=torch.float64)
+    np.testing.assert_allclose(SCHED(t), [alpha_bar], rtol=2e-5)
+    np.testing.assert_allclose((1 - SCHED(t)).sqrt(), [sigma], rtol=2e-5)
+    np.testing.assert_allclose(-shift_to_eps(SCHED, t, one), [shift], rtol=2e-5)
+    np.testing.assert_allclose(pdae_weight(SCHED, t), [weight], rtol=2e-5)
+
+
+# ---------------------------------------------------------------- the samplers, on toy denoisers
+
+XS = inp('xs', [2, 3, 4, 4], 1.2)
+Z = inp('z', [2, 16], 1.5)
+
+
+def numbers(x):
+    "Mean, the first three values, the last value."
+    return [x.mean(), *x.flatten()[:3], x.flatten()[-1]]
+
+
+def mean_of(z):
+    return z.mean(1)[:, None, None, None]
+
+
+def toy_eps(x, t):
+    "A toy for the U-Net."
+    their_t = (t - 1).reshape(-1, 1, 1, 1)
+    return 0.8 * x + 0.1 * their_t / 1000
+
+
+def toy_score(x, z=Z):
+    "A toy for the gradient estimator G."
+    return 0.2 * x - 0.05 * mean_of(z)
+
+
+def diffae_toy(x, t):
+    "A toy for Diff-AE's conditional U-Net."
+    return toy_eps(x, t) - 0.05 * mean_of(Z)
+
+
+def pdae_toy(x, t):
+    "eps + sqrt(1-ab)·G, as published."
+    return toy_eps(x, t) + score_to_eps(SCHED, t, toy_score(x))
+
+
+def from_t(toy, first_t):
+    "The denoiser `toy`, but without G at timesteps below `first_t`."
+
     def denoiser(x, t):
-        shift = score_to_eps(SCHED, t, .2*x - .05*ZM) if p == 0 or rank[int(t[0])] - 1 >= stop else 0
-        return .8*x + .1*theirs(t) + shift
+        return toy(x, t) if int(t[0]) >= first_t else toy_eps(x, t)
+
     return denoiser
 
-def numbers(x): return [x.mean(), *x.flatten()[:3], x.flatten()[-1]]
 
-@pytest.mark.parametrize('steps, encode, decode, decode_p3', [
-    (10, [.00838304, .233989, -.235311, -.214885, .119643], [-.140313, .242573, -.79074, -.773309, -.304018], [-.127787, .211761, -.687616, -.672444, -.267452]),
-    (20, [.0134896, .237119, -.217846, -.195671, .130237], [-.133458, .264726, -.777684, -.760424, -.275891], [-.123007, .237108, -.692783, -.677385, -.248139])])
-def test_pdae_sampler(steps, encode, decode, decode_p3):
+def with_pure_noise():
+    "The schedule with one more timestep, at which alpha_bar = 0, where the official one ends."
+    return Schedule(torch.cat([SCHED.beta, torch.ones(1, dtype=torch.float64)]))
+
+
+def encode_to_pure_noise(toy, steps):
+    "x_T of the toy denoiser, on the timesteps of Diff-AE."
+    sched = with_pure_noise()
+    rising = [t for t in diffae_times(steps)[::-1] if t > 0]
+    *_, (_, xT, _) = trajectory(toy, XS.clamp(-1, 1), sched, [*rising, sched.T], clip=1.0)
+    return xT
+
+
+# fmt: off
+PDAE_SAMPLES = [  # steps, encoded, decoded, decoded without G in the last 30 % of the steps
+    (10,
+     [.00838304, .233989, -.235311, -.214885, .119643],
+     [-.140313, .242573, -.79074, -.773309, -.304018],
+     [-.127787, .211761, -.687616, -.672444, -.267452]),
+    (20,
+     [.0134896, .237119, -.217846, -.195671, .130237],
+     [-.133458, .264726, -.777684, -.760424, -.275891],
+     [-.123007, .237108, -.692783, -.677385, -.248139]),
+]
+PAPER_SAMPLES = [  # the same, for the sampler at the time of the paper
+    (10,
+     [.010275, .234663, -.228793, -.208413, .125909],
+     [-.134221, .277209, -.776964, -.759629, -.288465],
+     [-.126456, .25824, -.720892, -.704791, -.269142]),
+    (20,
+     [.0156486, .240802, -.211487, -.189362, .136634],
+     [-.130442, .277816, -.76857, -.751408, -.268098],
+     [-.122095, .256504, -.706169, -.690379, -.247978]),
+]
+DIFFAE_SAMPLES = [  # steps, encoded, decoded
+    (10,
+     [.0235115, .351809, -.387197, -.360067, .152681],
+     [-.150022, .0621373, -.587898, -.57184, -.211054]),
+    (20,
+     [.0297888, .364434, -.382935, -.355559, .171342],
+     [-.144139, .0774675, -.589475, -.572044, -.195182]),
+]
+INTERPOLATED = [-.139037, .252312, -.790194, -.772763, -.302062]
+# fmt: on
+
+
+@pytest.mark.parametrize('steps, encoded, decoded, decoded_without_G', PDAE_SAMPLES)
+def test_pdae_sampler(steps, encoded, decoded, decoded_without_G):
     times = pdae_times(steps)
-    *_, (_, up, _) = trajectory(pdae_toy(steps), XS.clamp(-1, 1), SCHED, times[::-1], clip=1.)
-    np.testing.assert_allclose(numbers(up), encode, atol=1e-4)
-    np.testing.assert_allclose(numbers(sample(pdae_toy(steps), XS, SCHED, times, clip=1.)), decode, atol=1e-4)
-    np.testing.assert_allclose(numbers(sample(pdae_toy(steps, .3), XS, SCHED, times, clip=1.)), decode_p3, atol=1e-4)
+    rising = times[::-1]
+    *_, (_, xT, _) = trajectory(pdae_toy, XS.clamp(-1, 1), SCHED, rising, clip=1.0)
+    np.testing.assert_allclose(numbers(xT), encoded, atol=1e-4)
 
-@pytest.mark.parametrize('steps, encode, decode', [
-    (10, [.0235115, .351809, -.387197, -.360067, .152681], [-.150022, .0621373, -.587898, -.57184, -.211054]),
-    (20, [.0297888, .364434, -.382935, -.355559, .171342], [-.144139, .0774675, -.589475, -.572044, -.195182])])
-def test_diffae_sampler(steps, encode, decode):
-    toy = lambda x, t: .8*x + .1*theirs(t) - .05*ZM
-    to_noise = Schedule(torch.cat([SCHED.beta, torch.ones(1, dtype=torch.float64)]))   # they land on alpha_bar = 0
-    up = [t for t in diffae_times(steps)[::-1] if t] + [to_noise.T]
-    *_, (_, xT, _) = trajectory(toy, XS.clamp(-1, 1), to_noise, up, clip=1.)
-    np.testing.assert_allclose(numbers(xT), encode, atol=1e-4)
-    np.testing.assert_allclose(numbers(sample(toy, XS, SCHED, diffae_times(steps), clip=1.)), decode, atol=1e-4)
+    x0 = sample(pdae_toy, XS, SCHED, times, clip=1.0)
+    np.testing.assert_allclose(numbers(x0), decoded, atol=1e-4)
+
+    # `rising` contains t = 0, at which the denoiser is not called.
+    without_G = from_t(pdae_toy, rising[int(0.3 * steps) + 1])
+    x0 = sample(without_G, XS, SCHED, times, clip=1.0)
+    np.testing.assert_allclose(numbers(x0), decoded_without_G, atol=1e-4)
+
+
+@pytest.mark.parametrize('steps, encoded, decoded, decoded_without_G', PAPER_SAMPLES)
+def test_pdae_sampler_of_the_paper(steps, encoded, decoded, decoded_without_G):
+    "The timesteps are those of Diff-AE. The steps without G are counted from t = 1."
+    xT = encode_to_pure_noise(pdae_toy, steps)
+    np.testing.assert_allclose(numbers(xT), encoded, atol=1e-4)
+
+    times = diffae_times(steps)
+    x0 = sample(pdae_toy, XS, SCHED, times, clip=1.0)
+    np.testing.assert_allclose(numbers(x0), decoded, atol=1e-4)
+
+    rising = [t for t in times[::-1] if t > 0]
+    without_G = from_t(pdae_toy, rising[int(0.3 * steps)])
+    x0 = sample(without_G, XS, SCHED, times, clip=1.0)
+    np.testing.assert_allclose(numbers(x0), decoded_without_G, atol=1e-4)
+
+
+@pytest.mark.parametrize('steps, encoded, decoded', DIFFAE_SAMPLES)
+def test_diffae_sampler(steps, encoded, decoded):
+    xT = encode_to_pure_noise(diffae_toy, steps)
+    np.testing.assert_allclose(numbers(xT), encoded, atol=1e-4)
+    x0 = sample(diffae_toy, XS, SCHED, diffae_times(steps), clip=1.0)
+    np.testing.assert_allclose(numbers(x0), decoded, atol=1e-4)
+
 
 def test_training_losses():
-    x0, eps, t = XS.clamp(-1, 1), inp('eps', [2, 3, 4, 4], 1.7), torch.tensor([8, 614])
-    pdae = lambda x, t: .8*x + .1*theirs(t) + shift_to_eps(SCHED, t, .2*x - .05*ZM)
-    lam = lambda sched, t: (1/(1 + snr(sched, t)))**.9*(snr(sched, t)/(1 + snr(sched, t)))**.1
-    np.testing.assert_allclose(denoising_loss(pdae, x0, SCHED, t=t, eps=eps), .6610449, atol=1e-5)
-    np.testing.assert_allclose(denoising_loss(pdae, x0, SCHED, lam, t=t, eps=eps), .0621293, atol=1e-5)
-    diffae = lambda x, t: .8*x + .1*theirs(t) - .05*ZM
-    np.testing.assert_allclose(denoising_loss(diffae, x0, SCHED, t=t, eps=eps, reduce=None), [1.1448798, .0574673], atol=1e-5)
+    x0 = XS.clamp(-1, 1)
+    given = dict(t=torch.tensor([8, 614]), eps=inp('eps', [2, 3, 4, 4], 1.7))
 
-# ---- the paper-era sampler of PDAE, and its trajectory interpolation
-def pdae_era_toy(steps, p=0.):
-    "As `pdae_toy`, on the stride grid; the stage without G counts from the clean end"
-    rank, stop = {t: i for i, t in enumerate(t for t in diffae_times(steps)[::-1] if t)}, int(p*steps)
-    return lambda x, t: .8*x + .1*theirs(t) + (score_to_eps(SCHED, t, .2*x - .05*ZM) if rank[int(t[0])] >= stop else 0)
+    def pdae(x, t):
+        return toy_eps(x, t) + shift_to_eps(SCHED, t, toy_score(x))
 
-@pytest.mark.parametrize('steps, encode, decode, decode_p3', [
-    (10, [.010275, .234663, -.228793, -.208413, .125909], [-.134221, .277209, -.776964, -.759629, -.288465], [-.126456, .25824, -.720892, -.704791, -.269142]),
-    (20, [.0156486, .240802, -.211487, -.189362, .136634], [-.130442, .277816, -.76857, -.751408, -.268098], [-.122095, .256504, -.706169, -.690379, -.247978])])
-def test_pdae_sampler_of_the_paper(steps, encode, decode, decode_p3):
-    to_noise = Schedule(torch.cat([SCHED.beta, torch.ones(1, dtype=torch.float64)]))   # they land on alpha_bar = 0
-    up = [t for t in diffae_times(steps)[::-1] if t] + [to_noise.T]
-    *_, (_, xT, _) = trajectory(pdae_era_toy(steps), XS.clamp(-1, 1), to_noise, up, clip=1.)
-    np.testing.assert_allclose(numbers(xT), encode, atol=1e-4)
-    for p, want in ((0., decode), (.3, decode_p3)): np.testing.assert_allclose(numbers(sample(pdae_era_toy(steps, p), XS, SCHED, diffae_times(steps), clip=1.)), want, atol=1e-4)
+    loss = denoising_loss(pdae, x0, SCHED, **given)
+    np.testing.assert_allclose(loss, 0.6610449, atol=1e-5)
+    weighted = denoising_loss(pdae, x0, SCHED, pdae_weight, **given)
+    np.testing.assert_allclose(weighted, 0.0621293, atol=1e-5)
+    diffae = denoising_loss(diffae_toy, x0, SCHED, reduce=None, **given)
+    np.testing.assert_allclose(diffae, [1.1448798, 0.0574673], atol=1e-5)
+
+
+class ToyDPM:
+    "A toy with the interface of the frozen U-Net."
+
+    def __call__(self, x, t):
+        return toy_eps(x, t)
+
+    def up(self, x, t):
+        return toy_eps(x, t)
+
+
+class ToyGradientEstimator:
+    "A toy with the interface of the gradient estimator."
+
+    dpm = ToyDPM()
+
+    def shared(self, xt, t):
+        return xt, t
+
+    def score(self, x, t, z):
+        return toy_score(x, z)
+
 
 def test_trajectory_interpolation():
-    class Toy:
-        dpm = type('D', (), dict(up=staticmethod(lambda x, t: .8*x + .1*theirs(t)), __call__=lambda self, x, t: .8*x + .1*theirs(t)))()
-        def shared(self, xt, t): return xt, t
-        def score(self, x, t, z): return .2*x - .05*z.mean(1)[:, None, None, None]
-    f = lerp_trajectories(Toy(), Z, inp('z2', [2, 16], 1.5), .3, SCHED, score_to_eps)
-    np.testing.assert_allclose(numbers(sample(f, XS, SCHED, pdae_times(10), clip=1.)), [-.139037, .252312, -.790194, -.772763, -.302062], atol=1e-4)
+    z2 = inp('z2', [2, 16], 1.5)
+    f = lerp_trajectories(ToyGradientEstimator(), Z, z2, 0.3, SCHED, score_to_eps)
+    x0 = sample(f, XS, SCHED, pdae_times(10), clip=1.0)
+    np.testing.assert_allclose(numbers(x0), INTERPOLATED, atol=1e-4)

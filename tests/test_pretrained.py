@@ -3,12 +3,15 @@ import io, os, pickle, zipfile
 import numpy as np
 import pytest, torch
 
-from pdae_nb.files import load_run
+from pdae_nb.model import load_run
 from pdae_nb.forward import Schedule
-from pdae_nb.latent import MLPSkipNet
-from pdae_nb.pdae import ConvEncoder, GradientEstimator, decoder_of, pdae_loss, reconstruct
-from pdae_nb.diffae import SemanticEncoder
-from pdae_nb.pretrained import as_run, convert, from_official, load_dpm, load_official, push_run, read_official, to_official
+from pdae_nb.methods.latent import MLPSkipNet
+from pdae_nb.methods.pdae import ConvEncoder, GradientEstimator, pdae_loss
+from pdae_nb.hub import decoder_of, reconstruct
+from pdae_nb.methods.diffae import SemanticEncoder
+from pdae_nb.pretrained import as_run, convert, from_official, load_dpm, load_official, to_official
+from pdae_nb.hub import push_run
+from pdae_nb.adapters import read_official
 
 from pdae_nb.unet import UNet
 from test_numerics import SCHED, fingerprint, inp, official_names, u
@@ -111,7 +114,7 @@ def test_diffae_files(tmp_path, monkeypatch):
     lightning(dict(state_dict=both | stats | {f'ema_model.latent_net.{k}': v for k, v in state_of(net).items()}, hyper_parameters=dict(model_conf=dict(image_size=32))), tmp_path/'latent.ckpt', monkeypatch)
     said = convert(str(tmp_path/'latent.ckpt'), str(tmp_path/'runs/faces_diffae_latent'), base='faces_diffae'); convert(str(tmp_path/'latent.ckpt'), str(tmp_path/'runs/faces_diffae'), 'autoencoder', data='faces')
     latent, base = load_run(tmp_path/'runs/faces_diffae_latent'), load_run(tmp_path/'runs/faces_diffae'); assert set(said['parts']) == {'net', 'stats'} and torch.equal(latent.stats.mean, stats['conds_mean'][0])
-    from pdae_nb.latent import draw
+    from pdae_nb.edit import draw
     assert draw(latent, base, torch.randn(2, 3, 32, 32), 2, z_steps=2).shape == (2, 3, 32, 32)
 
 def test_a_converted_pdae_is_a_run(tmp_path):
@@ -229,13 +232,13 @@ def test_nan_in_a_diffusers_model(unet2d, tmp_path):
     with pytest.raises(ValueError, match='in_memory: conv_in.bias holds'): load_dpm(bad, **quiet)
 
 def test_pdae_trains_on_it(unet2d, tmp_path):
-    from pdae_nb.adapter import DiffusersUNet
+    from pdae_nb.adapters import DiffusersUNet
     torch.manual_seed(0); dpm = load_dpm(unet2d).dpm; before = {k: v.clone() for k, v in dpm.state_dict().items()}
     enc, G = ConvEncoder(3, 32, 8, groups=8), GradientEstimator(dpm, 8).train(); opt = torch.optim.Adam([*enc.parameters(), *(p for p in G.parameters() if p.requires_grad)], 3e-3)
     x0, t, eps = inp('d', [4, 3, 32, 32], 1), torch.tensor([50, 300, 600, 900]), inp('e', [4, 3, 32, 32], 1.7); losses = []
     for _ in range(12): opt.zero_grad(); loss = pdae_loss(enc, G, x0, SCHED, t=t, eps=eps); loss.backward(); opt.step(); losses.append(loss.item())
     assert losses[-1] < .98*losses[0] and all(torch.equal(v, before[k]) for k, v in dpm.state_dict().items())
-    from pdae_nb.files import save_run
+    from pdae_nb.model import save_run
     save_run(tmp_path/'guest_pdae', dict(enc=enc, G=G, dpm=dpm), SCHED, {}, torch.float32); run = load_run(tmp_path/'guest_pdae'); assert isinstance(run.dpm, DiffusersUNet) and run.dpm is run.G.dpm
     with torch.no_grad(): assert torch.allclose(decoder_of(run, x0)(x0, t), decoder_of(type('R', (), dict(enc=enc.eval(), G=G.eval(), dpm=dpm, sched=SCHED, about=dict(parts=[])))(), x0)(x0, t), atol=1e-5)
 

@@ -1,133 +1,434 @@
-"""What the README says is run: its Python, its `pdae` lines, its links, its numbers."""
-import json, os, re, subprocess, sys
+"""The README: its Python and its `pdae` lines run, its links exist, its numbers are the results."""
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
+from PIL import Image
+
+from pdae_nb.data import digits
+from pdae_nb.experiments.autoencoding import RIVALS
+from pdae_nb.experiments.training_efficiency import images_to_reach, looks
+from pdae_nb.model import load_run
+from pdae_nb.pretrained import to_official
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT/'README.md').read_text()
-ENV = os.environ | dict(PDAE_NB_SIZE='smoke', MPLBACKEND='Agg', OMP_NUM_THREADS='2', HF_HUB_OFFLINE='1')
+README = (ROOT / 'README.md').read_text()
+ENV = os.environ | dict(
+    PDAE_NB_SIZE='smoke',
+    MPLBACKEND='Agg',
+    OMP_NUM_THREADS='2',
+    HF_HUB_OFFLINE='1',
+)
+COUNTS = [
+    '',
+    'one',
+    'two',
+    'three',
+    'four',
+    'five',
+    'six',
+    'seven',
+    'eight',
+    'nine',
+    'ten',
+    'eleven',
+    'twelve',
+]
 
-def percent(v): return f'{v:.1%}'.replace('%', ' %')
-def blocks(kind): return re.findall(rf'^```{kind}\n(.*?)^```', README, re.M | re.S)
 
-def test_python_stands_by_line_20():
-    assert README[:README.index('```python')].count('\n') < 20
+def percent(v, digits=1):
+    "A fraction as the README writes it: '92.8 %'."
+    return f'{v:.{digits}%}'.replace('%', ' %')
 
+
+def about(name):
+    "The run.json of a trained run."
+    return json.loads((ROOT / f'data/models/{name}/run.json').read_text())
+
+
+def results(experiment):
+    "The results of an experiment at size `lesson`."
+    return json.loads((ROOT / f'data/results/{experiment}/lesson.json').read_text())
+
+
+def noise_mse_of(name):
+    "The noise MSE of a trained run on the test images."
+    return about(name)['result']['test_noise_mse']
+
+
+def rate_of(name):
+    "Kullback–Leibler divergence of a run's codes from the prior, nats."
+    return about(name)['result']['kl']
+
+
+def blocks(kind):
+    "The README's blocks of code in a language."
+    return re.findall(rf'^```{kind}\n(.*?)^```', README, re.M | re.S)
+
+
+def pdae_lines():
+    "The README's lines of shell code that begin with `pdae`, without comments."
+    lines = '\n'.join(blocks('sh')).splitlines()
+    return [line.split('#')[0].strip() for line in lines if line.startswith('pdae ')]
+
+
+# Code
+
+
+def test_first_python_block_begins_before_line_20():
+    start = README.index('```python')
+    assert README[:start].count('\n') < 20
+
+
+def test_there_is_code_to_run():
+    assert pdae_lines()
+    assert blocks('python')
+
+
+@pytest.mark.slow
 def test_python_blocks_run_in_order(tmp_path):
     code = '\n'.join(blocks('python'))
-    r = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=ENV, capture_output=True, text=True)
-    assert r.returncode == 0, r.stderr
+    command = [sys.executable, '-c', code]
+    done = subprocess.run(command, cwd=tmp_path, env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     assert list(tmp_path.glob('*.png')), 'the README promises a picture'
 
-PDAE = [l.split('#')[0].strip() for b in blocks('sh') for l in b.split('\n') if l.startswith('pdae ')]
+
+def png(pixels):
+    "An image (1,H,W) as the Hub's column stores it."
+    file = io.BytesIO()
+    Image.fromarray(pixels[0].numpy()).save(file, 'png')
+    return dict(bytes=file.getvalue(), path=None)
+
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
-    "scikit-learn's digits in MNIST's clothes: the Hub's columns, as a parquet file"
-    import io
-    import pyarrow as pa, pyarrow.parquet as pq
-    from PIL import Image
-    from pdae_nb.data import digits
-    def png(x): b = io.BytesIO(); Image.fromarray(x[0].numpy()).save(b, 'png'); return dict(bytes=b.getvalue(), path=None)
-    im, root = digits('test', 28), tmp_path_factory.mktemp('data')
-    (root/'mnist').mkdir()
-    table = pa.table(dict(image=[png(x) for x in im.x], label=im.y.tolist()))
-    for split in ('train', 'test'): pq.write_table(table, root/f'mnist/{split}-00000-of-00001.parquet')
-    return dict(PDAE_NB_DATA=str(root), PDAE_NB_CACHE=str(root/'cache'))
+    "Environment in which MNIST is a parquet file with the Hub's columns and scikit-learn's digits."
+    root = tmp_path_factory.mktemp('data')
+    images = digits('test', 28)
+    columns = dict(image=[png(x) for x in images.x], label=images.y.tolist())
+    (root / 'mnist').mkdir()
+    for split in ('train', 'test'):
+        pq.write_table(pa.table(columns), root / f'mnist/{split}-00000-of-00001.parquet')
+    return dict(PDAE_NB_DATA=str(root), PDAE_NB_CACHE=str(root / 'cache'))
+
 
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
-    "Where all lines run, one after the other, as a reader's would; with the checkpoint that the README's Python writes"
-    import torch
-    from pdae_nb.pretrained import to_official
-    from pdae_nb.train import load_run
-    d = tmp_path_factory.mktemp('lines'); torch.save(dict(ema_denoise_fn=to_official(load_run('mnist_dpm').dpm)), d/'checkpoint.pt'); return d
+    "Folder in which all lines run in order, with the checkpoint that the README's Python writes."
+    folder = tmp_path_factory.mktemp('lines')
+    dpm = load_run('mnist_dpm').dpm
+    torch.save(dict(ema_denoise_fn=to_official(dpm)), folder / 'checkpoint.pt')
+    return folder
 
-@pytest.mark.parametrize('line', PDAE)
+
+@pytest.mark.slow
+@pytest.mark.parametrize('line', pdae_lines())
 def test_shell_lines_run(line, place, data):
-    exe = str(Path(sys.executable).with_name('pdae'))
-    r = subprocess.run([exe, *line.split()[1:]], cwd=place, env=ENV | data, capture_output=True, text=True)
-    assert r.returncode == 0, r.stderr
+    program = str(Path(sys.executable).with_name('pdae'))
+    command = [program, *line.split()[1:]]
+    done = subprocess.run(command, cwd=place, env=ENV | data, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
-def test_there_are_lines_to_run(): assert PDAE and blocks('python')
+
+# Targets and links
+
 
 def test_make_targets_exist():
-    make = (ROOT/'Makefile').read_text()
-    for t in set(re.findall(r'`?make (\w+)', README)): assert re.search(rf'^{t}:', make, re.M), f'no target {t}'
+    makefile = (ROOT / 'Makefile').read_text()
+    targets = set(re.findall(r'`?make (\w+)', README))
+    assert targets
+    for target in targets:
+        assert re.search(rf'^{target}:', makefile, re.M), f'no target {target}'
 
-def test_links_lead_somewhere():
-    for f in ('README.md', 'CONTRIBUTING.md'):
-        for link in re.findall(r'\]\((?!https?:|#)([^)#]+)', (ROOT/f).read_text()): assert (ROOT/link).exists(), f'{f}: {link}'
 
-def test_numbers_are_those_of_the_run():
-    about = json.loads((ROOT/'data/models/mnist_dpm/run.json').read_text())
-    assert f'{about["result"]["test_noise_mse"]:.4f}' in README
-    assert f'{about["images_seen"]:,} images' in README
-    ev = json.loads((ROOT/'data/results/mnist_dpm/lesson.json').read_text())
-    assert f'{ev["judge"]["sure_of_samples"]:.1%}'.replace('%', ' %') in README
+def local_links(text):
+    "The targets of Markdown links that are paths."
+    return re.findall(r'\]\((?!https?:|#)([^)#]+)', text)
 
-def test_the_critical_stage_is_the_one_measured():
-    d = json.loads((ROOT/'data/results/critical_stage_ddim/lesson.json').read_text()); f, about = d['shortest'], d['about']
-    a, b = f['window']
-    assert f'{a} < t ≤ {b}, {percent(f["accuracy"])} of {f["samples"]} samples' in README
-    assert f'{percent(f["full"])} when guided throughout and {percent(f["none"])} when never' in README
-    assert f'keeps {f["share"]:.0%}'.replace('%', ' %') in README and f'scale {about["scale"]:g})' in README and f'{about["T"]//about["step"]*about["substeps"]} steps' in README
-    d = json.loads((ROOT/'data/results/critical_stage_ddpm/lesson.json').read_text()); f = d['shortest']; a, b = f['window']
-    assert d['about']['eta'] == 1 and f'it is {a} < t ≤ {b}, with {percent(f["accuracy"])} ({percent(f["full"])}, {percent(f["none"])})' in README
 
-def test_the_twin_gains_what_the_readme_says():
-    "lower by up to a fifth; at t <= 150 by nothing"
-    d = json.loads((ROOT/'data/results/mnist_cdpm/lesson.json').read_text())
-    ratio = {t: sum(c[i]/u[i] for c, u in zip(d['conditional'], d['unconditional']))/d['repeats'] for i, t in enumerate(d['t'])}
-    assert .77 < min(ratio.values()) < .83 and all(abs(r - 1) < .005 for t, r in ratio.items() if t <= 150)
+def test_local_links_exist():
+    assert local_links(README)
+    for file in ('README.md', 'CONTRIBUTING.md'):
+        for link in local_links((ROOT / file).read_text()):
+            assert (ROOT / link).exists(), f'{file}: {link}'
 
-def test_pdae_does_what_the_readme_says():
-    run, d = (json.loads((ROOT/'data'/p).read_text()) for p in ('models/mnist_pdae/run.json', 'results/mnist_pdae/lesson.json'))
-    of = lambda k, m='mse': d['table'][k][m][0]
-    left = {t: a/b for t, a, b in zip(d['gap']['t'], d['gap']['pdae']['mean'], d['gap']['dpm']['mean'])}; best = min(left, key=left.get)
-    assert f'writes {run["recipe"]["net"]["z_dim"]} numbers' in README and f'in {run["images_seen"]:,} images and {run["seconds"]/60:.0f} minutes' in README
-    assert f'up to {100*(1 - left[best]):.0f} % of the gap ({d["gap"]["images"]:,} test digits, t = {best})' in README
-    assert f'{percent(of("PDAE random, DDIM 20", "kept"))} of {d["table"]["PDAE random, DDIM 20"]["n"]} test digits' in README and f'error of {of("PDAE random, DDIM 20"):.4f} (pixels' in README
-    assert f'{of("PDAE inferred, DDIM 100"):.1e} in 100 DDIM steps, where the model alone loses {of("DPM inferred, DDIM 100"):.1e}, and {of("PDAE inferred, DPM++ 20"):.1e} in 20 steps of DPM-Solver++' in README
 
-def test_diff_ae_needs_what_the_readme_says():
-    from pdae_nb.diffae import images_to_reach, looks
-    pdae, diffae, dpm = (json.loads((ROOT/f'data/models/mnist_{k}/run.json').read_text()) for k in ('pdae', 'diffae', 'dpm')); way = looks(ROOT/'data/results/mnist_diffae/training.jsonl')
-    assert f'as many images in all ({diffae["images_seen"]:,})' in README and diffae['images_seen'] == pdae['images_seen'] + dpm['images_seen']
-    assert 'a noise MSE of {:.4f} on test digits, PDAE at {:.4f}, the DPM alone at {:.4f}'.format(*(o['result']['test_noise_mse'] for o in (diffae, pdae, dpm))) in README
-    assert f'Diff-AE\'s in {diffae["seconds"]/60:.0f} minutes' in README and diffae['hardware'].startswith('2 CPU cores')
-    there = int(re.search(r'where PDAE ends after ([\d,]+) images', README)[1].replace(',', '')); assert abs(there/images_to_reach(way['seen'], way['noise_mse'], pdae['result']['test_noise_mse']) - 1) < .05        # the page asks PDAE on the 2,000 images of the curve
-    assert f'PDAE needed {pdae["images_seen"]/there:.0%} of them'.replace('%', ' %') in README and f'with its DPM\'s {diffae["images_seen"]/there:.0%}'.replace('%', ' %') in README
+# Numbers
 
-def test_scorevae_is_as_measured():
-    bayes, vae = (json.loads((ROOT/f'data/models/mnist_{k}/run.json').read_text()) for k in ('scorevae', 'vae')); rows = json.loads((ROOT/'data/results/mnist_space/lesson.json').read_text())['rows']
-    assert f'After {bayes["images_seen"]:,} images ({bayes["seconds"]/60:.0f} minutes of one thread) its noise MSE on test digits is {bayes["result"]["test_noise_mse"]:.4f}, the lowest here, at {bayes["result"]["kl"]:.0f} nats' in README and f'nearer still, at {vae["result"]["kl"]:.0f} nats' in README
-    assert bayes['result']['test_noise_mse'] < min(json.loads((ROOT/f'data/models/mnist_{k}/run.json').read_text())['result']['test_noise_mse'] for k in ('dpm', 'pdae', 'diffae', 'paper_scorevae'))
-    mse = {k: r['restored']['random']['mse'][0] for k, r in rows.items() if 'random' in r.get('restored', {})}; assert mse['beta-VAE'] < mse['ScoreVAE'] < min(mse['PDAE'], mse['Diff-AE'])
-    theirs = json.loads((ROOT/'data/models/mnist_paper_scorevae/run.json').read_text()); assert f'{theirs["images_seen"]:,} images, too, the noise MSE is {theirs["result"]["test_noise_mse"]:.4f} at {theirs["result"]["kl"]:.0f} nats' in README and max(mse, key=mse.get) == 'ScoreVAE, paper'
-    assert {k for _, k in sorted((r['legible']['accuracy'][0], k) for k, r in rows.items() if 'legible' in r)[:2]} == {'ScoreVAE', 'ScoreVAE, paper'} and all(rows[k]['drawn'][w]['fid'][0] > 10*rows['DDIM']['drawn']['DDIM']['fid'][0] for k, w in (('ScoreVAE', 'ScoreVAE'), ('ScoreVAE, paper', 'ScoreVAE'), ('beta-VAE', 'VAE')))
-    names = sorted(p.parent.name for p in (ROOT/'data/models').glob('*/run.json')); count = ['', 'one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight', 'nine', 'ten', 'eleven', 'twelve']; of = lambda d: count[sum(n.startswith(d + '_') for n in names)]
-    assert f'{of("mnist")} models of MNIST, and {of("cifar16")} small ones of CIFAR-10 at 16×16' in README and {n.split('_')[0] for n in names} == {'mnist', 'cifar16'}
 
-def test_the_latent_model_took_what_the_readme_says():
-    run = json.loads((ROOT/'data/models/mnist_pdae_latent/run.json').read_text()); base = json.loads((ROOT/'data/models/mnist_pdae/run.json').read_text())
-    assert f'a DPM over the {base["recipe"]["net"]["z_dim"]} numbers, {run["seconds"]/60:.0f} minutes of training' in README
+def test_numbers_of_the_dpm():
+    assert f'{noise_mse_of("mnist_dpm"):.4f}' in README
+    assert f'{about("mnist_dpm")["images_seen"]:,} images' in README
+    evaluation = results('mnist_dpm')
+    assert percent(evaluation['judge']['sure_of_samples']) in README
 
-def test_the_methods_stand_side_by_side_as_measured():
-    from pdae_nb.space import RIVALS
-    d = json.loads((ROOT/'data/results/mnist_space/lesson.json').read_text()); pm = lambda v, f: '–' if v is None else f'{v[0]:{f}} ± {v[1]:{f}}'; rows = {k: r for k, r in d['rows'].items() if 'cost' in r}
-    runs = {k: json.loads((ROOT/f'data/models/mnist_{RIVALS[k]}/run.json').read_text()) for k in rows}; base = lambda k: f' + {runs["DDIM"]["images_seen"]:,}'*('dpm' in runs[k]['recipe']['net'])
-    assert f'in {d["about"]["steps"]} steps: {d["about"]["n"]} test digits' in README and f'FID of {d["about"]["fid_images"]:,} drawn digits' in README
-    for k, r in rows.items():
-        o, c, own = r['restored'], r['cost'], [v['fid'] for w, v in r['drawn'].items() if '+' not in w and 'to the end' not in w]; of = lambda m, f: pm(o.get('random', {}).get(m), f)
-        assert f'| {k} | {of("mse", ".4f")} | {pm(o["inferred"]["mse"], ".5f")} | {of("ssim", ".3f")} | {of("lpips", ".4f")} | {pm(r.get("legible", {}).get("accuracy"), ".1%")} | {" / ".join(pm(v, ".1f") for v in own)} | {c["images"]:,}{base(k)} | {c["weights"]/1e6:.2f} M | {c["step_ratio"]:.2g} | {c["reconstruction_ratio"]:.2g} |' in README
+
+def test_critical_stage_with_ddim():
+    d = results('critical_stage_ddim')
+    settings = d['about']
+    found = d['shortest']
+    t1, t2 = found['window']
+    accuracy = percent(found['accuracy'])
+    guided = percent(found['full'])
+    unguided = percent(found['none'])
+    steps = settings['T'] // settings['step'] * settings['substeps']
+    assert f'{t1} < t ≤ {t2}, {accuracy} of {found["samples"]} samples' in README
+    assert f'{guided} when guided throughout and {unguided} when never' in README
+    assert f'keeps {percent(found["share"], 0)}' in README
+    assert f'scale {settings["scale"]:g})' in README
+    assert f'{steps} steps' in README
+
+
+def test_critical_stage_with_ddpm():
+    d = results('critical_stage_ddpm')
+    found = d['shortest']
+    t1, t2 = found['window']
+    accuracy = percent(found['accuracy'])
+    guided = percent(found['full'])
+    unguided = percent(found['none'])
+    assert d['about']['eta'] == 1
+    assert f'it is {t1} < t ≤ {t2}, with {accuracy} ({guided}, {unguided})' in README
+
+
+def test_gain_of_the_conditional_dpm():
+    "The label lowers the loss by up to a fifth, and by nothing at t <= 150."
+    assert 'its loss is lower by up to a fifth' in README
+    assert 'below t = 150, by nothing' in README
+    d = results('mnist_cdpm')
+    conditional = torch.tensor(d['conditional'], dtype=torch.float64)  # (repeats, timesteps)
+    unconditional = torch.tensor(d['unconditional'], dtype=torch.float64)
+    assert len(conditional) == d['repeats']
+    ratio = (conditional / unconditional).mean(0)
+    early = torch.tensor(d['t']) <= 150
+    assert early.any()
+    assert 0.77 < ratio.min() < 0.83
+    assert (ratio[early] - 1).abs().max() < 0.005
+
+
+def test_numbers_of_pdae():
+    run = about('mnist_pdae')
+    d = results('mnist_pdae')
+    gap = d['gap']
+    table = d['table']
+    random = table['PDAE random, DDIM 20']
+    inferred = table['PDAE inferred, DDIM 100']['mse'][0]
+    inferred_dpm = table['DPM inferred, DDIM 100']['mse'][0]
+    inferred_dpmpp = table['PDAE inferred, DPM++ 20']['mse'][0]
+
+    left = {}  # timestep -> fraction of the gap that is left
+    curves = zip(gap['t'], gap['pdae']['mean'], gap['dpm']['mean'], strict=True)
+    for t, pdae, dpm in curves:
+        left[t] = pdae / dpm
+    best = min(left, key=left.get)
+    filled = 100 * (1 - left[best])
+
+    minutes = run['seconds'] / 60
+    assert f'writes {run["recipe"]["net"]["z_dim"]} numbers' in README
+    assert f'in {run["images_seen"]:,} images and {minutes:.0f} minutes' in README
+    test_digits = f'{gap["images"]:,} test digits'
+    assert f'up to {filled:.0f} % of the gap ({test_digits}, t = {best})' in README
+    assert f'{percent(random["kept"][0])} of {random["n"]} test digits' in README
+    assert f'error of {random["mse"][0]:.4f} (pixels' in README
+    assert (
+        f'{inferred:.1e} in 100 DDIM steps, where the model alone loses {inferred_dpm:.1e}, '
+        f'and {inferred_dpmpp:.1e} in 20 steps of DPM-Solver++'
+    ) in README
+
+
+def test_noise_mse_of_diff_ae_and_pdae():
+    diffae = about('mnist_diffae')
+    pdae = about('mnist_pdae')
+    dpm = about('mnist_dpm')
+    assert f'as many images in all ({diffae["images_seen"]:,})' in README
+    assert diffae['images_seen'] == pdae['images_seen'] + dpm['images_seen']
+    assert (
+        f'a noise MSE of {noise_mse_of("mnist_diffae"):.4f} on test digits, '
+        f'PDAE at {noise_mse_of("mnist_pdae"):.4f}, '
+        f'the DPM alone at {noise_mse_of("mnist_dpm"):.4f}'
+    ) in README
+    assert f"Diff-AE's in {diffae['seconds'] / 60:.0f} minutes" in README
+    assert diffae['hardware'].startswith('2 CPU cores')
+
+
+def test_images_that_diff_ae_needs_for_the_noise_mse_of_pdae():
+    diffae = about('mnist_diffae')
+    pdae = about('mnist_pdae')
+    curve = looks(ROOT / 'data/results/mnist_diffae/training.jsonl')
+    final = noise_mse_of('mnist_pdae')
+    reached = images_to_reach(curve['seen'], curve['noise_mse'], final)
+    stated = re.search(r'where PDAE ends after ([\d,]+) images', README)
+    images = int(stated[1].replace(',', ''))
+    # The README's number is for PDAE's noise MSE on the 2,000 images of the curve.
+    assert abs(images / reached - 1) < 0.05
+    assert f'PDAE needed {percent(pdae["images_seen"] / images, 0)} of them' in README
+    assert f"with its DPM's {percent(diffae['images_seen'] / images, 0)}" in README
+
+
+def test_noise_mse_and_rate_of_scorevae():
+    release = about('mnist_scorevae')
+    minutes = release['seconds'] / 60
+    assert (
+        f'After {release["images_seen"]:,} images ({minutes:.0f} minutes of one thread) '
+        f'its noise MSE on test digits is {noise_mse_of("mnist_scorevae"):.4f}, '
+        f'the lowest here, at {rate_of("mnist_scorevae"):.0f} nats'
+    ) in README
+    others = ('mnist_dpm', 'mnist_pdae', 'mnist_diffae', 'mnist_paper_scorevae')
+    assert noise_mse_of('mnist_scorevae') < min(map(noise_mse_of, others))
+    assert f'nearer still, at {rate_of("mnist_vae"):.0f} nats' in README
+    assert (
+        f'{about("mnist_paper_scorevae")["images_seen"]:,} images, too, '
+        f'the noise MSE is {noise_mse_of("mnist_paper_scorevae"):.4f} '
+        f'at {rate_of("mnist_paper_scorevae"):.0f} nats'
+    ) in README
+
+
+def test_scorevae_among_the_methods():
+    "Squared errors from random noise; accuracies of probes; FIDs of samples from the prior."
+    rows = results('mnist_space')['rows']
+    mse = {}
+    for label, row in rows.items():
+        if 'random' in row.get('restored', {}):
+            mse[label] = row['restored']['random']['mse'][0]
+    assert mse['beta-VAE'] < mse['ScoreVAE'] < min(mse['PDAE'], mse['Diff-AE'])
+    assert max(mse, key=mse.get) == 'ScoreVAE, paper'
+
+    accuracy = {k: row['legible']['accuracy'][0] for k, row in rows.items() if 'legible' in row}
+    lowest = sorted(accuracy, key=accuracy.get)[:2]
+    assert set(lowest) == {'ScoreVAE', 'ScoreVAE, paper'}
+
+    ways = {'ScoreVAE': 'ScoreVAE', 'ScoreVAE, paper': 'ScoreVAE', 'beta-VAE': 'VAE'}
+    fid_of_ddim = rows['DDIM']['drawn']['DDIM']['fid'][0]
+    for label, way in ways.items():
+        assert rows[label]['drawn'][way]['fid'][0] > 10 * fid_of_ddim
+
+
+def test_number_of_shipped_models():
+    names = [path.parent.name for path in (ROOT / 'data/models').glob('*/run.json')]
+    data_sets = [name.split('_')[0] for name in names]
+    mnist = COUNTS[data_sets.count('mnist')]
+    cifar = COUNTS[data_sets.count('cifar16')]
+    assert set(data_sets) == {'mnist', 'cifar16'}
+    assert f'{mnist} models of MNIST, and {cifar} small ones of CIFAR-10 at 16×16' in README
+
+
+def test_training_time_of_the_latent_dpm():
+    minutes = about('mnist_pdae_latent')['seconds'] / 60
+    z_dim = about('mnist_pdae')['recipe']['net']['z_dim']
+    assert f'a DPM over the {z_dim} numbers, {minutes:.0f} minutes of training' in README
+
+
+def with_error(v, form):
+    "A value with its standard error, in a cell of the table; None is a dash."
+    if v is None:
+        return '–'
+    value, error = v
+    return f'{value:{form}} ± {error:{form}}'
+
+
+def images_cell(label, row):
+    "Images of a method, and of the frozen DPM on which it was trained."
+    run = about(f'mnist_{RIVALS[label]}')
+    cell = f'{row["cost"]["images"]:,}'
+    if 'dpm' in run['recipe']['net']:
+        cell += f' + {about("mnist_dpm")["images_seen"]:,}'
+    return cell
+
+
+def table_row(label, row):
+    "A method's row in the README's table, from its results."
+    random = row['restored'].get('random', {})
+    inferred = row['restored']['inferred']
+    cost = row['cost']
+    fids = []
+    for way, result in row['drawn'].items():
+        if '+' not in way and 'to the end' not in way:
+            fids.append(with_error(result['fid'], '.1f'))
+    cells = [
+        label,
+        with_error(random.get('mse'), '.4f'),
+        with_error(inferred['mse'], '.5f'),
+        with_error(random.get('ssim'), '.3f'),
+        with_error(random.get('lpips'), '.4f'),
+        with_error(row.get('legible', {}).get('accuracy'), '.1%'),
+        ' / '.join(fids),
+        images_cell(label, row),
+        f'{cost["weights"] / 1e6:.2f} M',
+        f'{cost["step_ratio"]:.2g}',
+        f'{cost["reconstruction_ratio"]:.2g}',
+    ]
+    return f'| {" | ".join(cells)} |'
+
+
+def test_table_of_methods():
+    d = results('mnist_space')
+    settings = d['about']
+    rows = {label: row for label, row in d['rows'].items() if 'cost' in row}
+    assert f'in {settings["steps"]} steps: {settings["n"]} test digits' in README
+    assert f'FID of {settings["fid_images"]:,} drawn digits' in README
     assert set(rows) >= {'DDIM', 'PDAE', 'Diff-AE'}
-    t = json.loads((ROOT/'data/results/mnist_label_pdae/lesson.json').read_text())['truncation']; at = dict(zip(t['scale'], t['accuracy']))
-    assert f'obeys in {percent(at[0])} of {t["n"]} samples at scale 0 (it is not heard), {percent(at[1])} at scale 1 and {percent(at[3])} at scale 3; the best FID is at scale {min(zip(t["fid"], t["scale"]))[1]:g}' in README
+    for label, row in rows.items():
+        assert table_row(label, row) in README
 
-def test_drawn_digits_are_as_measured():
-    p, d = (json.loads((ROOT/f'data/results/mnist_{k}_latent/lesson.json').read_text()) for k in ('pdae', 'diffae')); fid = lambda o: f'{o["fid"][0]:.2f} ± {o["fid"][1]:.2f}'
-    t = p['table'] | d['table']; n = t['PDAE 10']['n']; of = lambda k: fid(t[f'{k} 10']); assert {v['n'] for k, v in t.items() if k.endswith(' 10')} == {n}
-    assert f'{n:,} digits each' in README and f'{of("DDIM")} for the DPM alone; with codes in ten steps, too, as in the papers, {of("PDAE")} for PDAE and {of("Diff-AE")} for Diff-AE; with codes in a hundred' in README
-    pair = lambda way: ' and '.join(of(f'{k} + {way}') for k in ('PDAE', 'Diff-AE')); assert f'of the picture, {pair("codes in 100 steps")}. Codes of test digits would bring {pair("autoencoding")}, real test digits get {fid(p["floor"][str(n)])}' in README
-    spaces = [c for o in (p, d) for c in o['copies'].values()]; assert f'Of {spaces[0]["ratio"]["n"]:,} digits of either method, drawn with codes in a hundred, none' in README and all(c['third'] == 0 for c in spaces)
+
+def test_guidance_by_a_label():
+    d = results('mnist_label_pdae')['truncation']
+    accuracy = dict(zip(d['scale'], d['accuracy'], strict=True))
+    fid = dict(zip(d['scale'], d['fid'], strict=True))
+    best = min(fid, key=fid.get)
+    assert (
+        f'obeys in {percent(accuracy[0])} of {d["n"]} samples at scale 0 (it is not heard), '
+        f'{percent(accuracy[1])} at scale 1 and {percent(accuracy[3])} at scale 3; '
+        f'the best FID is at scale {best:g}'
+    ) in README
+
+
+def fid_cell(row):
+    "The FID of a row of results, with its standard error."
+    return with_error(row['fid'], '.2f')
+
+
+def test_fids_of_samples_in_ten_steps():
+    d = results('mnist_pdae_latent')
+    table = d['table'] | results('mnist_diffae_latent')['table']
+    n = table['PDAE 10']['n']
+    fid = {}  # way to sample -> FID of samples in ten steps
+    for key, row in table.items():
+        way, _, steps = key.rpartition(' ')
+        if steps == '10':
+            assert row['n'] == n
+            fid[way] = fid_cell(row)
+    real = fid_cell(d['floor'][str(n)])
+    pdae = 'PDAE + codes in 100 steps'
+    diffae = 'Diff-AE + codes in 100 steps'
+    assert f'{n:,} digits each' in README
+    assert (
+        f'{fid["DDIM"]} for the DPM alone; with codes in ten steps, too, as in the papers, '
+        f'{fid["PDAE"]} for PDAE and {fid["Diff-AE"]} for Diff-AE; with codes in a hundred'
+    ) in README
+    assert (
+        f'of the picture, {fid[pdae]} and {fid[diffae]}. Codes of test digits would bring '
+        f'{fid["PDAE + autoencoding"]} and {fid["Diff-AE + autoencoding"]}, '
+        f'real test digits get {real}'
+    ) in README
+
+
+def test_no_sample_is_a_copy():
+    copies = []
+    for experiment in ('mnist_pdae_latent', 'mnist_diffae_latent'):
+        copies.extend(results(experiment)['copies'].values())
+    n = copies[0]['ratio']['n']
+    assert (
+        f'Of {n:,} digits of either method, drawn with codes in a hundred, none is three times '
+        'as near to one training image as to any other'
+    ) in README
+    assert all(space['third'] == 0 for space in copies)

@@ -9,14 +9,19 @@ from pdae_nb import scorevae
 from pdae_nb.cli import main
 from pdae_nb.data import load_images, to_signed
 from pdae_nb.denoise import GaussianMixture
-from pdae_nb.files import load_run
+from pdae_nb.model import load_run
 from pdae_nb.forward import Schedule, add_noise
 from pdae_nb.guidance import grad_log
-from pdae_nb.latent import between, edit, fit_probe
-from pdae_nb.pdae import decode, decoder_of, kind_of, learnt, reconstruct
-from pdae_nb.sample import em_step, heun, karras_times, sample
-from pdae_nb.scorevae import CASES, PRESETS, BetaVAE, Posterior, TimeEncoder, compare_cases, conditional_loss, kl_to_prior, prior_z, score, scorevae_denoiser, scorevae_loss, vae_loss, w_bound, w_half
-from pdae_nb.train import Recipe, train
+from pdae_nb.edit import between, edit, fit_probe
+from pdae_nb.hub import decode, decoder_of, kind_of, learnt, reconstruct
+from pdae_nb.solvers import em_step, heun, karras_times
+from pdae_nb.sampling import sample
+from pdae_nb.experiments.scorevae import CASES, compare_cases
+from pdae_nb.methods.scorevae import PRESETS, Posterior, TimeEncoder, conditional_loss, kl_to_prior, prior_z, score, scorevae_denoiser, scorevae_loss
+from pdae_nb.methods.vae import BetaVAE, vae_loss
+from pdae_nb.weighting import w_bound, w_half
+from pdae_nb.training import Recipe
+from pdae_nb.hub import train
 from pdae_nb.unet import UNet
 
 SCHED = Schedule.linear()
@@ -104,9 +109,9 @@ def test_compile_takes_the_whole_loss():
     for u, v in zip(ga, gb): torch.testing.assert_close(u, v, rtol=1e-3, atol=1e-3*float(u.abs().max() + 1e-6))
 
 def test_a_frozen_prior_keeps_its_dropout_asleep(tmp_path):
-    from pdae_nb.files import save_run
+    from pdae_nb.model import save_run
     save_run(tmp_path/'digits_dpm', dict(dpm=UNet(drop=.5, **tiny)), SCHED, {}); modes = []
-    from pdae_nb.scorevae import scorevae_task
+    from pdae_nb.methods.scorevae import scorevae_task
     def task(r):
         t = scorevae_task(r); inner = t.loss_fn; t.loss_fn = lambda x, y: (modes.append((t.parts['dpm'].training, t.parts['enc'].training)), inner(x, y))[1]; return t
     train('digits_scorevae', Recipe('digits', 28, dict(dpm=str(tmp_path/'digits_dpm'), z_dim=4, ch=8, mult=(1, 2), n_res=1), 32, 16, 1e-3, ema=.9), tmp_path/'r', task, log=lambda s: None)

@@ -5,14 +5,15 @@ from pathlib import Path
 import pytest, torch
 from pdae_nb.cli import main
 from pdae_nb.data import digits
-from pdae_nb.files import load_run
-from pdae_nb.generate import drawn, evaluate_latent, shuffled
-from pdae_nb.latent import draw
+from pdae_nb.model import load_run
+from pdae_nb.experiments.generation import drawn, evaluate_latent, shuffled
+from pdae_nb.edit import draw
 from pdae_nb.metrics import judge_feats
-from pdae_nb.pdae import decoder_of, kind_of, net_of, weights_of
-from pdae_nb.scorevae import code_noise
-from pdae_nb.space import _drawn, evaluate_space
-from pdae_nb.train import Recipe, train
+from pdae_nb.hub import decoder_of, kind_of, net_of, weights_of
+from pdae_nb.methods.scorevae import code_noise
+from pdae_nb.experiments.autoencoding import _drawn, evaluate_space
+from pdae_nb.training import Recipe
+from pdae_nb.hub import train
 from pdae_nb.unet import HalfUNet, UNet
 
 quiet = dict(log=lambda s: None)
