@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .denoise import Denoiser
 from .forward import Schedule, at, eps_to_x0, x0_to_eps
+from .unet import exact_convolutions
 
 
 # %% ../nbs/course/03_sample.ipynb #7855db5d
@@ -88,6 +89,16 @@ def _check_pair(pair, timesteps):
     _check(xT)
 
 
+def _without_tf32(denoiser):
+    "The denoiser with exact float32 convolutions, which exact inversion needs on a GPU."
+
+    def exact_denoiser(xt, t):
+        with exact_convolutions():
+            return denoiser(xt, t)
+
+    return exact_denoiser
+
+
 def _predicted(denoiser, xt, t):
     "ε_θ(x_t,t). At t=0 there is no noise to predict, and the denoiser is called with t=1."
     eps = denoiser(xt, _same(max(t, 1), xt))
@@ -114,6 +125,7 @@ def trajectory(  # noqa: PLR0917
     past = None
     if isinstance(xT, tuple):
         _check_pair(xT, timesteps)
+        denoiser = _without_tf32(denoiser)  # O-BELM retraces its steps only up to rounding
         past = (_same(timesteps[0], xT[0]), xT[0], None)
         xt = xT[1]
         timesteps = timesteps[1:]

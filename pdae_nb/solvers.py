@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .denoise import Denoiser
 from .forward import Schedule, at, eps_to_x0
-from .sampling import Pair, ddim_step, invert, sample, trajectory
+from .sampling import Pair, _without_tf32, ddim_step, invert, sample, trajectory
 
 
 # %% ../nbs/toolbox/solvers.ipynb #8567d516
@@ -140,7 +140,8 @@ def invert_exactly(
     timesteps = sorted(sched.times(steps))
     if len(timesteps) < 3:
         raise ValueError(f'exact inversion needs at least 2 steps, got {len(timesteps) - 1}')
-    states = [xs for _, xs, _ in trajectory(denoiser, x0, sched, timesteps, solver=belm_step)]
+    way = trajectory(_without_tf32(denoiser), x0, sched, timesteps, solver=belm_step)
+    states = [xs for _, xs, _ in way]
     return Pair(xT=states[-1], xs=states[-2])
 
 

@@ -128,13 +128,13 @@ def run_python(
 
 COLD = """import torch
 from .files import load_run
-from .sample import sample
+from .sampling import sample
 run = load_run('mnist_dpm')
 sample(run.dpm, torch.randn(1, 1, 28, 28), run.sched, 50, clip=1.)
 print(time.perf_counter() - t0)"""
 IMPORT = """import torch
 t0 = time.perf_counter()
-import pdae_nb.sample
+import pdae_nb.sampling
 print(time.perf_counter() - t0)"""
 
 
