@@ -15,6 +15,7 @@ __all__ = [
     'cmd_manipulate',
     'evaluator_of',
     'cmd_evaluate',
+    'cmd_convert',
     'cmd_bench',
     'cmd_study',
     'cmd_stages',
@@ -37,32 +38,31 @@ from fastcore.script import anno_parser
 
 from .data import load_images, mnist_or_digits, to_signed
 from .edit import attribute as labels_of
-from .edit import between, edit, fit_probe, to_median
-from .edit import draw as sample_latent
+from .edit import fit_probe, interpolate, manipulate, to_median
 from .evaluation import (
-    coder_of,
-    dpm_of,
+    _device,
+    _log_to_stderr,
     evaluate_cdpm,
     evaluate_classifier,
     evaluate_coder,
     evaluate_dpm,
     inputs,
-    noise_for,
-    part_of,
     size_of,
-    where,
 )
-from .files import Stopped, fingerprint, load_results, results_path, write_json
-from .hub import TASKS, _task_of, decode, decoder_of, train
-from .methods.classifier import classifier_guided
-from .methods.dpm import as_labels
-from .methods.latent import encode_all
-from .methods.scorevae import Posterior, prior_z
-from .model import load_run
+from .files import Stopped, load_results, results_path, write_json
+from .forward import Schedule
+from .hub import load, load_base, train
+from .methods.classifier import EvalClassifier, NoisyClassifier, classifier_guided
+from .methods.diffae import DiffAE
+from .methods.dpm import DPM, ClassConditionalDPM, as_labels
+from .methods.latent import LatentDPM, encode_all
+from .methods.pdae import PDAE, LabelPDAE
+from .methods.scorevae import CodedModel, ConditionalDecoder, ScoreVAE
+from .model import GenerativeModel, Model, model_fingerprint, noise
 from .plot import plot_gap, show
-from .pretrained import as_run, convert
+from .pretrained import load_official
 from .recipes import recipe
-from .sampling import ddim_step, restored, sample, trajectory
+from .sampling import ddim_step, sample, trajectory
 from .solvers import belm_step, dpmpp_step, round_trip
 from .speed import bench_pdae, bench_speed
 from .training import hardware, versions
@@ -124,17 +124,28 @@ def _mse01(x, x0):
     return (x - x0).square().mean().item() / 4
 
 
+def _load(name, device, cls=Model):
+    "A run on the device, by default the GPU if there is one. ValueError if it is of another class."
+    model = load(name, device=_device(device))
+    if not isinstance(model, cls):
+        raise ValueError(
+            f'the run {str(name)!r} must be of the class {cls.__name__}, got {type(model).__name__}'
+        )
+    return model
+
+
 # %% ../nbs/toolbox/cli.ipynb #fa72d834
 def cmd_train(
     name: str,  # run to train: DATA_METHOD, e.g. mnist_dpm
     size: str = None,  # smoke, lesson or paper; otherwise $PDAE_NB_SIZE, otherwise lesson
     *,
-    out: str = None,  # folder for checkpoints, samples, log and the run; otherwise runs/NAME-SIZE
+    # folder of the run: checkpoints, samples, log and, at the end, the model; otherwise runs/NAME
+    out: str = None,
     steps: int = None,  # total number of training steps, instead of the recipe's
-    # run that the new run builds on, instead of the recipe's. For a method with a frozen DPM, such
-    # as PDAE or ScoreVAE, it is that DPM: a run, a checkpoint file, a diffusers folder, or
-    # user/name on the Hugging Face Hub. For a latent DPM it is the run of the autoencoder.
-    dpm: str = None,
+    # the frozen model underneath, instead of the recipe's. For PDAE or ScoreVAE it is a DPM: a run,
+    # a checkpoint file, a diffusers folder, or user/name on the Hugging Face Hub. For a latent DPM
+    # it is the run of the autoencoder.
+    base: str = None,
     seed: int = 0,  # seed of the initial weights, the order of the images, the timesteps and noise
     device: str = None,  # cpu or cuda; otherwise the GPU, if there is one
     compile: bool = False,  # compile the networks with torch.compile
@@ -144,39 +155,39 @@ def cmd_train(
     look: str = None,
 ) -> dict:  # results of the run
     "Train a run, or resume it: the same command continues an interrupted training"
-    r = _with_base(name, recipe(name, size), dpm)
+    r = recipe(name, size)
     images = r.images if steps is None else steps * r.batch
     r = replace(r, seed=seed, images=images)
-    run = train(
+    model = train(
         name,
         r,
-        out or f'runs/{name}-{_size_name(size)}',
+        out=out,
+        base=_base_model(r, name, base),
         device=device,
         compile=compile,
         every=every,
-        look=_test_error_log(name, r, look) if look else None,
+        look=_test_error_log(r, look) if look else None,
     )
-    return json.loads((run / 'run.json').read_text())['result']
+    return model.card.result
 
 
-def _with_base(name, r, base):
-    "The recipe, building on another run if one is given."
-    if not base:
-        return r
-    if 'dpm' in r.net:
-        return replace(r, net=r.net | dict(dpm=as_run(base)))
-    if 'run' in r.net:
-        return replace(r, net=r.net | dict(run=base))
-    raise ValueError(f'{name} builds on no other run: it takes no --dpm')
+def _base_model(r, name, base):
+    "The model that --base names: a run, or a DPM of another source."
+    if base is None:
+        return None
+    if r.base is None:
+        raise ValueError(f'{name} has no model underneath: it takes no --base')
+    return load_base(base, log=_log_to_stderr)
 
 
-def _test_error_log(name, r, file):
+def _test_error_log(r, file):
     "The argument `look` of `train`: it writes the squared error of the noise on test images."
-    methods = ('dpm', 'pdae', 'diffae', 'scorevae', 'conditional')
-    if _task_of(name) not in [TASKS[method] for method in methods]:
+    methods = (DPM, PDAE, DiffAE, ScoreVAE, ConditionalDecoder)
+    if not issubclass(r.method, methods) or issubclass(r.method, ClassConditionalDPM):
+        known = ', '.join(method.__name__ for method in methods)
         raise ValueError(
-            '--look is for DPMs and autoencoders that predict the noise, '
-            f'trained as one of {", ".join(methods)}; got {name!r}'
+            f'--look is for models that predict the noise of images ({known}), '
+            f'got {r.method.__name__}'
         )
     from .experiments.training_efficiency import held_out
 
@@ -211,7 +222,6 @@ def cmd_sample(
     label: int = None,
     classifier: str = None,  # run with a classifier of noisy images; it guides an unconditional run
     scale: float = 3.0,  # guidance scale of the classifier
-    last: float = 0.3,  # fraction of the timesteps, the last ones, in which PDAE's shift is off
     out: str = 'out/samples.png',  # picture to write
     device: str = None,  # cpu or cuda; otherwise the GPU, if there is one
 ) -> dict:  # path of the picture, and the settings
@@ -220,30 +230,29 @@ def cmd_sample(
     if method:
         _check_choice('method', method, METHODS)
         name = f'{name}_{METHODS[method]}'
-    run = load_run(name)
-    if hasattr(run, 'stats') or _has_prior(run):
+    model = _load(name, device)
+    if isinstance(model, (LatentDPM, CodedModel)):
         _check_only_ddim(name, solver, eta, label, classifier)
-        x = _sample_codes_first(name, run, n, steps, seed=seed, last=last, device=device)
-    elif hasattr(run, 'enc') or hasattr(run, 'G'):
+        base = model.base if isinstance(model, LatentDPM) else model
+        x = base.sample(n, prior=model, seed=seed, steps=steps)
+    elif isinstance(model, DPM):
+        clf = _load(classifier, device, NoisyClassifier) if classifier else None
+        torch.manual_seed(seed)
+        y = _labels(name, label, n, model if clf is None else clf)
+        clip = None if solver == 'belm' else 1.0
+        xT = noise(model.shape, n, seed).to(model.device)
+        chunks = []
+        for xT_chunk, y_chunk in _chunks(xT, y):
+            denoiser = _class_denoiser(model, clf, y_chunk, scale)
+            chunks.append(
+                sample(denoiser, xT_chunk, model.sched, steps, eta, clip, SOLVERS[solver])
+            )
+        x = torch.cat(chunks)
+    else:
         raise ValueError(
             f'{name} has no prior of codes: sample its latent run instead, e.g. mnist_pdae_latent'
         )
-    else:
-        net, clf, sched = _guided_dpm(name, classifier, device)
-        torch.manual_seed(seed)
-        y = _labels(name, label, n, net if clf is None else clf)
-        clip = None if solver == 'belm' else 1.0
-        chunks = []
-        for xT, y_chunk in _chunks(noise_for(net, n, seed), y):
-            denoiser = _class_denoiser(net, clf, y_chunk, sched, scale)
-            chunks.append(sample(denoiser, xT, sched, steps, eta, clip, SOLVERS[solver]))
-        x = torch.cat(chunks)
     return dict(picture=_picture(x, out), images=n, steps=steps, solver=solver, seed=seed)
-
-
-def _has_prior(run):
-    "Whether the run was trained with a prior of its codes, as ScoreVAE and the VAE are."
-    return isinstance(getattr(run, 'enc', None), Posterior)
 
 
 def _check_only_ddim(name, solver, eta, label, classifier):
@@ -259,21 +268,6 @@ def _check_only_ddim(name, solver, eta, label, classifier):
         raise ValueError(f'{name} samples codes, and takes no --{clashes[0]}')
 
 
-def _sample_codes_first(name, run, n, steps, *, seed, last, device):
-    "Sample codes, from the prior or with the latent DPM, and decode them to images (n,c,H,W)."
-    if not _has_prior(run):
-        base, net = coder_of(run.recipe['net']['run'], device)
-        run.net.to(where(net))
-        run.stats.to(where(net))
-        return sample_latent(run, base, noise_for(net, n, seed), steps, last=last, seed=seed)
-    base, net = coder_of(name, device)
-    z = prior_z(base.enc, n, seed)
-    chunks = []
-    for xT, z_chunk in _chunks(noise_for(net, n, seed), z):
-        chunks.append(sample(decode(base, z_chunk), xT, base.sched, steps, clip=1.0))
-    return torch.cat(chunks)
-
-
 def _chunks(x, condition, rows=64):
     "Pairs of rows of x and of the condition, which may be None."
     xs = x.split(rows)
@@ -281,36 +275,25 @@ def _chunks(x, condition, rows=64):
     return zip(xs, conditions, strict=True)
 
 
-def _guided_dpm(name, classifier, device):
-    "The network of a DPM, the classifier that guides it or None, and the noise schedule."
-    clf = part_of(classifier, 'clf', device)[1] if classifier else None
-    run, net = dpm_of(name, device, labels=clf is None)
-    return net, clf, run.sched
-
-
-def _labels(name, label, n, net):
-    "The given class n times, or all classes in turn: (n,). None if the network has no classes."
-    classes = net.config.get('classes')
-    if not classes:
+def _labels(name, label, n, model):
+    "The given class n times, or all classes in turn: (n,). None if the model has no classes."
+    if not isinstance(model, (ClassConditionalDPM, NoisyClassifier)):
         if label is None:
             return None
         raise ValueError(
-            f'the run {name!r} knows no labels: give it a --classifier, '
+            f'the run {name!r} has no classes: give it a --classifier, '
             'e.g. mnist_classifier, or take a class-conditional run'
         )
-    if label is None:
-        in_turn = list(range(classes)) * n
-        return as_labels(in_turn, n * classes, classes, where(net))[:n]
-    return as_labels(label, n, classes, where(net))
+    classes = model.net.config['classes']
+    labels = torch.arange(n) % classes if label is None else label
+    return as_labels(labels, n, classes, model.device)
 
 
-def _class_denoiser(net, clf, y, sched, scale):
+def _class_denoiser(model, clf, y, scale):
     "The denoiser of classes y: unconditional, guided by a classifier, or class-conditional."
-    if y is None:
-        return net
-    if clf is not None:
-        return classifier_guided(net, clf, y, sched, scale=scale)
-    return lambda xt, t: net(xt, t, y)
+    if clf is None:
+        return model.denoiser(y)
+    return classifier_guided(model.denoiser(), clf, y, model.sched, scale=scale)
 
 
 # %% ../nbs/toolbox/cli.ipynb #cb00ac4f
@@ -325,15 +308,16 @@ def cmd_reconstruct(
     device: str = None,  # cpu or cuda; otherwise the GPU, if there is one
 ) -> dict:  # path of the picture, the settings, and errors of pixels in [0,1]
     "Encode and decode images, and write inputs and reconstructions as one picture"
-    has_code = hasattr(load_run(name), 'enc')
-    run, net = coder_of(name, device) if has_code else dpm_of(name, device)
-    x0, names, unread = inputs(images, run, net, n or 16)
+    model = _load(name, device)
+    if not isinstance(model, GenerativeModel) or isinstance(model, (LatentDPM, LabelPDAE)):
+        raise ValueError(f'{name} is no model of images that reconstructs: {model.title}')
+    x0, names, unread = inputs(images, model, n or 16)
     x0 = x0[:n]
-    denoiser = decoder_of(run, x0)
-    xT, x_inferred = round_trip(denoiser, x0, run.sched, steps, exact)
+    denoiser = model.denoiser(model.encode(x0) if model.is_autoencoder else None)
+    xT, x_inferred = round_trip(denoiser, x0, model.sched, steps, exact)
     rows = {'input': x0, 'inferred $x_T$': x_inferred}
-    if has_code:
-        x_random = restored(denoiser, x0, run.sched, steps, seed)
+    if model.is_autoencoder:
+        x_random = model.sample_codes(model.encode(x0), seed=seed, steps=steps)
         rows['random $x_T$'] = x_random
     result = dict(
         picture=_picture(rows, out, f'{name}, {steps} steps', captions=names and names[:n]),
@@ -343,7 +327,7 @@ def cmd_reconstruct(
         **_errors(x_inferred, x0),
         xT_std=xT.std().item(),
     )
-    if has_code:
+    if model.is_autoencoder:
         result['random'] = _errors(x_random, x0)
     _check_all_read(result['picture'], len(x0), unread)
     return result
@@ -364,16 +348,16 @@ def cmd_interpolate(
     device: str = None,  # cpu or cuda; otherwise the GPU, if there is one
 ) -> dict:  # path of the picture, the settings, and squared errors at both ends
     "Interpolate between two images: linearly between codes, spherically between the x_T"
-    run, net = coder_of(name, device)
-    x0, _, unread = inputs(images, run, net, 2)
+    model = _autoencoder(name, device)
+    x0, _, unread = inputs(images, model, 2)
     if unread or len(x0) != 2 or n < 2:
         could_not = f', could not read {unread[0]}' if unread else ''
         raise ValueError(
-            'a walk needs 2 pictures and at least 2 stops, '
+            'an interpolation needs 2 pictures and at least 2 stops, '
             f'got {len(x0)} pictures{could_not} and {n} stops'
         )
     lams = torch.linspace(0, 1, n).tolist()
-    x = between(run, x0[:1], x0[1:], lams, steps)[:, 0]
+    x = interpolate(model, x0[:1], x0[1:], lams, steps)[:, 0]
     captions = ['input', *(f'{lam:.2f}' for lam in lams), 'input']
     row = torch.cat([x0[:1], x, x0[1:]])
     return dict(
@@ -382,6 +366,14 @@ def cmd_interpolate(
         steps=steps,
         mse01_ends=[_mse01(x[0], x0[0]), _mse01(x[-1], x0[1])],
     )
+
+
+def _autoencoder(name, device):
+    "The autoencoder of this name, or ValueError."
+    model = _load(name, device)
+    if not model.is_autoencoder:
+        raise ValueError(f'the run {name!r} is a {model.title}: it has no encoder')
+    return model
 
 
 # %% ../nbs/toolbox/cli.ipynb #f84a1c33
@@ -400,14 +392,14 @@ def cmd_manipulate(
 ) -> dict:  # path of the picture, the settings, and the shifts of Eq. 11
     "Change an attribute of images: shift codes along the normal of a linear probe"
     shifts = _numbers(scales)
-    run, net = coder_of(name, device)
-    x0, names, unread = inputs(images, run, net, n)
-    train_images = load_images(run.recipe['data'], 'train', net.config['size'])[:labels]
+    model = _autoencoder(name, device)
+    x0, names, unread = inputs(images, model, n)
+    train_images = load_images(model.card.recipe['data'], 'train', model.shape[-1])[:labels]
     positive = labels_of(train_images, attribute)
-    z = encode_all(run.enc, train_images).to(x0)
+    z = encode_all(model.enc, train_images).to(x0)
     probe = fit_probe(z, positive, C=1e-3)
-    eq11 = to_median(run.enc(x0).detach(), probe, z[positive])
-    x = edit(run, x0, probe, [*shifts, eq11], steps)
+    eq11 = to_median(model.encode(x0), probe, z[positive])
+    x = manipulate(model, x0, probe, [*shifts, eq11], steps)
     rows = {'input': x0}
     for s, shifted in zip(shifts, x[:-1], strict=True):
         rows[f's = {s:g}'] = shifted
@@ -436,40 +428,25 @@ def _numbers(text):
 _COUNTS = ('n', 'steps', 'test_images', 'gap_images', 'calls')  # of an evaluation
 
 
-# %% ../nbs/toolbox/cli.ipynb #158bb7f2
-def _evaluators():
-    "Parts of a run -> the function that evaluates it."
+# %% ../nbs/toolbox/cli.ipynb #099a0480
+def evaluator_of(
+    model: Model,
+) -> Callable:  # (model, **counts) -> results
+    "The function that evaluates a model of this class."
     from .experiments.generation import evaluate_latent
     from .experiments.latent_space import evaluate_label
 
-    return {
-        ('G', 'enc', 'dpm'): evaluate_coder,
-        ('enc', 'dpm'): evaluate_coder,
-        ('enc',): evaluate_coder,
-        ('clf',): evaluate_classifier,
-        ('dpm',): evaluate_dpm,
-        ('net', 'stats'): evaluate_latent,
-        ('G', 'dpm'): evaluate_label,
-    }
-
-
-# %% ../nbs/toolbox/cli.ipynb #099a0480
-def evaluator_of(
-    run,  # what `load_run` returns
-) -> Callable:  # (name, **counts) -> dict
-    "The function that evaluates a run: the one whose parts are most of the run's parts."
-    evaluators = _evaluators()
-    fits = [parts for parts in evaluators if all(hasattr(run, k) for k in parts)]
-    if not fits:
-        known = ', '.join('+'.join(parts) for parts in evaluators)
-        raise ValueError(
-            f'no function evaluates a run with the parts {sorted(run.about["parts"])}; '
-            f'the parts must include one of {known}'
-        )
-    evaluate = evaluators[max(fits, key=len)]
-    if evaluate is evaluate_dpm and 'classes' in run.dpm.config:
-        return evaluate_cdpm
-    return evaluate
+    for cls, evaluate in (
+        (ClassConditionalDPM, evaluate_cdpm),
+        (DPM, evaluate_dpm),
+        (NoisyClassifier, evaluate_classifier),
+        (LatentDPM, evaluate_latent),
+        (LabelPDAE, evaluate_label),
+        (GenerativeModel, evaluate_coder),
+    ):
+        if isinstance(model, cls):
+            return evaluate
+    raise ValueError(f'no function evaluates a model of the class {type(model).__name__}')
 
 
 # %% ../nbs/toolbox/cli.ipynb #00b6b6d0
@@ -478,9 +455,12 @@ def cmd_evaluate(
     n: int = None,  # number of samples; otherwise 1000 for a DPM, 200 per scale of a classifier
     steps: int = None,  # DDIM steps; otherwise 50 for a DPM, 20 for a classifier, else several
     *,
-    # run with the evaluation classifier, which is trained on clean images. For a DPM, '' evaluates
+    # run of the evaluation classifier, which is trained on clean images. For a DPM, '' evaluates
     # without one.
-    judge: str = 'mnist_judge',
+    eval_classifier: str = 'mnist_eval_classifier',
+    # run of an unconditional DPM: the one with which a class-conditional DPM is compared, or that a
+    # classifier guides
+    base: str = 'mnist_dpm',
     # number of test images; otherwise 10,000 for a DPM, 1000 if it is class-conditional, 2000 for a
     # classifier, 100 for an autoencoder
     test_images: int = None,
@@ -492,9 +472,9 @@ def cmd_evaluate(
     device: str = None,  # cpu or cuda; otherwise the GPU, if there is one
 ) -> dict:  # results, and the path of the file
     "Evaluate a run: a DPM, a class-conditional DPM, a classifier, an autoencoder or a latent DPM"
-    run = load_run(name)
-    evaluate = evaluator_of(run)
-    path = Path(out or results_path(run.about['name'], size_of(run)))
+    model = _load(name, device)
+    evaluate = evaluator_of(model)
+    path = Path(out or results_path(model.card.name, size_of(model)))
     parameters = inspect.signature(evaluate).parameters
     options = dict(n=n, steps=steps, test_images=test_images, gap_images=gap_images, calls=calls)
     given = {}
@@ -504,12 +484,24 @@ def cmd_evaluate(
             given[option] = (value,) if takes_several else value
     counts = _largest_counts(parameters, given)
     _check_not_smaller(path, counts)
-    if 'judge' in parameters:
-        given['judge'] = judge
+    given |= _other_models(parameters, base, eval_classifier, device)
     if 'path' in parameters:
         given['path'] = path.with_name(f'{path.stem}-sums.json')
-    result = evaluate(name, device=device, **given) | dict(counts=counts)
+    result = evaluate(model, **given) | dict(counts=counts)
     return result | dict(written=write_json(path, result))
+
+
+def _other_models(parameters, base, eval_classifier, device):
+    "The other models that an evaluation takes: parameter -> model."
+    models = {}
+    if 'eval_classifier' in parameters:
+        models['eval_classifier'] = None
+        if eval_classifier:
+            models['eval_classifier'] = _load(eval_classifier, device, EvalClassifier)
+    for name in ('against', 'dpm'):
+        if name in parameters:
+            models[name] = _load(base, device, DPM)
+    return models
 
 
 def _largest_counts(parameters, given):
@@ -545,6 +537,65 @@ def _check_not_smaller(path, counts):
         )
 
 
+# %% ../nbs/toolbox/cli.ipynb #d7b0dda7
+def cmd_convert(
+    # checkpoint file, diffusers folder, run folder of version 1, or user/name on the Hugging Face
+    # Hub
+    source: str,
+    out: str,  # run folder to create; the last part of its path is the name of the run
+    what: str = None,  # network to take from a file with several: head, latent or autoencoder
+    *,
+    size: int = None,  # height and width of the images, in pixels; Diff-AE's files state it
+    heads: int = None,  # attention heads of the U-Net; otherwise those in the file, or 1
+    head_channels: int = None,  # channels of an attention head, instead of --heads
+    new_order: bool = False,  # q, k, v in the order of guided-diffusion's use_new_attention_order
+    cosine: bool = False,  # cosine noise schedule instead of the published one
+    groups: int = None,  # groups of each group normalisation; otherwise 32
+    lag: int = None,  # timestep that the network counts as 0: 0 if trained here, otherwise 1
+    stats: str = None,  # file with the mean and standard deviation of codes, if it is separate
+    base: str = None,  # for a latent DPM: the run of the autoencoder whose codes it generates
+    data: str = None,  # data set of the run, under the name that `pdae train` uses
+) -> dict:  # folder of the run, and its networks with their numbers of weights
+    "Convert a published checkpoint, a diffusers model or a run of version 1 into a run folder"
+    if Path(out).exists():
+        raise ValueError(f'{out} is there already; choose another folder, or delete that one')
+    hints = dict(size=size, heads=heads, head_channels=head_channels, groups=groups, lag=lag)
+    if Path(source).expanduser().is_file():
+        model = load_official(
+            source,
+            what,
+            stats=stats,
+            base=load(base) if base else None,
+            data=data,
+            new_order=new_order,
+            sched=Schedule.cosine() if cosine else None,
+            log=_log_to_stderr,
+            **hints,
+        )
+    else:
+        only_for_files = hints | dict(what=what, stats=stats, base=base)
+        given = [k for k, v in only_for_files.items() if v is not None]
+        if given:
+            raise ValueError(f'{given[0]} is for checkpoint files; {source} is none')
+        model = load_base(source, log=_log_to_stderr)
+        if data and not model.card.recipe:
+            model.card.recipe = dict(data=data)
+    if isinstance(model, LatentDPM) and model.base is None:
+        raise ValueError(
+            'a latent DPM needs the autoencoder whose codes it generates: name that run as base'
+        )
+    has_new_base = model.base is not None and model.base.path is None
+    model.save(out, bundle=has_new_base, dtype=torch.float32)
+    networks = {k: _class_and_size(network) for k, network in model.named_children()}
+    return dict(run=str(out), networks=networks)
+
+
+def _class_and_size(net):
+    "Class and number of weights of a network, in words."
+    weights = sum(p.numel() for p in net.parameters())
+    return f'{type(net).__name__}, {weights:,} weights'
+
+
 # %% ../nbs/toolbox/cli.ipynb #15013248
 def cmd_bench(
     seconds: float = 5.0,  # approximate duration of each measurement, in seconds
@@ -572,7 +623,7 @@ def cmd_study(
     data: str = 'mnist',  # for space: data set, with which the names of the runs begin
 ) -> dict:  # path of the file; for loss, the results of each run too
     "Train small models with several seeds and compare them; the same command resumes the study"
-    from .experiments.autoencoding import evaluate_space
+    from .experiments.autoencoding import evaluate_space, rivals
     from .experiments.scorevae import compare_cases
     from .experiments.training_efficiency import study, training_race
 
@@ -595,7 +646,9 @@ def cmd_study(
     elif size != 'lesson':
         raise ValueError(f'the shipped models are measured at size lesson, got {size!r}')
     else:
-        evaluate_space(path, data)
+        device = _device(None)
+        eval_classifier = load(f'{data}_eval_classifier', device=device)
+        evaluate_space(path, rivals(data, device), eval_classifier)
     return dict(written=str(path))
 
 
@@ -613,9 +666,10 @@ def cmd_stages(
     size: str = None,  # smoke, lesson or paper; otherwise $PDAE_NB_SIZE, otherwise lesson
     *,
     scale: float = 3.0,  # guidance scale of the classifier
-    dpm: str = 'mnist_dpm',  # run of the unconditional DPM
-    clf: str = 'mnist_classifier',  # run with the classifier of noisy images, which guides
-    judge: str = 'mnist_judge',  # run with the evaluation classifier, trained on clean images
+    base: str = 'mnist_dpm',  # run of the unconditional DPM
+    classifier: str = 'mnist_classifier',  # run of the classifier of noisy images, which guides
+    # run of the evaluation classifier, which is trained on clean images
+    eval_classifier: str = 'mnist_eval_classifier',
     # JSON file to write; otherwise data/results/critical_stage_SAMPLER/SIZE.json
     out: str = None,
     device: str = None,  # cpu or cuda; otherwise the GPU, if there is one
@@ -630,31 +684,29 @@ def cmd_stages(
     _check_choice('size', size, STAGES)
     grid = dict(STAGES[size])
     n = grid.pop('samples')
-    run, net = dpm_of(dpm, device)
-    nets = dict(clf=part_of(clf, 'clf', device)[1], judge=part_of(judge, 'judge', device)[1])
+    dpm = _load(base, device, DPM)
+    clf = _load(classifier, device, NoisyClassifier)
+    evaluation = _load(eval_classifier, device, EvalClassifier)
     if compile:
-        net.compile()
-        nets['clf'].compile()
-    dev = where(net)
-    y = torch.arange(n, device=dev) % nets['clf'].config['classes']
+        dpm.compile_networks()
+        clf.compile_networks()
     path = Path(out or results_path(f'critical_stage_{sampler}', size))
     unfinished = path.with_name(f'{path.stem}.part.json')
     store = path if path.exists() else unfinished
+    models = dict(dpm=dpm, classifier=clf, eval_classifier=evaluation)
     about = dict(
-        dpm=str(dpm),
-        classifier=str(clf),
-        judge=str(judge),
-        weights={k: fingerprint(v) for k, v in dict(dpm=net, **nets).items()},
-        bf16=bf16_pays(dev),
+        **{k: model.card.name for k, model in models.items()},
+        weights={k: model_fingerprint(model) for k, model in models.items()},
+        bf16=bf16_pays(dpm.device),
     )
-    with autocast(dev):
+    with autocast(dpm.device):
         cells = stage_grid(
-            _in_chunks(net),
-            nets['clf'],
-            nets['judge'],
-            noise_for(net, n, 0),
-            y,
-            run.sched,
+            _in_chunks(dpm.denoiser()),
+            clf,
+            evaluation.net,
+            noise(dpm.shape, n, 0).to(dpm.device),
+            torch.arange(n, device=dpm.device) % clf.net.config['classes'],
+            dpm.sched,
             path=store,
             about=about,
             scale=scale,
@@ -665,8 +717,8 @@ def cmd_stages(
     settings = stored['about']
     found = dict(
         shortest=shortest_window(cells),
-        calls=grid_calls(run.sched, settings['step'], settings['substeps']),
-        hardware=hardware(dev),
+        calls=grid_calls(dpm.sched, settings['step'], settings['substeps']),
+        hardware=hardware(dpm.device),
         versions=versions(),
     )
     whole = found | stored  # what an earlier call found is kept
@@ -676,53 +728,52 @@ def cmd_stages(
     return {k: whole[k] for k in found} | dict(written=str(path))
 
 
-def _in_chunks(net, rows=100):
-    "A denoiser that calls the network with 100 images at a time, which fit the cache of a CPU."
+def _in_chunks(denoiser, rows=100):
+    "A denoiser that calls another with 100 images at a time, which fit the cache of a CPU."
 
-    def denoiser(xt, t):
+    def chunked(xt, t):
         chunks = zip(xt.split(rows), t.split(rows), strict=True)
-        return torch.cat([net(x_chunk, t_chunk) for x_chunk, t_chunk in chunks])
+        return torch.cat([denoiser(x_chunk, t_chunk) for x_chunk, t_chunk in chunks])
 
-    denoiser.config = net.config
-    return denoiser
+    return chunked
 
 
 # %% ../nbs/toolbox/cli.ipynb #aeea6284
-def _out_of_noise(net, sched, out, n=8, steps=50, at=(1000, 500, 300, 200, 100, 0)):
+def _out_of_noise(dpm, out, n=8, steps=50, at=(1000, 500, 300, 200, 100, 0)):
     "Write images x_t during sampling, a row for each timestep t."
-    xT = noise_for(net, n, 1)
-    states = {sched.T: xT}
-    for s, x, _ in trajectory(net, xT, sched, steps, clip=1.0):
+    xT = noise(dpm.shape, n, 1).to(dpm.device)
+    states = {dpm.sched.T: xT}
+    for s, x, _ in trajectory(dpm.denoiser(), xT, dpm.sched, steps, clip=1.0):
         states[s] = x
     rows = torch.cat([states[t] for t in at])
     return _picture(rows, out, f't = {", ".join(map(str, at))}, from top to bottom')
 
 
-def _stages(net, clf, sched, out, windows):
+def _stages(dpm, clf, out, windows):
     "Write samples of all classes, guided in one window of timesteps only: a row for each window."
-    n = clf.config['classes']
-    xT = noise_for(net, n, 5)
+    n = clf.net.config['classes']
+    xT = noise(dpm.shape, n, 5).to(dpm.device)
     y = torch.arange(n)
     rows = []
     for window in windows:
-        denoiser = classifier_guided(net, clf, y, sched, scale=3.0, window=window)
-        rows.append(sample(denoiser, xT, sched, 20, clip=1.0))
+        denoiser = classifier_guided(dpm.denoiser(), clf, y, dpm.sched, scale=3.0, window=window)
+        rows.append(sample(denoiser, xT, dpm.sched, 20, clip=1.0))
     title = 'classes 0…9, guided only in t = ' + ', '.join(f'{a}–{b}' for a, b in windows)
     return _picture(torch.cat(rows), out, title, ncol=n)
 
 
 # %% ../nbs/toolbox/cli.ipynb #3557f093
-def _coded(run, x0, out, steps=20):
+def _coded(pdae, x0, out, steps=20):
     """Write reconstructions by PDAE, from a random and the inferred x_T, and by its frozen DPM.
 
     Also return the squared error of each row, for pixels in [0,1].
     """
-    denoiser = decoder_of(run, x0)
+    codes = pdae.encode(x0)
     rows = {
         'input': x0,
-        'PDAE, random $x_T$': restored(denoiser, x0, run.sched, steps, 0),
-        'DPM, inferred $x_T$': restored(run.dpm, x0, run.sched, steps),
-        'PDAE, inferred $x_T$': restored(denoiser, x0, run.sched, steps),
+        'PDAE, random $x_T$': pdae.sample_codes(codes, seed=0, steps=steps),
+        'DPM, inferred $x_T$': pdae.base.reconstruct(x0, steps=steps),
+        'PDAE, inferred $x_T$': pdae.reconstruct(x0, steps=steps),
     }
     errors = {k: _mse01(x, x0) for k, x in rows.items()}
     return errors, _picture(rows, out, f'PDAE, {steps} steps; test digits')
@@ -764,44 +815,43 @@ class _Report:
 def cmd_demo(
     out: str = 'out',  # folder for the pictures
     n: int = 16,  # number of test digits to invert and reconstruct
-    run: str = 'mnist_dpm',  # run of the DPM
+    base: str = 'mnist_dpm',  # run of the DPM
     classifier: str = 'mnist_classifier',  # run with the classifier of noisy images, which guides
     coder: str = 'mnist_pdae',  # run of PDAE
 ) -> None:
     "Sample, guide, invert and reconstruct digits with the shipped models"
     out = Path(out)
     report = _Report()
-    dpm, net = dpm_of(run)
-    images = mnist_or_digits('test', net.config['size'])
-    weights = sum(p.numel() for p in net.parameters())
-    seen = dpm.about['images_seen']
+    dpm = load(base)
+    digits = mnist_or_digits('test', dpm.shape[-1])
+    weights = sum(p.numel() for p in dpm.parameters())
     report.add(
-        'model and digits loaded', f'{weights / 1e6:.2f} M weights, trained on {seen:,} images'
+        'model and digits loaded',
+        f'{weights / 1e6:.2f} M weights, trained on {dpm.card.images_seen:,} images',
     )
-    _demo_samples(net, dpm.sched, out, report)
-    _demo_stages(net, part_of(classifier, 'clf')[1], dpm.sched, out, report)
-    x0 = to_signed(images.x[:n]).to(where(net))
-    _demo_round_trips(net, x0, dpm.sched, out, report)
-    pdae, _ = part_of(coder, 'G')
-    pdae.enc.to(where(net))
+    _demo_samples(dpm, out, report)
+    _demo_stages(dpm, load(classifier), out, report)
+    x0 = to_signed(digits.x[:n]).to(dpm.device)
+    _demo_round_trips(dpm, x0, out, report)
+    pdae = load(coder)
     _demo_coded(pdae, x0, out, report)
     _demo_gap(pdae, out, report)
     report.show()
-    print(f'{report.elapsed():.0f} s in total, on {hardware(where(net))}')
+    print(f'{report.elapsed():.0f} s in total, on {hardware(dpm.device)}')
 
 
-def _demo_samples(net, sched, out, report):
-    x = sample(net, noise_for(net, 64, 0), sched, 50, clip=1.0)
+def _demo_samples(dpm, out, report):
+    x = dpm.sample(64, seed=0, steps=50)
     picture = _picture(x, out / 'samples.png', '64 uncurated samples, DDIM, 50 steps')
     report.add('64 digits sampled: DDIM, 50 steps', 'uncurated, seed 0', picture)
-    picture = _out_of_noise(net, sched, out / 'trajectory.png')
+    picture = _out_of_noise(dpm, out / 'trajectory.png')
     report.add('8 digits at six timesteps of sampling', 'seed 1', picture)
 
 
-def _demo_stages(net, clf, sched, out, report):
+def _demo_stages(dpm, clf, out, report):
     a, b = load_results('critical_stage_ddim')['shortest']['window']
-    windows = [(lo, hi) for lo, hi in ((b, sched.T), (a, b), (0, a)) if lo < hi]
-    picture = _stages(net, clf, sched, out / 'stages.png', windows)
+    windows = [(lo, hi) for lo, hi in ((b, dpm.sched.T), (a, b), (0, a)) if lo < hi]
+    picture = _stages(dpm, clf, out / 'stages.png', windows)
     report.add(
         f'classes 0…9, guided in one stage only: the critical stage is {a} < t <= {b}',
         'DDIM, 20 steps, seed 5',
@@ -809,10 +859,10 @@ def _demo_stages(net, clf, sched, out, report):
     )
 
 
-def _demo_round_trips(net, x0, sched, out, report):
+def _demo_round_trips(dpm, x0, out, report):
     n = len(x0)
     for name, exact, steps in (('DDIM', False, 100), ('O-BELM', True, 50)):
-        xT, x = round_trip(net, x0, sched, steps, exact)
+        xT, x = round_trip(dpm.denoiser(), x0, dpm.sched, steps, exact)
         if not exact:
             _picture(xT, out / 'inverted.png', f'x_T inferred from {n} test digits')
         picture = _picture(
@@ -830,8 +880,9 @@ def _demo_round_trips(net, x0, sched, out, report):
 
 def _demo_coded(pdae, x0, out, report):
     mse, picture = _coded(pdae, x0, out / 'coded.png')
+    z_dim = pdae.G.config['z_dim']
     report.add(
-        f'{len(x0)} test digits through PDAE: {pdae.G.z_dim} numbers each, 20 steps',
+        f'{len(x0)} test digits through PDAE: {z_dim} numbers each, 20 steps',
         f'MSE: random x_T {mse["PDAE, random $x_T$"]:.4f}, '
         f'inferred x_T {mse["PDAE, inferred $x_T$"]:.1e} '
         f'(DPM: {mse["DPM, inferred $x_T$"]:.1e})',
@@ -844,7 +895,7 @@ def _demo_gap(pdae, out, report):
     if not results_path('mnist_pdae').exists():
         return
     results = load_results('mnist_pdae')
-    if results['result'] != pdae.about['result']:
+    if results['result'] != pdae.card.result:
         return
     gap = results['gap']
     ratios = [a / b for a, b in zip(gap['pdae']['mean'], gap['dpm']['mean'], strict=True)]
@@ -863,7 +914,7 @@ COMMANDS = dict(
     interpolate=cmd_interpolate,
     manipulate=cmd_manipulate,
     evaluate=cmd_evaluate,
-    convert=convert,
+    convert=cmd_convert,
     stages=cmd_stages,
     study=cmd_study,
     bench=cmd_bench,

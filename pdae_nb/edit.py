@@ -4,15 +4,14 @@
 
 # %% auto #0
 __all__ = [
-    'draw',
     'lerp',
     'slerp',
-    'between',
+    'interpolate',
     'attribute',
     'fit_probe',
     'move',
     'to_median',
-    'edit',
+    'manipulate',
     'passes',
     'accept',
     'oversample',
@@ -29,35 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .data import Images
-from .hub import decode, kind_of
-from .methods.latent import Probe, ZStats, check_codes, sample_z
-from .model import encode
-from .sampling import invert, sample
-
-
-# %% ../nbs/course/13_edit.ipynb #3aa17a7f
-def draw(
-    run,  # a latent run
-    base,  # the autoencoder whose codes the latent run was trained on
-    xT: Tensor,  # noise for the images: (N,c,size,size)
-    steps: int = 50,  # DDIM steps for the images
-    *,
-    z_steps: int = 100,  # DDIM steps for the codes
-    last: float = 0.3,  # PDAE only: fraction of T, at the end of the sampling, without the shift
-    seed: int = 0,  # of the noise for the codes
-    clip: float | None = None,  # for the codes: see `sample_z`
-    bs: int = 100,  # images per forward pass
-) -> Tensor:  # images, like `xT`
-    "New images in two stages: codes, then their decoding (Diff-AE Section 5.7, PDAE Section 4.8)."
-    check_codes(run, base)
-    kw = {}
-    if kind_of(base) == 'PDAE':
-        kw['window'] = (round(last * base.sched.T), base.sched.T)
-    z = sample_z(run, len(xT), z_steps, clip=clip, seed=seed).to(xT)
-    images = []
-    for zs, xTs in zip(z.split(bs), xT.split(bs), strict=True):
-        images.append(sample(decode(base, zs, **kw), xTs, base.sched, steps, clip=1.0))
-    return torch.cat(images)
+from .methods.latent import Probe, ZStats
+from .model import GenerativeModel
 
 
 # %% ../nbs/course/13_edit.ipynb #f81066cc
@@ -98,27 +70,28 @@ def slerp(
 
 # %% ../nbs/course/13_edit.ipynb #0d9ce3c0
 @torch.no_grad()
-def between(
-    run,  # an autoencoder
+def interpolate(
+    model: GenerativeModel,  # an autoencoder
     x1: Tensor,  # images at λ=0: (B,c,size,size)
     x2: Tensor,  # images at λ=1, like `x1`
-    lams: Sequence[float],  # values of λ
-    steps: int = 50,  # DDIM steps of the inversion, and of the decoding
+    lams: Sequence[float],  # values of λ in 0…1
+    steps: int = 50,  # DDIM steps, up and down
 ) -> Tensor:  # (len(lams),B,c,size,size)
-    "Interpolate between images: `lerp` of the codes, `slerp` of the x_T (Diff-AE Section 5.2)."
+    "Images between two images: Lerp of the codes, Slerp of the inferred x_T (Diff-AE Section 5.2)."
     if x1.shape != x2.shape:
         raise ValueError(
-            'a walk goes between two images of one shape, '
+            'an interpolation goes between two images of one shape, '
             f'got {tuple(x1.shape)} and {tuple(x2.shape)}'
         )
-    z1 = encode(run.enc, x1)
-    z2 = encode(run.enc, x2)
-    xT1 = invert(decode(run, z1), x1, run.sched, steps)
-    xT2 = invert(decode(run, z2), x2, run.sched, steps)
+    z1 = model.encode(x1)
+    z2 = model.encode(x2)
+    xT1 = model.infer_xT(x1, z1, steps=steps)
+    xT2 = model.infer_xT(x2, z2, steps=steps)
     images = []
-    for lam in map(float, lams):
-        denoiser = decode(run, lerp(z1, z2, lam))
-        images.append(sample(denoiser, slerp(xT1, xT2, lam), run.sched, steps))
+    for lam in lams:
+        z = lerp(z1, z2, float(lam))
+        xT = slerp(xT1, xT2, float(lam))
+        images.append(model.decode(z, xT, steps=steps, clip=None))
     return torch.stack(images)
 
 
@@ -222,21 +195,18 @@ def to_median(
 
 # %% ../nbs/course/13_edit.ipynb #19c518a6
 @torch.no_grad()
-def edit(
-    run,  # an autoencoder
+def manipulate(
+    model: GenerativeModel,  # an autoencoder
     x0: Tensor,  # images: (B,c,size,size)
-    probe: Probe,  # the attribute
-    scales: Sequence[float | Tensor],  # steps, each as `s` of `move`: a number, or (B,)
-    steps: int = 50,  # DDIM steps of the inversion, and of the decoding
+    probe: Probe,  # linear classifier of the attribute
+    scales: Sequence[float | Tensor],  # how far to move each code, as in `move`
+    steps: int = 50,  # DDIM steps, up and down
 ) -> Tensor:  # (len(scales),B,c,size,size)
-    "Move the codes along an attribute, and keep the inferred x_T (PDAE Fig. 8, Diff-AE Fig. 5)."
-    z = encode(run.enc, x0)
-    xT = invert(decode(run, z), x0, run.sched, steps)
-    images = []
-    for s in scales:
-        denoiser = decode(run, move(z, probe, s))
-        images.append(sample(denoiser, xT, run.sched, steps))
-    return torch.stack(images)
+    "Images with moved codes and their own x_T (PDAE Section 4.5, Fig. 8; Diff-AE Fig. 5)."
+    z = model.encode(x0)
+    xT = model.infer_xT(x0, z, steps=steps)
+    moved = [move(z, probe, scale) for scale in scales]
+    return torch.stack([model.decode(code, xT, steps=steps, clip=None) for code in moved])
 
 
 # %% ../nbs/course/13_edit.ipynb #f5cfe7dc

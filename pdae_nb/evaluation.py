@@ -7,20 +7,24 @@ __all__ = [
     'TIMES',
     'WAYS',
     'TIMES_5',
-    'part_of',
-    'dpm_of',
-    'where',
-    'noise_for',
-    'coder_of',
+    'held_out_images',
     'inputs',
     'size_of',
-    'judged',
+    'Estimate',
+    'LossCurve',
+    'NoisePrediction',
+    'RoundTrip',
+    'SampledClasses',
+    'check_unconditional',
+    'check_channels',
     'evaluate_dpm',
     'evaluate_cdpm',
-    'evaluate_classifier',
-    'reconstruction_table',
-    'evaluate_coder',
     'scale_sweep',
+    'evaluate_classifier',
+    'weights_mark',
+    'reconstruction_table',
+    'GapCurve',
+    'evaluate_coder',
 ]
 
 # %% ../nbs/toolbox/evaluation.ipynb #e8de7772
@@ -28,23 +32,27 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .data import IMAGE_TYPES, as_x0, load_images, to_signed
 from .denoise import Denoiser, loss_curve
-from .files import fingerprint, write_json
+from .files import write_json
 from .forward import Schedule
 from .gap import FIG1_TIMES, compare_losses, gap_curve
-from .hub import conditioned, decoder_of, kind_of, net_of, weights_of
-from .methods.classifier import classifier_accuracy, classifier_guided
-from .metrics import judge_feats, lpips, mse, ssim
-from .model import load_run
+from .methods.classifier import (
+    EvalClassifier,
+    NoisyClassifier,
+    classifier_accuracy,
+    classifier_guided,
+)
+from .methods.dpm import DPM, ClassConditionalDPM
+from .metrics import eval_feats, lpips, mse, ssim
+from .model import GenerativeModel, Model, model_fingerprint, noise
 from .recipes import RECIPES
 from .sampling import invert, restored, sample
 from .solvers import dpmpp_step, round_trip, snr_times
@@ -61,67 +69,22 @@ def _device(
     return 'cuda' if torch.cuda.is_available() else 'cpu'
 
 
-# %% ../nbs/toolbox/evaluation.ipynb #55b5be25
-def part_of(
-    name: str | Path,  # a run in data/models, or the path of a run folder
-    k: str,  # the part: dpm, clf, judge, enc, …
-    device: str | torch.device | None = None,  # cpu or cuda; None selects the GPU if there is one
-) -> tuple:  # the run, and its network `k` on the device
-    "Load a run and move one of its networks to the device."
-    run = load_run(name)
-    if not hasattr(run, k):
-        raise ValueError(f'the run {str(name)!r} holds {sorted(run.about["parts"])}, not a `{k}`')
-    net = getattr(run, k).to(_device(device), memory_format=torch.channels_last)
-    return run, net
-
-
-# %% ../nbs/toolbox/evaluation.ipynb #6431f71e
-def dpm_of(
-    name: str | Path,  # a run in data/models, or the path of a run folder
-    device: str | torch.device | None = None,  # cpu or cuda; None selects the GPU if there is one
-    labels: bool = False,  # accept a class-conditional DPM
-) -> tuple:  # the run, and its DPM on the device
-    "Load a run with a diffusion probabilistic model (DPM) and move the DPM to the device."
-    run, net = part_of(name, 'dpm', device)
-    if 'classes' in net.config and not labels:
-        raise ValueError(
-            f'the run {str(name)!r} is class-conditional; an unconditional DPM is required here'
-        )
-    return run, net
-
-
-# %% ../nbs/toolbox/evaluation.ipynb #88aac8ee
-def where(
-    net: nn.Module,  # a network with parameters
-) -> torch.device:
-    "The device of a network's parameters."
-    return next(net.parameters()).device
-
-
-def noise_for(
-    net: nn.Module,  # a network with `c` and `size` in its `config`
+# %% ../nbs/toolbox/evaluation.ipynb #9fd70682
+def held_out_images(
+    model: Model,  # a trained model of images
     n: int,  # number of images
-    seed: int,  # of the noise
-) -> Tensor:  # unit Gaussian noise (n,c,size,size), on the network's device
-    "Unit Gaussian noise x_T for a network, the same on every device."
-    shape = n, net.config['c'], net.config['size'], net.config['size']
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator).to(where(net))
-
-
-# %% ../nbs/toolbox/evaluation.ipynb #b8250ca6
-def coder_of(
-    name: str | Path,  # a run in data/models, or the path of a run folder
-    device: str | torch.device | None = None,  # cpu or cuda; None selects the GPU if there is one
-) -> tuple:  # the run, and the network whose `config` holds the geometry of its images
-    "Load an autoencoder and move all its networks to the device."
-    run = load_run(name)
-    if not hasattr(run, 'enc'):
-        parts = sorted(run.about['parts'])
-        raise ValueError(f'the run {str(name)!r} holds {parts}: it has no encoder')
-    for k in run.about['parts']:
-        getattr(run, k).to(_device(device), memory_format=torch.channels_last)
-    return run, net_of(run)
+) -> tuple[Tensor, Tensor | None]:  # images in [-1,1] (n,c,size,size); their labels (n,...)
+    "The first test images of a model's data, and their labels, on the model's device."
+    recipe = model.card.recipe
+    if not recipe:
+        raise ValueError(
+            f'the model {model.card.name!r} has no recipe that names its data; '
+            'only models trained with a recipe have test images'
+        )
+    test = load_images(recipe['data'], 'test', model.shape[-1])
+    x0 = to_signed(test.x[:n]).to(model.device)
+    y = None if test.y is None else test.y[:n].to(model.device)
+    return x0, y
 
 
 # %% ../nbs/toolbox/evaluation.ipynb #d888f9d1
@@ -136,15 +99,16 @@ def _image_files(paths):
     return files
 
 
-def _read(paths, net, log):
-    "Images in the network's shape, their file names, and the files that cannot be read."
+def _read(paths, shape, log):
+    "Images of this shape, their file names, and the files that cannot be read."
+    c, size, _ = shape
     files = _image_files(paths)
     images = []
     names = []
     unreadable = []
     for file in files:
         try:
-            images.append(as_x0(file, net.config['size'], net.config['c'], log))
+            images.append(as_x0(file, size, c, log))
             names.append(file.name)
         except (ValueError, OSError) as e:
             unreadable.append(str(file))
@@ -160,34 +124,26 @@ def _log_to_stderr(message):
 
 
 def inputs(
-    paths,  # image files, or folders of them; if empty, test images of the run's data
-    run,  # what `load_run` returns
-    net: nn.Module,  # the network whose `config` holds the size and channels of the images
+    paths,  # image files, or folders of them; if empty, test images of the model's data
+    model: Model,  # model of images
     n: int,  # number of test images
     log: Callable = _log_to_stderr,  # receives a message about each conversion
-) -> tuple:  # images in [-1,1] on the network's device, file names or None, unreadable files
-    "The images that a command works on: given files, or the first test images."
+) -> tuple[Tensor, list[str] | None, list[str]]:  # images, file names or None, unreadable files
+    "The images that a command works on, in [-1,1]: given files, or the first test images."
     if paths:
-        x0, names, unreadable = _read(paths, net, log)
-    else:
-        images = load_images(run.recipe['data'], 'test', net.config['size'])
-        x0 = to_signed(images.x[:n])
-        names = None
-        unreadable = []
-    return x0.to(where(net)), names, unreadable
+        x0, names, unreadable = _read(paths, model.shape, log)
+        return x0.to(model.device), names, unreadable
+    x0, _ = held_out_images(model, n)
+    return x0, None, []
 
 
 # %% ../nbs/toolbox/evaluation.ipynb #0c20ca7e
 def size_of(
-    run,  # what `load_run` returns
+    model: Model,  # a trained model
 ) -> str:  # smoke, lesson, paper, or custom
-    "The size whose recipe a run was trained with. The run's file of results has this name."
-
-    def is_recipe_of_run(recipe):
-        return json.loads(json.dumps(asdict(recipe))) == run.recipe
-
+    "The size whose recipe a model was trained with. The model's file of results has this name."
     for (name, size), recipe in RECIPES.items():
-        if name == run.about['name'] and is_recipe_of_run(recipe):
+        if name == model.card.name and recipe.as_json() == model.card.recipe:
             return size
     return 'custom'
 
@@ -197,10 +153,28 @@ TIMES = [1, 2, 5, 10, 20, 50, 100, 150, 200, 300, 400, 500, 600, 700, 800, 900, 
 
 
 # %% ../nbs/toolbox/evaluation.ipynb #be886123
-def _mean_and_error(v):
-    "Mean of the numbers (N,), and its standard error; the error of one number is set to 0."
-    error = (v.std() / len(v) ** 0.5).item() if len(v) > 1 else 0.0
-    return [v.mean().item(), error]
+@dataclass
+class Estimate:
+    "A mean and its standard error."
+
+    mean: float
+    se: float  # 0 for a single number
+    n: int
+
+    @classmethod
+    def of(
+        cls,
+        values: Tensor,  # numbers: (N,)
+    ) -> 'Estimate':
+        "Mean and standard error of some numbers."
+        n = len(values)
+        se = (values.std() / n**0.5).item() if n > 1 else 0.0
+        return cls(values.mean().item(), se, n)
+
+    @property
+    def pair(self) -> list[float]:
+        "[mean, standard error], as files of results hold them."
+        return [self.mean, self.se]
 
 
 def _provenance(device, t0):
@@ -208,59 +182,75 @@ def _provenance(device, t0):
     return dict(seconds=round(time.time() - t0), hardware=hardware(device), versions=versions())
 
 
-def _about(run, device, t0):
-    "Run, size, seed and provenance: the last entries of a file of results."
-    return dict(run=run.about['name'], size=size_of(run), seed=0) | _provenance(device, t0)
-
-
-def _test(run, size, n, device):
-    "The first `n` test images of a run's data, in [-1,1], and their labels."
-    test = load_images(run.recipe['data'], 'test', size)
-    x0 = to_signed(test.x[:n]).to(device)
-    y = None if test.y is None else test.y[:n].to(device)
-    return x0, y
-
-
-# %% ../nbs/toolbox/evaluation.ipynb #4c788cf9
-def judged(
-    clf: Callable,  # evaluation classifier: clean images -> logits (B,classes)
-    x: Tensor,  # images in [-1,1]: (N,C,H,W)
-) -> Tensor:  # probabilities of the classes: (N,classes)
-    "Class probabilities of many images, computed 500 images at a time."
-    return torch.cat([clf(images).softmax(1) for images in x.split(500)])
+def _record(numbers, model, t0):
+    "A file of results: numbers, then run, size, seed and provenance."
+    about = dict(run=model.card.name, size=size_of(model), seed=0)
+    return numbers | about | _provenance(model.device, t0)
 
 
 # %% ../nbs/toolbox/evaluation.ipynb #65bd623e
-def _noise_prediction(net, x0, sched):
+@dataclass
+class LossCurve:
+    "Squared error of the predicted noise at fixed timesteps."
+
+    t: list[int]
+    mse: list[float]  # mean over images and pixels
+    standard_error: list[float]  # of the mean over images
+    images: int
+
+
+@dataclass
+class NoisePrediction:
+    "Squared error of the predicted noise on test images (PDAE Eq. 3)."
+
+    test_noise_mse: float  # mean over images, pixels and stratified timesteps
+    standard_error: float  # of the mean over images
+    test_images: int
+    mse_by_t_quarter: list[float]  # in each quarter of 1…T
+    curve: LossCurve
+
+
+def _noise_prediction(denoiser, x0, sched):
     "Squared error of the predicted noise: overall, by quarter of 1…T, and at fixed timesteps."
-    loss, t = noise_mse(net, x0, sched)
-    mean, standard_error = _mean_and_error(loss)
+    loss, t = noise_mse(denoiser, x0, sched)
+    overall = Estimate.of(loss)
     quarter = (t - 1) * 4 // sched.T
-    curve = loss_curve(net, x0[:500], sched, TIMES)
+    by_quarter = [loss[quarter == q].mean().item() for q in range(4)]
+    curve = loss_curve(denoiser, x0[:500], sched, TIMES)
     images = curve.shape[1]
-    return dict(
-        test_noise_mse=mean,
-        standard_error=standard_error,
-        test_images=len(loss),
-        mse_by_t_quarter=[loss[quarter == q].mean().item() for q in range(4)],
-        curve=dict(
-            t=TIMES,
-            mse=curve.mean(1).tolist(),
-            standard_error=(curve.std(1) / images**0.5).tolist(),
-            images=images,
-        ),
-    )
+    standard_error = (curve.std(1) / images**0.5).tolist()
+    at_times = LossCurve(TIMES, curve.mean(1).tolist(), standard_error, images)
+    return NoisePrediction(overall.mean, overall.se, overall.n, by_quarter, at_times)
 
 
-def _round_trip_error(net, x0, sched, steps, exact):
+@dataclass
+class RoundTrip:
     "Difference between images and their round trip through x_T, for pixels in [0,1]."
-    difference = round_trip(net, x0, sched, steps, exact)[1] - x0
-    return dict(
-        steps=steps,
-        images=len(difference),
-        mse01=difference.square().mean().item() / 4,
-        largest01=difference.abs().max().item() / 2,
-    )
+
+    steps: int  # of the inversion and of the sampler
+    images: int
+    mse01: float
+    largest01: float
+
+
+def _round_trip_error(denoiser, x0, sched, steps, exact):
+    "Difference between images and their round trip through x_T."
+    difference = round_trip(denoiser, x0, sched, steps, exact)[1] - x0
+    mse01 = difference.square().mean().item() / 4
+    return RoundTrip(steps, len(difference), mse01, difference.abs().max().item() / 2)
+
+
+@dataclass
+class SampledClasses:
+    "What an evaluation classifier predicts for samples and for test images."
+
+    name: str  # of the evaluation classifier
+    test_accuracy: float | None  # of the evaluation classifier
+    samples: int
+    steps: int  # DDIM steps
+    sure_of_samples: float  # share of samples with a class of probability above 0.9
+    sure_of_test: float  # the same for test images
+    classes: list[int]  # number of samples of each class
 
 
 def _share_above_90_percent(p):
@@ -268,109 +258,206 @@ def _share_above_90_percent(p):
     return (p.amax(1) > 0.9).float().mean().item()
 
 
-def _sampled_classes(net, sched, clf, x0, n, steps):
-    "What an evaluation classifier predicts for samples and for test images."
-    x = torch.cat([
-        sample(net, xT, sched, steps, clip=1.0) for xT in noise_for(net, n, 0).split(100)
-    ])
-    p = judged(clf.to(x.device), x)
-    return dict(
+def _sampled_classes(model, eval_classifier, x0, n, steps):
+    "What an evaluation classifier predicts for samples of a DPM and for test images."
+    samples = model.sample(n, seed=0, steps=steps)
+    p = eval_classifier.probabilities(samples)
+    return SampledClasses(
+        name=eval_classifier.card.name,
+        test_accuracy=(eval_classifier.card.result or {}).get('test_accuracy'),
         samples=n,
         steps=steps,
         sure_of_samples=_share_above_90_percent(p),
-        sure_of_test=_share_above_90_percent(judged(clf, x0)),
+        sure_of_test=_share_above_90_percent(eval_classifier.probabilities(x0)),
         classes=p.argmax(1).bincount(minlength=p.shape[1]).tolist(),
     )
 
 
 # %% ../nbs/toolbox/evaluation.ipynb #4ddd50dc
+def check_unconditional(
+    model: Model,  # model that should be an unconditional DPM
+) -> None:
+    "Raise unless the model is an unconditional DPM."
+    if isinstance(model, ClassConditionalDPM):
+        raise ValueError(
+            f'the model {model.card.name!r} is class-conditional; '
+            'an unconditional DPM is required here'
+        )
+    if not isinstance(model, DPM):
+        raise ValueError(
+            'an unconditional DPM is required here, '
+            f'{model.card.name!r} is a {type(model).__name__}'
+        )
+
+
+def check_channels(
+    eval_classifier: EvalClassifier,
+    model: Model,  # model of images
+) -> None:
+    "Raise unless the evaluation classifier takes images with the model's number of channels."
+    if not isinstance(eval_classifier, EvalClassifier):
+        raise ValueError(
+            f'an evaluation classifier is required here, got {type(eval_classifier).__name__}'
+        )
+    if eval_classifier.shape[0] != model.shape[0]:
+        raise ValueError(
+            f'the evaluation classifier {eval_classifier.card.name!r} takes images of '
+            f'{eval_classifier.shape[0]} channels, but {model.card.name!r} is a model of images '
+            f'of {model.shape[0]} channels'
+        )
+
+
 @torch.no_grad()
 def evaluate_dpm(
-    name: str | Path,  # a run with a `dpm`
+    model: DPM,  # an unconditional DPM
+    *,
     n: int = 1000,  # samples for the evaluation classifier
     steps: int = 50,  # DDIM steps
-    judge: str | Path = 'mnist_judge',  # run of an evaluation classifier; '' for none
+    eval_classifier: EvalClassifier | None = None,  # None: no evaluation of samples
     test_images: int = 10_000,  # test images for the squared error of the noise
-    device: str | torch.device | None = None,  # cpu or cuda; None selects the GPU if there is one
 ) -> dict:  # numbers, ready for JSON
     "Evaluate an unconditional DPM: noise prediction (PDAE Eq. 3), round trips (Eq. 8), samples."
-    run, net = dpm_of(name, device)
+    check_unconditional(model)
+    if eval_classifier is not None:
+        check_channels(eval_classifier, model)
     t0 = time.time()
-    clf = load_run(judge) if judge else None
-    if clf and clf.judge.config['c'] != net.config['c']:
-        raise ValueError(
-            f'the evaluation classifier {judge!r} takes images of {clf.judge.config["c"]} '
-            f'channels, but the run {name!r} generates images of {net.config["c"]} channels'
-        )
-    x0, _ = _test(run, net.config['size'], test_images, where(net))
-    d = _noise_prediction(net, x0, run.sched)
-    d['round_trip_ddim'] = _round_trip_error(net, x0[:64], run.sched, 2 * steps, exact=False)
-    d['round_trip_belm'] = _round_trip_error(net, x0[:64], run.sched, steps, exact=True)
-    if clf:
-        accuracy = clf.about['result']['test_accuracy']
-        classes = _sampled_classes(net, run.sched, clf.judge, x0, n, steps)
-        d['judge'] = dict(name=str(judge), test_accuracy=accuracy) | classes
-    return d | _about(run, where(net), t0)
+    x0, _ = held_out_images(model, test_images)
+    denoiser = model.denoiser()
+    sched = model.sched
+    numbers = asdict(_noise_prediction(denoiser, x0, sched))
+    ddim = _round_trip_error(denoiser, x0[:64], sched, 2 * steps, exact=False)
+    belm = _round_trip_error(denoiser, x0[:64], sched, steps, exact=True)
+    numbers['round_trip_ddim'] = asdict(ddim)
+    numbers['round_trip_belm'] = asdict(belm)
+    if eval_classifier is not None:
+        classes = _sampled_classes(model, eval_classifier, x0, n, steps)
+        numbers['eval_classifier'] = asdict(classes)
+    return _record(numbers, model, t0)
 
 
 # %% ../nbs/toolbox/evaluation.ipynb #b36c2db6
-def evaluate_cdpm(
-    name: str | Path,  # a class-conditional run
-    against: str | Path = 'mnist_dpm',  # the unconditional run to compare it with
-    test_images: int = 1000,  # test images, divided among the repeats
-    repeats: int = 5,  # repeats, each with its own images and noise
-    device: str | torch.device | None = None,  # cpu or cuda; None selects the GPU if there is one
-) -> dict:  # numbers, ready for JSON
-    "Loss at each timestep with and without the class label (PDAE Fig. 1)."
-    run, net = dpm_of(name, device, labels=True)
-    other_run, other = dpm_of(against, device)
-    t0 = time.time()
-    if 'classes' not in net.config:
-        raise ValueError(f'the run {str(name)!r} is not class-conditional')
-    difference = [k for k in run.recipe if run.recipe[k] != other_run.recipe.get(k)]
+def _check_trained_alike(model, against):
+    "Raise unless two models have the same recipe, apart from the method."
+    ours = model.card.recipe or {}
+    theirs = against.card.recipe or {}
+    difference = [k for k in ours if k != 'method' and ours[k] != theirs.get(k)]
     if difference:
         raise ValueError(
-            f'{name} and {against} were not trained alike: they differ in {", ".join(difference)}'
+            f'{model.card.name} and {against.card.name} were not trained alike: '
+            f'they differ in {", ".join(difference)}'
         )
-    x0, y = _test(run, net.config['size'], test_images, where(net))
-    losses = compare_losses(net, other, x0, y, run.sched, repeats=repeats)
+
+
+def evaluate_cdpm(
+    model: ClassConditionalDPM,
+    against: DPM,  # the unconditional DPM to compare it with
+    *,
+    test_images: int = 1000,  # test images, divided among the repeats
+    repeats: int = 5,  # repeats, each with its own images and noise
+) -> dict:  # numbers, ready for JSON
+    "Loss at each timestep with and without the class label (PDAE Fig. 1)."
+    if not isinstance(model, ClassConditionalDPM):
+        raise ValueError(f'the model {model.card.name!r} is not class-conditional')
+    check_unconditional(against)
+    _check_trained_alike(model, against)
+    t0 = time.time()
+    x0, y = held_out_images(model, test_images)
+
+    def conditional(xt, t, y):
+        return model.denoiser(y)(xt, t)
+
+    losses = compare_losses(conditional, against.denoiser(), x0, y, model.sched, repeats=repeats)
+    numbers = dict(against=against.card.name, t=FIG1_TIMES)
+    numbers |= {k: v.tolist() for k, v in losses.items()}
+    numbers |= dict(images=len(x0), repeats=repeats)
+    numbers['test_noise_mse'] = (model.card.result or {}).get('test_noise_mse')
+    return _record(numbers, model, t0)
+
+
+# %% ../nbs/toolbox/evaluation.ipynb #0815ccf3
+def _class_variance(x, y, classes):
+    "Variance of the pixels within each class, summed over pixels; mean over the classes."
+    return torch.stack([x[y == k].var(0).sum() for k in classes]).mean()
+
+
+@torch.no_grad()
+def scale_sweep(
+    dpm: Denoiser,  # unconditional: (xt,t) -> eps
+    clf,  # classifier of noisy images, as for `classifier_guided`
+    eval_classifier: Callable,  # its network: clean images -> logits (B,classes)
+    xT: Tensor,  # unit Gaussian noise: (B,...)
+    y: Tensor,  # class that each sample is guided towards: int64 (B,)
+    sched: Schedule,  # noise schedule
+    *,
+    real: Tensor,  # clean images, for comparison: (N,...)
+    real_y: Tensor,  # their classes: int64 (N,)
+    scales: Sequence = (0, 0.5, 1, 2, 3, 5, 7.5, 10),  # guidance scales
+    steps: int = 20,  # DDIM steps
+    clip: float | None = 1.0,  # limit of the predicted x_0: it is kept within [-clip,clip]
+) -> dict:  # scale, accuracy, diversity: a list each; samples, steps
+    """Accuracy and diversity of guided samples at each guidance scale.
+
+    Accuracy is the fraction of samples that `eval_classifier` classifies as `y`. Diversity is the
+    variance of the pixels within a class, divided by that of the real images.
+    """
+    classes = y.unique()
+    fewest = min(int((y == k).sum()) for k in classes)
+    if fewest < 2:
+        raise ValueError(f'diversity needs at least 2 samples of each class, got {fewest}')
+    y = y.to(xT.device)
+    classes = classes.to(xT.device)
+    real_variance = _class_variance(real, real_y, classes)
+    accuracy = []
+    diversity = []
+    for scale in scales:
+        denoiser = classifier_guided(dpm, clf, y, sched, scale=scale)
+        x0 = sample(denoiser, xT, sched, steps, clip=clip)
+        right = eval_classifier(x0).argmax(1) == y
+        accuracy.append(right.double().mean().item())
+        diversity.append((_class_variance(x0, y, classes) / real_variance).item())
     return dict(
-        against=str(against),
-        t=FIG1_TIMES,
-        **{k: v.tolist() for k, v in losses.items()},
-        images=len(x0),
-        repeats=repeats,
-        test_noise_mse=run.about['result']['test_noise_mse'],
-    ) | _about(run, where(net), t0)
+        scale=list(scales), accuracy=accuracy, diversity=diversity, samples=len(y), steps=steps
+    )
 
 
 # %% ../nbs/toolbox/evaluation.ipynb #ae0dcdd0
 @torch.no_grad()
 def evaluate_classifier(
-    name: str | Path,  # a run with a `clf`, a classifier of noisy images
+    model: NoisyClassifier,
+    dpm: DPM,  # the unconditional DPM to guide
+    eval_classifier: EvalClassifier,
+    *,
     n: int = 200,  # samples for each guidance scale
     steps: int = 20,  # DDIM steps
-    judge: str | Path = 'mnist_judge',  # run of an evaluation classifier
     test_images: int = 2000,  # test images for the accuracy
-    dpm: str | Path = 'mnist_dpm',  # unconditional run to guide
-    *,
-    device: str | torch.device | None = None,  # cpu or cuda; None selects the GPU if there is one
 ) -> dict:  # numbers, ready for JSON
     "Accuracy of a noisy classifier at each timestep, and guidance by it at each guidance scale."
-    classifier_run, clf = part_of(name, 'clf', device)
-    _, jury = part_of(judge, 'judge', device)
-    run, net = dpm_of(dpm, device)
+    check_unconditional(dpm)
+    check_channels(eval_classifier, dpm)
+    if model.shape != dpm.shape:
+        raise ValueError(
+            f'the DPM makes images of shape {dpm.shape}, the classifier was built for {model.shape}'
+        )
     t0 = time.time()
-    x0, y = _test(classifier_run, clf.config['size'], test_images, where(net))
-    ts = list(range(0, run.sched.T + 1, 50))
-    accuracy = classifier_accuracy(clf, x0, y, run.sched, ts)
-    wanted = torch.arange(n, device=where(net)) % clf.config['classes']
-    xT = noise_for(net, n, 0)
-    sweep = scale_sweep(net, clf, jury, xT, wanted, run.sched, real=x0, real_y=y, steps=steps)
-    return dict(
-        accuracy_by_t=dict(t=ts, accuracy=accuracy.tolist(), images=len(x0)),
-        sweep=sweep,
-    ) | _about(classifier_run, where(net), t0)
+    x0, y = held_out_images(model, test_images)
+    ts = list(range(0, dpm.sched.T + 1, 50))
+    accuracy = classifier_accuracy(model, x0, y, dpm.sched, ts)
+    classes = model.log_p(x0[:1], torch.ones_like(y[:1])).shape[1]
+    wanted = torch.arange(n, device=dpm.device) % classes
+    xT = noise(dpm.shape, n, 0).to(dpm.device)
+    sweep = scale_sweep(
+        dpm.denoiser(),
+        model,
+        eval_classifier.net,
+        xT,
+        wanted,
+        dpm.sched,
+        real=x0,
+        real_y=y,
+        steps=steps,
+    )
+    by_t = dict(t=ts, accuracy=accuracy.tolist(), images=len(x0))
+    return _record(dict(accuracy_by_t=by_t, sweep=sweep), model, t0)
 
 
 # %% ../nbs/toolbox/evaluation.ipynb #4db79db5
@@ -410,14 +497,14 @@ WAYS = {
 
 
 # %% ../nbs/toolbox/evaluation.ipynb #699c6cb4
-def _measure(x, x0, y, jury, feats):
+def _measure(x, x0, y, eval_classifier, feats):
     """Metrics of reconstructions `x`, one number per image each.
 
     Pixels are clamped to [-9,9], so a diverged reconstruction has a large error and not NaN.
     """
     x = x.clamp(-9, 9)
     clipped = x.clamp(-1, 1)
-    kept = (jury(clipped).argmax(1) == y).float()
+    kept = (eval_classifier.net(clipped).argmax(1) == y).float()
     return dict(mse=mse(x, x0), ssim=ssim(x, x0), lpips=lpips(clipped, x0, feats), kept=kept)
 
 
@@ -437,7 +524,7 @@ def _sums(path, mark):
         ) from e
     if old_mark != mark:
         raise ValueError(
-            f'{path} holds the sums of another run or judge; '
+            f'{path} holds the sums of another model or evaluation classifier; '
             'choose another path, or delete the file'
         )
     return sums
@@ -481,13 +568,21 @@ class _Row(NamedTuple):
         return f'{self.method} {self.way} {self.steps}'
 
 
-def _decoders(run):
-    "Method -> (images -> denoiser), for the run's DPM alone and for the autoencoder."
+def _dpm_of(model):
+    "The DPM of the table: the model itself, or its base. None if there is no DPM."
+    if isinstance(model, DPM):
+        return model
+    return model.base if isinstance(model.base, DPM) else None
+
+
+def _decoders(model):
+    "Method -> (images -> denoiser), for the model's DPM alone and for the autoencoder."
     decoders = {}
-    if hasattr(run, 'dpm'):
-        decoders['DPM'] = lambda x0: run.dpm
-    if hasattr(run, 'enc'):
-        decoders[kind_of(run)] = partial(decoder_of, run)
+    dpm = _dpm_of(model)
+    if dpm is not None:
+        decoders['DPM'] = lambda x0: dpm.denoiser()
+    if dpm is not model:
+        decoders[model.title] = lambda x0: model.denoiser(model.encode(x0))
     return decoders
 
 
@@ -503,12 +598,24 @@ def _rows(methods, ways, steps):
 
 
 # %% ../nbs/toolbox/evaluation.ipynb #175cb1c5
+def weights_mark(
+    *models: Model,  # models that determine a result
+) -> str:  # fingerprints, separated by spaces
+    "The fingerprints of models and of their bases. Files of partial results hold them."
+    marks = []
+    for model in models:
+        marks.append(model_fingerprint(model))
+        if model.base is not None:
+            marks.append(model_fingerprint(model.base))
+    return ' '.join(marks)
+
+
 @torch.no_grad()
 def reconstruction_table(
-    run,  # what `load_run` returns: an autoencoder, a DPM, or both
+    model: GenerativeModel,  # an autoencoder, or an unconditional DPM
     x0: Tensor,  # test images in [-1,1]: (N,C,H,W)
     y: Tensor,  # their labels: int64 (N,)
-    jury: nn.Module,  # evaluation classifier: clean images -> logits
+    eval_classifier: EvalClassifier,
     path: str | Path | None = None,  # JSON file that keeps the sums; an existing file is continued
     steps: tuple[int, ...] = (10, 20, 50, 100),  # of the samplers
     *,
@@ -516,10 +623,10 @@ def reconstruction_table(
     log: Callable = print,  # receives messages about the progress
     ways: tuple[str, ...] = tuple(WAYS),  # which ways to decode
 ) -> dict:  # '<method> <way> <steps>' -> n, mean and standard error of mse, ssim, lpips, kept
-    "Reconstruction errors for each way to decode, for the run and its DPM alone (PDAE Table 1)."
-    sums = _sums(path, ' '.join([*weights_of(run), fingerprint(jury)]))
-    feats = judge_feats(jury)
-    decoders = _decoders(run)
+    "Reconstruction errors for each way to decode, for a model and its DPM alone (PDAE Table 1)."
+    sums = _sums(path, weights_mark(model, eval_classifier))
+    feats = eval_feats(eval_classifier)
+    decoders = _decoders(model)
     rows = _rows(decoders, ways, steps)
     for first in range(0, len(x0), chunk):
         images = x0[first : first + chunk]
@@ -531,8 +638,8 @@ def reconstruction_table(
             measured = old['n'] if old else 0
             if measured >= end:
                 continue
-            x = WAYS[row.way](denoisers[row.method], images, run.sched, row.steps, first)
-            values = _measure(x, images, labels, jury, feats)
+            x = WAYS[row.way](denoisers[row.method], images, model.sched, row.steps, first)
+            values = _measure(x, images, labels, eval_classifier, feats)
             skip = max(0, measured - first)  # each image counts once
             sums['rows'][row.name] = _add(old, {k: v[skip:] for k, v in values.items()})
             if path:
@@ -546,102 +653,77 @@ TIMES_5 = [2, 5, 10, 20, 50, *range(100, 1001, 100)]
 
 
 # %% ../nbs/toolbox/evaluation.ipynb #abd60b04
-def _gaps(run, x0):
+@dataclass
+class GapCurve:
+    "The posterior mean gap at each timestep."
+
+    mean: list[float]
+    standard_error: list[float]
+
+    @classmethod
+    def of(
+        cls,
+        curves: Tensor,  # gaps: (timesteps, images)
+    ) -> 'GapCurve':
+        "Mean and standard error over the images."
+        estimates = [Estimate.of(gaps) for gaps in curves]
+        return cls([e.mean for e in estimates], [e.se for e in estimates])
+
+
+def _gaps(model, x0):
     "Mean and standard error of the posterior mean gap at each timestep (PDAE Fig. 5, right)."
-    curves = {}
-    if hasattr(run, 'dpm'):
-        curves['dpm'] = gap_curve(run.dpm, x0, run.sched, TIMES_5)
-    # Small batches: ScoreVAE differentiates its encoder and keeps the activations.
-    coded = gap_curve(conditioned(run), x0, run.sched, TIMES_5, y=x0, bs=100)
-    curves[kind_of(run).lower()] = coded
+
+    def with_codes(xt, t, x0):
+        return model.denoiser(model.encode(x0))(xt, t)
+
     gaps = dict(t=TIMES_5, images=len(x0))
-    for k, curve in curves.items():
-        estimates = [_mean_and_error(v) for v in curve]
-        gaps[k] = dict(
-            mean=[mean for mean, _ in estimates],
-            standard_error=[error for _, error in estimates],
-        )
+    dpm = _dpm_of(model)
+    if dpm is not None:
+        curve = gap_curve(dpm.denoiser(), x0, model.sched, TIMES_5)
+        gaps['dpm'] = asdict(GapCurve.of(curve))
+    # Small batches: ScoreVAE differentiates its encoder and keeps the activations.
+    curve = gap_curve(with_codes, x0, model.sched, TIMES_5, y=x0, bs=100)
+    gaps[model.title.lower()] = asdict(GapCurve.of(curve))
     return gaps
 
 
 # %% ../nbs/toolbox/evaluation.ipynb #abbc4947
 @torch.no_grad()
 def evaluate_coder(
-    name: str | Path,  # an autoencoder: a run with `enc`
-    judge: str | Path = 'mnist_judge',  # run of an evaluation classifier; LPIPS uses its features
+    model: GenerativeModel,  # an autoencoder
+    eval_classifier: EvalClassifier,  # LPIPS uses its features
+    *,
     test_images: int = 100,  # test images for the table
     steps: tuple[int, ...] = (10, 20, 50, 100),  # of the table
     gap_images: int = 1000,  # test images for the gap
     path: str | Path | None = None,  # JSON file that keeps the table's sums, to be continued
-    *,
-    device: str | torch.device | None = None,  # cpu or cuda; None selects the GPU if there is one
     log: Callable = print,  # receives messages about the progress
 ) -> dict:  # numbers, ready for JSON
     """Evaluate an autoencoder: reconstruction errors and the posterior mean gap.
 
     See PDAE Table 1 and Fig. 5, and Diff-AE Table 2.
     """
-    run, net = coder_of(name, device)
-    _, jury = part_of(judge, 'judge', device)
-    t0 = time.time()
-    x0, y = _test(run, net.config['size'], max(test_images, gap_images), where(net))
-    if y is None or y.ndim != 1 or jury.config['c'] != net.config['c']:
+    if not model.is_autoencoder:
         raise ValueError(
-            'the table needs images with one class each, and an evaluation classifier for images '
-            f'of {net.config["c"]} channels; {judge!r} takes {jury.config["c"]} channels'
+            f'an autoencoder is required here; {model.card.name!r} is a {type(model).__name__}, '
+            'which has no encoder'
         )
-    gap = _gaps(run, x0[:gap_images])
-    table = reconstruction_table(run, x0[:test_images], y[:test_images], jury, path, steps, log=log)
-    return dict(
+    check_channels(eval_classifier, model)
+    t0 = time.time()
+    x0, y = held_out_images(model, max(test_images, gap_images))
+    if y is None or y.ndim != 1:
+        raise ValueError(
+            f'the table needs images with one class each, the data of {model.card.name!r} have none'
+        )
+    gap = _gaps(model, x0[:gap_images])
+    x0 = x0[:test_images]
+    y = y[:test_images]
+    table = reconstruction_table(model, x0, y, eval_classifier, path, steps, log=log)
+    numbers = dict(
         gap=gap,
         table=table,
-        lpips='LPIPS-judge',
-        judge=str(judge),
-        result=run.about['result'],
-    ) | _about(run, where(net), t0)
-
-
-# %% ../nbs/toolbox/evaluation.ipynb #0815ccf3
-def _class_variance(x, y, classes):
-    "Variance of the pixels within each class, summed over pixels; mean over the classes."
-    return torch.stack([x[y == k].var(0).sum() for k in classes]).mean()
-
-
-@torch.no_grad()
-def scale_sweep(
-    dpm: Denoiser,  # unconditional: (xt,t) -> eps
-    clf,  # has `log_p(xt,t,y)`
-    judge: Callable,  # evaluation classifier: clean images -> logits (B,classes)
-    xT: Tensor,  # unit Gaussian noise: (B,...)
-    y: Tensor,  # class that each sample is guided towards: int64 (B,)
-    sched: Schedule,  # noise schedule
-    *,
-    real: Tensor,  # clean images, for comparison: (N,...)
-    real_y: Tensor,  # their classes: int64 (N,)
-    scales: Sequence = (0, 0.5, 1, 2, 3, 5, 7.5, 10),  # guidance scales
-    steps: int = 20,  # DDIM steps
-    clip: float | None = 1.0,  # limit of the predicted x_0: it is kept within [-clip,clip]
-) -> dict:  # scale, accuracy, diversity: a list each; samples, steps
-    """Accuracy and diversity of guided samples at each guidance scale.
-
-    Accuracy is the fraction of samples that `judge` classifies as `y`. Diversity is the variance
-    of the pixels within a class, divided by that of the real images.
-    """
-    classes = y.unique()
-    fewest = min(int((y == k).sum()) for k in classes)
-    if fewest < 2:
-        raise ValueError(f'diversity needs at least 2 samples of each class, got {fewest}')
-    y = y.to(xT.device)
-    classes = classes.to(xT.device)
-    real_variance = _class_variance(real, real_y, classes)
-    accuracy = []
-    diversity = []
-    for scale in scales:
-        denoiser = classifier_guided(dpm, clf, y, sched, scale=scale)
-        x0 = sample(denoiser, xT, sched, steps, clip=clip)
-        right = judge(x0).argmax(1) == y
-        accuracy.append(right.double().mean().item())
-        diversity.append((_class_variance(x0, y, classes) / real_variance).item())
-    return dict(
-        scale=list(scales), accuracy=accuracy, diversity=diversity, samples=len(y), steps=steps
+        lpips=f'LPIPS-{eval_feats(eval_classifier).name}',
+        eval_classifier=eval_classifier.card.name,
+        result=model.card.result,
     )
+    return _record(numbers, model, t0)

@@ -4,8 +4,10 @@
 
 # %% auto #0
 __all__ = [
+    'write_bytes',
     'write_tensors',
     'read_tensors',
+    'checksum',
     'fingerprint',
     'fill',
     'save_checkpoint',
@@ -58,6 +60,24 @@ def _write(path, data):
         os.fsync(f.fileno())
 
 
+def write_bytes(
+    path: str | Path,  # file to write
+    data: bytes,
+) -> None:
+    "Write a file completely or not at all: temporary name, fsync, rename."
+    path = Path(path)
+    tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(tmp, data)
+        tmp.replace(path)
+        _fsync(path.parent)
+    except OSError as e:
+        raise OSError(e.errno, f'cannot write {path}: {e.strerror}') from e
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
 def _crc(tensors, note):
     "CRC-32 of a text and of the tensors in alphabetical order: names, dtypes, shapes and values."
     crc = zlib.crc32(note.encode())
@@ -78,21 +98,10 @@ def write_tensors(
     for name, v in tensors.items():
         if not torch.is_tensor(v):
             raise TypeError(f'{name!r} must be a tensor, got {type(v).__name__}')
-    path = Path(path)
-    tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     tensors = {name: v.detach().cpu().contiguous() for name, v in tensors.items()}
     note = json.dumps(meta or {})
     # All metadata is one entry, because safetensors writes several entries in random order.
-    data = save(tensors, metadata=dict(note=f'{_crc(tensors, note)} {note}'))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write(tmp, data)
-        tmp.replace(path)
-        _fsync(path.parent)
-    except OSError as e:
-        raise OSError(e.errno, f'cannot write {path}: {e.strerror}') from e
-    finally:
-        tmp.unlink(missing_ok=True)
+    write_bytes(path, save(tensors, metadata=dict(note=f'{_crc(tensors, note)} {note}')))
 
 
 # %% ../nbs/toolbox/files.ipynb #3de7804e
@@ -133,12 +142,26 @@ def read_tensors(
     return tensors, meta
 
 
+def checksum(
+    tensors: dict[str, Tensor],  # name -> tensor
+    note: str = '',  # a text that belongs to the tensors
+) -> str:  # eight hexadecimal digits
+    """CRC-32 of a text and of tensors.
+
+    -0 counts as 0: a moving average turns -0 into +0, and both are equal.
+    """
+    canonical = {}
+    for name, v in tensors.items():
+        v = v.detach().cpu()
+        canonical[name] = (v + 0 if v.is_floating_point() else v).contiguous()
+    return f'{_crc(canonical, note):08x}'
+
+
 def fingerprint(
     net: nn.Module,  # a network
 ) -> str:  # eight hexadecimal digits
-    "Checksum of all weights of a network."
-    weights = {name: v.cpu().contiguous() for name, v in net.state_dict().items()}
-    return f'{_crc(weights, ""):08x}'
+    "`checksum` of all weights of a network."
+    return checksum(net.state_dict())
 
 
 # %% ../nbs/toolbox/files.ipynb #55c32a31
@@ -366,18 +389,8 @@ def write_json(
     d,  # what JSON can hold, without NaN
 ) -> str:  # the path
     "Write a JSON file atomically: a reader finds the whole new file or the old one."
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(d, indent=1, allow_nan=False) + '\n'
-    tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try:
-        with open(tmp, 'w') as f:
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())
-        tmp.replace(path)
-    finally:
-        tmp.unlink(missing_ok=True)
+    write_bytes(path, text.encode())
     return str(path)
 
 

@@ -280,12 +280,14 @@ def rand_t(
     self: Schedule,
     n: int,  # number of timesteps
     device: str | torch.device | None = None,  # device of the result
+    generator: torch.Generator | None = None,  # source of the random numbers; None: torch's own
 ) -> Tensor:  # int64 (n,), each uniform on 1…T
     """Stratified random timesteps of a training batch.
 
     1…T is divided into n equal parts. Each part contains one of the timesteps, in random order.
     """
-    offset = torch.rand((), device=device)
+    random = dict(device=device, generator=generator)
+    offset = torch.rand((), **random)
     u = (offset + torch.arange(n, device=device) / max(n, 1)) % 1
     t = (u * self.T).long().clamp(max=self.T - 1) + 1
-    return t[torch.randperm(n, device=device)]
+    return t[torch.randperm(n, **random)]

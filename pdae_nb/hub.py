@@ -4,286 +4,521 @@
 
 # %% auto #0
 __all__ = [
-    'TASKS',
-    'METHODS',
+    'from_hub',
+    'models_dirs',
+    'find_run',
+    'load',
+    'load_base',
+    'read_version_1',
+    'recipe_of_version_1',
     'train',
+    'check_storable',
     'cached_run',
-    'kind_of',
-    'net_of',
-    'weights_of',
-    'learnt',
-    'decode',
-    'decoder_of',
-    'reconstruct',
-    'conditioned',
-    'coded_mse',
-    'card',
+    'images',
+    'model_card',
     'push_run',
 ]
 
-# %% ../nbs/toolbox/hub.ipynb #30d6e79d
+# %% ../nbs/toolbox/hub.ipynb #d28ed7f2
+import json
 import re
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
+import torch
 from torch import Tensor, nn
 
-from .adapters import foreign
-from .data import as_x0, cache_dir
-from .denoise import Denoiser
-from .files import fingerprint, models_dir
-from .methods.classifier import classifier_task, judge_task
-from .methods.diffae import diffae_denoiser, diffae_task
-from .methods.dpm import cdpm_task, dpm_task
-from .methods.latent import latent_task
-from .methods.pdae import label_task, pdae_denoiser, pdae_task
-from .methods.scorevae import conditional_task, scorevae_denoiser, scorevae_task
-from .methods.vae import vae_denoiser, vae_task
-from .model import encode, load_run
-from .recipes import _size_or_default, recipe
-from .sampling import restored
-from .training import Recipe, Task, autoencoder_noise_mse, train_task
+from .data import as_x0, cache_dir, load_images
+from .files import fill, models_dir, read_tensors
+from .methods.classifier import EvalClassifier, NoisyClassifier
+from .methods.diffae import DiffAE
+from .methods.dpm import DPM, ClassConditionalDPM, LabelUNet
+from .methods.latent import LatentDPM
+from .methods.pdae import PDAE, GradientEstimator, LabelPDAE
+from .methods.scorevae import ConditionalDecoder, ScoreVAE, ScoreVAESettings
+from .methods.vae import VAE, VAESettings
+from .model import (
+    Card,
+    Model,
+    build,
+    card_of,
+    class_path,
+    model_fingerprint,
+    read_model,
+    read_network,
+    read_record,
+    read_sched,
+    spec_of,
+    write_model,
+)
+from .pretrained import load_dpm
+from .recipes import recipe as recipe_of
+from .recipes import size_or_default
+from .training import Recipe, _check_same, seeded, train_model
 
 
-# %% ../nbs/toolbox/hub.ipynb #b6e78547
-def _diffusers_dpm_task(r: Recipe) -> Task:
-    "`dpm_task` for a `DiffusersUNet`."
-    return dpm_task(r, foreign)
+# %% ../nbs/toolbox/hub.ipynb #74d65b9b
+def from_hub(
+    name: str,  # user/name
+    log=print,  # takes a message before the Hub is asked
+) -> Path:  # folder in the cache of the Hub
+    """A run or a diffusers model of the Hugging Face Hub, or of its local cache.
+
+    The descriptions are downloaded first, then only the weights that they name.
+    """
+    from huggingface_hub import snapshot_download
+
+    def download(*files):
+        return Path(snapshot_download(str(name), allow_patterns=list(files)))
+
+    log(f'{name} is not here; asking the Hugging Face Hub')
+    try:
+        path = download(*_DESCRIPTIONS)
+        if (path / 'run.json').exists():
+            record = read_record(path)
+            names = record.get('parts') or record.get('networks') or {}
+            weights = [f'{name}.safetensors' for name in names]
+            return download('run.json', 'sched.safetensors', *weights, 'base/*')
+        return _diffusers_model(path, download)
+    except Exception as e:
+        first_line = str(e).partition('\n')[0][:120]
+        reason = f'{type(e).__name__}: {first_line}'
+        raise FileNotFoundError(
+            f'there is no {name} here, and the Hub did not give it either ({reason})'
+        ) from e
 
 
-TASKS = dict(  # `<what>` of a run `<data>_<what>`: function from a recipe to a task
-    dpm=dpm_task,
-    cdpm=cdpm_task,
-    diffusers_dpm=_diffusers_dpm_task,
-    judge=judge_task,
-    classifier=classifier_task,
-    pdae=pdae_task,
-    label_pdae=label_task,
-    diffae=diffae_task,
-    scorevae=scorevae_task,
-    conditional=conditional_task,
-    vae=vae_task,
-    latent=latent_task,
+_DESCRIPTIONS = (
+    'run.json',
+    'config.json',
+    'model_index.json',
+    'scheduler_config.json',
+    'unet/config.json',
+    'scheduler/scheduler_config.json',
 )
 
 
-def _task_of(name: str) -> Callable:
-    "The entry of TASKS for a run's name. If several endings fit, the longest one counts."
-    ends = [what for what in TASKS if name.endswith(f'_{what}')]
-    if not ends:
-        raise ValueError(
-            f'a run is called <data>_<what>, <what> being one of {", ".join(TASKS)}; got {name!r}'
-        )
-    return TASKS[max(ends, key=len)]
+def _diffusers_model(path, download):
+    "Folder with the weights of a diffusers model: safetensors, or else a pickle."
+    folder = 'unet/' if (path / 'unet/config.json').exists() else ''
+    for end in ('safetensors', 'bin'):
+        weights = f'{folder}diffusion_pytorch_model.{end}'
+        path = download(weights)
+        if (path / weights).exists():
+            break
+    return path
 
 
-# %% ../nbs/toolbox/hub.ipynb #0f14d5df
-def train(
-    name: str,  # run, `<data>_<what>`
-    r: Recipe,  # recipe of the run
-    out,  # folder for checkpoints, log, samples and, at the end, the run
-    task: Callable | None = None,  # recipe -> Task; None takes `<what>` from TASKS
-    **kw,  # for `train_task`: device, compile, every, log_every, look, log
-) -> Path:  # folder of the run
-    "Train a run. The same call resumes a run that was interrupted (`train_task`)."
-    return train_task(name, r, out, task or _task_of(name), **kw)
+def _is_hub_name(name):
+    "Whether a text has the form user/name and no folder `user` exists here."
+    form = re.fullmatch(r'[\w.-]+/[\w.-]+', str(name))
+    return form is not None and not Path(name).parent.exists()
 
 
-def cached_run(
-    name: str,  # run, `<data>_<what>`
-    make: Callable | None = None,  # recipe -> Task; None takes `<what>` from TASKS
-    size: str | None = None,  # smoke, lesson or paper; None: `data/models`, else as in `recipe`
-):  # what `load_run` returns
-    "Load a run of `data/models`, or one that was trained before; else train it and keep it."
-    if size is None and (models_dir() / name / 'run.json').exists():
-        return load_run(name)
-    size = _size_or_default(size)
-    out = cache_dir() / 'runs' / f'{name}-{size}'
-    return load_run(train(name, recipe(name, size), out, make, log=lambda line: None))
+from_hub.looks_like = _is_hub_name
 
 
-# %% ../nbs/toolbox/hub.ipynb #7fff1ae7
-def _dpm_denoiser(run, z):
-    "The denoiser of an unconditional DPM, which takes no codes."
-    if z is not None:
-        raise ValueError(f'a run with the parts {sorted(run.about["parts"])} decodes no codes')
-    return run.dpm
+# %% ../nbs/toolbox/hub.ipynb #c875e4c1
+def models_dirs() -> list[Path]:  # existing folders
+    "Folders in which runs are found by name: `$PDAE_NB_MODELS`, else `data/models`."
+    return [folder for folder in (models_dir(),) if folder.is_dir()]
 
 
-def _pdae_denoiser_of(run, z, **kw):
-    "The decoder of a PDAE run."
-    return pdae_denoiser(run.G, z, run.sched, **kw)
-
-
-def _label_pdae_denoiser(run, z):
-    "Raise: a label is no code."
-    raise ValueError(
-        'this gradient estimator is conditioned on a label, not on a code: it reconstructs no image'
+def find_run(
+    name: str | Path,  # name, path of a folder, or user/name on the Hugging Face Hub
+) -> Path:
+    "Folder of a run. While a run is being replaced, it is the old folder."
+    local = _local_run(name)
+    if local is not None:
+        return local
+    if from_hub.looks_like(name):
+        folder = from_hub(name)
+        if (folder / 'run.json').exists():
+            return folder
+    names = [path.parent.name for folder in models_dirs() for path in folder.glob('*/run.json')]
+    have = ', '.join(sorted(k for k in names if k[0] != '.')) or 'none'
+    raise FileNotFoundError(
+        f'no run {str(name)!r}: {models_dir() / str(name)}/run.json is missing. '
+        f'Runs here: {have}; `pdae train {Path(name).name}` makes one'
     )
 
 
-def _diffae_denoiser_of(run, z):
-    "The decoder of a Diff-AE run."
-    return diffae_denoiser(run.unet, z)
+def _local_run(name: str | Path) -> Path | None:
+    "Folder of a run on this machine, or None."
+    places = [Path(name).expanduser().resolve()]
+    places += [folder / str(name) for folder in models_dirs()]
+    for place in places:
+        for folder in (place, place.with_name(f'.{place.name}.old')):
+            if (folder / 'run.json').exists():
+                return folder
+    return None
 
 
-def _scorevae_denoiser_of(run, z, **kw):
-    "The decoder of a ScoreVAE run."
-    return scorevae_denoiser(run.dpm, run.enc, z, run.sched, **kw)
+def _find_base(record: dict, folder: Path, **classes) -> Model:
+    "The base that a record names: the first place whose fingerprint fits."
+    match record:
+        case {'name': str(name), 'fingerprint': str(wanted)}:
+            relative = record.get('path')
+        case _:
+            raise ValueError(f'{folder}/run.json: a base needs a name and a fingerprint')
+    places = [folder / relative] if isinstance(relative, str) else []
+    places += [folder / 'base', folder.parent / name]
+    places += [models / name for models in models_dirs()]
+    found = []
+    for place in dict.fromkeys(place.resolve() for place in places):
+        if not (place / 'run.json').exists():
+            continue
+        base = load(place, **classes)
+        if model_fingerprint(base) == wanted:
+            return base
+        found.append(f'{place} ({model_fingerprint(base)})')
+    raise ValueError(
+        f'{folder} needs the base {name!r} with fingerprint {wanted}; '
+        f'found {", ".join(found) or "none"}'
+    )
 
 
-def _conditional_denoiser_of(run, z):
-    "The conditional decoder of a run."
-    return diffae_denoiser(run.decoder, z)
+# %% ../nbs/toolbox/hub.ipynb #bc983333
+def load(
+    name: str | Path,  # name, path of a folder, or user/name on the Hugging Face Hub
+    *,
+    network: type | None = None,  # class of a network from outside the package
+    trust: bool = False,  # import classes from outside the package
+    device: str | torch.device | None = None,  # device of the model; None: the CPU
+) -> Model:  # in eval mode, float32
+    "A trained model. Run folders of version 1 are read, too."
+    folder = find_run(name)
+    if 'parts' in read_record(folder):
+        model = read_version_1(folder)
+    else:
+        classes = dict(network=network, trust=trust)
+        model = read_model(folder, partial(_find_base, **classes), **classes)
+    return model if device is None else model.to(device)
 
 
-def _vae_denoiser_of(run, z):
-    "The decoder of a VAE run as a denoiser."
-    return vae_denoiser(run.vae, z, run.sched)
+# %% ../nbs/toolbox/hub.ipynb #e9966278
+def load_base(
+    source,  # run, checkpoint file, diffusers folder, user/name on the Hub, or `UNet2DModel`
+    *,
+    log: Callable = print,  # called with each assumption
+    **hints,  # of `load_official`, for a checkpoint file: size, heads, groups, …
+) -> Model:
+    "The model underneath another one, from any source: a run, or a DPM that `load_dpm` reads."
+    if isinstance(source, nn.Module):
+        return source if isinstance(source, Model) else load_dpm(source, log=log)
+    path = Path(source).expanduser()
+    if path.is_file() or (path.is_dir() and not (path / 'run.json').exists()):
+        return load_dpm(path, log=log, **hints)
+    if _local_run(source) is None and from_hub.looks_like(source):
+        path = from_hub(source, log)
+        if not (path / 'run.json').exists():
+            return _named_dpm(path, source, log)
+        return load(path)
+    return load(source)
 
 
-METHODS = {  # parts of a run: (name of the method, (run, z, **kw) -> denoiser with bound codes)
-    ('dpm',): ('DPM', _dpm_denoiser),
-    ('dpm', 'enc', 'G'): ('PDAE', _pdae_denoiser_of),
-    ('dpm', 'G'): ('PDAE, labels', _label_pdae_denoiser),
-    ('unet', 'enc'): ('Diff-AE', _diffae_denoiser_of),
-    ('dpm', 'enc'): ('ScoreVAE', _scorevae_denoiser_of),
-    ('decoder', 'enc'): ('conditional decoder', _conditional_denoiser_of),
-    ('vae', 'enc'): ('VAE', _vae_denoiser_of),
+def _named_dpm(path, source, log):
+    "A diffusers model from the Hub, with its name there."
+    model = load_dpm(path, log=log)
+    model.card = Card(name=Path(source).name, source=str(source))
+    return model
+
+
+# %% ../nbs/toolbox/hub.ipynb #7bbc5a78
+def read_version_1(
+    folder: str | Path,  # folder that version 1 of this package wrote
+) -> Model:
+    "The model of a run folder of version 1, in which the frozen DPM lies with the new networks."
+    folder = Path(folder).resolve()
+    record = read_record(folder)
+    if not isinstance(record['parts'], dict):
+        raise ValueError(f'{folder}/run.json lists no parts')
+    names = tuple(sorted(record['parts']))
+    if names not in _VERSION_1_READERS:
+        raise ValueError(f'{folder}: version 1 made no run of the parts {list(names)}')
+    model = _VERSION_1_READERS[names](_Parts(folder, record))
+    model.card = card_of(record)
+    model.card.name = folder.name
+    model.card.recipe = recipe_of_version_1(record.get('recipe'), type(model))
+    if isinstance(model, LatentDPM) and model.card.result:
+        model.card.result.pop('encoder', None)
+    model.path = folder
+    return model.eval()
+
+
+class _Parts:
+    "The parts of a run folder of version 1."
+
+    def __init__(self, folder: Path, record: dict):
+        self.folder = folder
+        self.specs = record['parts']
+        self.recipe = record.get('recipe') or {}
+        self.net = self.recipe.get('net') or {}
+        self.sched = read_sched(folder)
+
+    def read(self, name: str) -> nn.Module:
+        return read_network(self.specs[name], self.folder, name)
+
+    def score_settings(self) -> ScoreVAESettings:
+        return ScoreVAESettings(self.net.get('preset', 'release'), self.net.get('beta'))
+
+
+def _read_dpm(parts):
+    network = parts.read('dpm')
+    cls = ClassConditionalDPM if isinstance(network, LabelUNet) else DPM
+    return cls(network, parts.sched, _image_shape(network))
+
+
+def _read_noisy_classifier(parts):
+    network = parts.read('clf')
+    return NoisyClassifier(network, parts.sched, _image_shape(network))
+
+
+def _read_eval_classifier(parts):
+    network = parts.read('judge')
+    px = parts.recipe['px']
+    return EvalClassifier(network, (network.config['c'], px, px))
+
+
+def _read_label_pdae(parts):
+    base, G = _pair_of_version_1(parts)
+    return LabelPDAE(G, base)
+
+
+def _read_pdae(parts):
+    base, G = _pair_of_version_1(parts)
+    return PDAE(parts.read('enc'), G, base)
+
+
+def _read_diffae(parts):
+    network = parts.read('unet')
+    return DiffAE(parts.read('enc'), network, parts.sched, _image_shape(network))
+
+
+def _read_scorevae(parts):
+    base = _base_of_version_1(parts.read('dpm'), parts)
+    return ScoreVAE(parts.read('enc'), base, parts.score_settings())
+
+
+def _read_conditional(parts):
+    network = parts.read('decoder')
+    shape = _image_shape(network)
+    settings = parts.score_settings()
+    return ConditionalDecoder(parts.read('enc'), network, parts.sched, shape, settings)
+
+
+def _read_vae(parts):
+    network = parts.read('vae')
+    settings = VAESettings(parts.net.get('beta', 0.01))
+    return VAE(network, parts.sched, _image_shape(network), settings)
+
+
+def _read_latent(parts):
+    name = Path(parts.net['run']).name
+    beside = parts.folder.parent / name
+    base = load(beside if (beside / 'run.json').exists() else name)
+    return LatentDPM(parts.read('net'), parts.read('stats'), base, parts.sched)
+
+
+_VERSION_1_READERS = {  # names of the parts, in alphabetical order: function that reads the model
+    ('dpm',): _read_dpm,
+    ('clf',): _read_noisy_classifier,
+    ('judge',): _read_eval_classifier,
+    ('G', 'dpm'): _read_label_pdae,
+    ('G', 'dpm', 'enc'): _read_pdae,
+    ('enc', 'unet'): _read_diffae,
+    ('dpm', 'enc'): _read_scorevae,
+    ('decoder', 'enc'): _read_conditional,
+    ('enc', 'vae'): _read_vae,
+    ('net', 'stats'): _read_latent,
 }
 
 
-# %% ../nbs/toolbox/hub.ipynb #4403e209
-def _method(run):
-    "The row of `METHODS` with the largest number of parts that the run has."
-    fits = [parts for parts in METHODS if all(hasattr(run, part) for part in parts)]
-    if not fits:
-        known = ', '.join('+'.join(parts) for parts in METHODS)
-        raise ValueError(
-            f'a run with the parts {sorted(run.about["parts"])} reconstructs nothing; '
-            f'it takes one of {known}'
-        )
-    return METHODS[max(fits, key=len)]
+def _image_shape(network):
+    "Shape of the images of a network, by its `config`."
+    size = network.config['size']
+    return (network.config['c'], size, size)
 
 
-def kind_of(
-    run,  # what `load_run` returns
-) -> str:  # DPM, PDAE, …
-    "Name of the method of a run."
-    name, _ = _method(run)
-    return name
+def _base_of_version_1(network, parts):
+    "The frozen DPM of a run, which has the name of the run from which it came."
+    base = DPM(network, parts.sched, _image_shape(network))
+    base.card.name = Path(parts.net.get('dpm') or 'dpm').name
+    return base
 
 
-# %% ../nbs/toolbox/hub.ipynb #fb534aa8
-def net_of(
-    run,  # what `load_run` returns
-) -> nn.Module:  # a network with `config`
-    "The network whose `config` states the channels and the size of a run's images."
-    return next(getattr(run, k) for k in ('dpm', 'unet', 'vae', 'decoder') if hasattr(run, k))
+def _pair_of_version_1(parts):
+    "Frozen DPM and gradient estimator: version 1 stored both in one network."
+    folder = parts.folder
+    match parts.specs['G']:
+        case {'config': {'dpm': dict(dpm_spec), 'z_dim': int(z_dim), **rest}}:
+            drop = rest.get('drop', 0.0)
+        case other:
+            raise ValueError(f'{folder}: the gradient estimator has the description {other!r}')
+    network = build(dpm_spec, folder)
+    G = GradientEstimator.on(network, z_dim, drop)
+    file = folder / 'G.safetensors'
+    tensors, _ = read_tensors(file)
+    base_weights = {k.removeprefix('dpm.'): v for k, v in tensors.items() if k.startswith('dpm.')}
+    fill(network, base_weights, file)
+    fill(G, {k: v for k, v in tensors.items() if not k.startswith('dpm.')}, file)
+    return _base_of_version_1(network, parts), G
 
 
-def weights_of(
-    run,  # what `load_run` returns
-) -> list[str]:  # eight hexadecimal digits for each part, in alphabetical order of the parts
-    "Fingerprints of the weights of all parts of a run."
-    return [fingerprint(getattr(run, k)) for k in sorted(run.about['parts'], key=str.lower)]
+# %% ../nbs/toolbox/hub.ipynb #cdd82804
+_VERSION_1_NAMES = dict(cool='cooldown', wd='weight_decay')  # field then: field now
 
 
-def learnt(
-    run,  # what `load_run` returns
-) -> int:
-    "Number of weights that were trained in this run: those of all parts, less a frozen DPM's."
-    names = run.about['parts']
-    weights = set()
-    for name in names:
-        weights |= set(getattr(run, name).parameters())
-    if len(names) > 1 and hasattr(run, 'dpm'):
-        weights -= set(run.dpm.parameters())
-    return sum(p.numel() for p in weights)
+def recipe_of_version_1(
+    old: dict | None,  # recipe in a run folder of version 1
+    method: type,  # class of the model
+) -> dict | None:  # the same recipe, as `Recipe.as_json` writes it
+    "A recipe of version 1, whose dict `net` is split into base, network, encoder and settings."
+    if not old:
+        return None
+    new = {_VERSION_1_NAMES.get(k, k): v for k, v in old.items()}
+    net = dict(new.pop('net') or {})
+    base = net.pop('dpm', net.pop('run', None))
+    encoder = {}
+    settings = None
+    if method is PDAE:
+        encoder = {k: net.pop(k) for k in ('z_dim', 'groups') if k in net}
+    elif method is DiffAE:
+        encoder = dict(z_dim=net.pop('z_dim'), mult=net.pop('enc_mult'))
+    elif method in (ScoreVAE, ConditionalDecoder):
+        settings = dict(preset=net.pop('preset', 'release'), beta=net.pop('beta', None))
+        encoder = net
+        z_dim = net['z_dim']
+        net = {} if method is ScoreVAE else {k: v for k, v in net.items() if k != 'z_dim'}
+        encoder = dict(encoder, z_dim=z_dim)
+    elif method is VAE and 'beta' in net:
+        settings = dict(beta=net.pop('beta'))
+    parts = dict(base=base, net=net, encoder=encoder, settings=settings)
+    return dict(method=class_path(method), **new) | parts
 
 
-# %% ../nbs/toolbox/hub.ipynb #6ba70d78
-def decode(
-    run,  # an autoencoder, as `load_run` returns it
-    z: Tensor | None,  # codes: (B,D); None for a DPM
-    **kw,  # for the denoiser of the method, such as scale, window and to_eps of PDAE
-) -> Denoiser:
-    "The denoiser of a run with the codes bound."
-    _, denoiser_of = _method(run)
-    return denoiser_of(run, z, **kw)
+# %% ../nbs/toolbox/hub.ipynb #56cdf8f3
+def train(
+    name: str,  # name of the run
+    recipe: Recipe | None = None,  # its configuration; None takes the row of that name
+    *,
+    size: str | None = None,  # smoke, lesson or paper; None takes $PDAE_NB_SIZE, else lesson
+    out: str | Path | None = None,  # folder of the run; None: runs/NAME
+    base: str | Path | Model | None = None,  # the model underneath, in place of the recipe's
+    build: Callable | None = None,  # network class in place of the method's own
+    **options,  # for `train_model`: device, compile, every, log_every, look, log
+) -> Model:  # the trained model
+    "Train a run. The same call resumes a run that was interrupted, or loads a finished one."
+    recipe = recipe or recipe_of(name, size)
+    out = Path(out or f'runs/{name}').expanduser()
+    if base is not None:
+        recipe = replace(recipe, base=base)
+    if (out / 'run.json').exists():
+        record = read_record(out)
+        _check_same(record['recipe'], recipe, out)
+        if record.get('result') is not None:  # None: stopped before the evaluation was stored
+            return load(out, network=build, trust=build is not None)
+    images = load_images(recipe.data, 'train', recipe.px)
+    test = load_images(recipe.data, 'test', recipe.px)
+    below = _base_of(recipe, out)
+    with seeded(recipe.seed, torch.device('cpu')):
+        model = _build_model(recipe, images, below, build)
+    check_storable(model, build)
+    return train_model(model, recipe, out, images, test, name=name, **options)
 
 
-def decoder_of(
-    run,  # what `load_run` returns
-    x0: Tensor,  # images whose codes are bound: (B,...)
-    **kw,  # for the denoiser of the method, as in `decode`
-) -> Denoiser:
-    "The denoiser of a run with the codes of these images bound; of a DPM, the DPM itself."
-    z = encode(run.enc, x0) if hasattr(run, 'enc') else None
-    return decode(run, z, **kw)
+def _base_of(recipe: Recipe, out: Path) -> Model | None:
+    "The base of a recipe. A base without a folder is written into OUT/base."
+    if recipe.base is None:
+        return None
+    base = recipe.base if isinstance(recipe.base, Model) else load(recipe.base)
+    if base.path is None:
+        write_model(base, out / 'base', torch.float32)
+    return base
 
 
-# %% ../nbs/toolbox/hub.ipynb #dd82d72c
-def reconstruct(
-    source,  # what `as_x0` takes
-    run,  # what `load_run` returns
-    steps: int = 50,  # DDIM steps of the inversion, and of the decoding
-    seed: int | None = None,  # seed of a random x_T; None infers x_T from the image
+def _build_model(recipe, images, base, build):
+    "An untrained model, with the user's own network if there is one."
+    if build is None:
+        return recipe.method.build(recipe, images, base)
+    return recipe.method.build(recipe, images, base, network=build)
+
+
+def check_storable(
+    model: Model,  # untrained model
+    network: Callable | None = None,  # the user's own network class
+) -> None:
+    "Raise before the training if the networks could not be stored and built again."
+    for name, module in model.named_children():
+        spec = json.loads(json.dumps(spec_of(module, name)))
+        with torch.device('meta'):
+            again = build(spec, name, network, trust=network is not None)
+        stored = {k: v.shape for k, v in module.state_dict().items()}
+        if {k: v.shape for k, v in again.state_dict().items()} != stored:
+            raise ValueError(f'{name}: the `.config` of {spec["kind"]} builds another network')
+
+
+# %% ../nbs/toolbox/hub.ipynb #97e9e706
+def cached_run(
+    name: str,  # name of a run with a recipe
+    size: str | None = None,  # smoke, lesson or paper; None: `data/models`, else as in `recipe`
+) -> Model:
+    "Load a run of `data/models`, or one that was trained before; else train it and keep it."
+    if size is None:
+        for folder in models_dirs():
+            if (folder / name / 'run.json').exists():
+                return load(folder / name)
+    size = size_or_default(size)
+    recipe = recipe_of(name, size)
+    if recipe.base is not None:
+        recipe = replace(recipe, base=_cached_base(recipe.base, size))
+    out = cache_dir() / 'runs' / f'{name}-{size}'
+    return train(name, recipe, out=out, log=_silent)
+
+
+def _cached_base(name, size):
+    "The base of a cached run: a run of `data/models`, else one of the same size."
+    if any((folder / name / 'run.json').exists() for folder in models_dirs()):
+        return load(name)
+    return cached_run(name, size)
+
+
+def _silent(line):
+    "Take a line of text and show nothing."
+
+
+# %% ../nbs/toolbox/hub.ipynb #8444dc5a
+def images(
+    source,  # path of an image file, PIL image or tensor, or a list of them
+    model: Model,  # model whose images they should become
     log: Callable = print,  # receives a message about each conversion
-    **kw,  # for the denoiser of the method, as in `decode`
-) -> tuple[Tensor, Tensor]:  # network input and reconstruction, in [-1,1]: (B,c,size,size) each
-    "Reconstruct any image with any run (PDAE Section 4.3)."
-    net = net_of(run)
-    device = next(net.parameters()).device
-    x0 = as_x0(source, net.config['size'], net.config['c'], log).to(device)
-    return x0, restored(decoder_of(run, x0, **kw), x0, run.sched, steps, seed)
+) -> Tensor:  # on the model's device, in [-1,1]: (B,c,size,size)
+    "Any images in the form that a model takes."
+    c, size, _ = model.shape
+    sources = source if isinstance(source, (list, tuple)) else [source]
+    return torch.cat([as_x0(item, size, c, log) for item in sources]).to(model.device)
 
 
-# %% ../nbs/toolbox/hub.ipynb #eeb86303
-def _run(parts, sched):
-    "Networks in training as an object with the attributes of a loaded run."
-    return SimpleNamespace(sched=sched, about=dict(parts=parts), **parts)
-
-
-def conditioned(
-    run,  # has `.sched` and the parts that `decoder_of` takes
-) -> Callable:  # (xt, t, x0) -> noise
-    """A run of any method as a denoiser with the clean images as third argument.
-
-    The denoiser encodes the clean images. `noise_mse` and `gap_curve` take it.
-    """
-    return lambda xt, t, x0: decoder_of(run, x0)(xt, t)
-
-
-def coded_mse(
-    run,  # has `.sched` and the parts that `decoder_of` takes
-    x0: Tensor,  # held-out images: (N,...)
-) -> Tensor:  # one squared error for each image, each at its own timestep: (N,)
-    """Squared error of the predicted noise, given the codes.
-
-    The measure is the same for every method: Diff-AE Eq. 6, PDAE Eq. 7 without its weight.
-    """
-    return autoencoder_noise_mse(partial(decoder_of, run), x0, run.sched)
-
-
-# %% ../nbs/toolbox/hub.ipynb #3c4a0fd6
-def card(
-    run: SimpleNamespace,  # a run, as `load_run` returns it
+# %% ../nbs/toolbox/hub.ipynb #b39e788c
+def model_card(
+    model: Model,
     licence: str | None = None,  # of the weights; None: apache-2.0 if they were trained here
 ) -> str:  # Markdown
-    """The model card of a run: method, data, size, results and licence.
+    """The model card of a model: method, data, size, results and licence.
 
     Weights from another source need an explicit licence; otherwise ValueError is raised.
     """
-    about = run.about
-    recipe = about.get('recipe') or {}
-    if about.get('source') and not licence:
-        raise ValueError(f'these weights come from {about["source"]}: say under which licence')
+    card = model.card
+    if card.source and not licence:
+        raise ValueError(f'these weights come from {card.source}: say under which licence')
+    recipe = card.recipe or {}
     data = recipe.get('data')
-    name = about['name']
+    size = 'x'.join(str(n) for n in model.shape[1:]) or 'no'
+    weights = sum(p.numel() for p in model.parameters())
+    networks = dict(model.named_children())
     lines = [
         '---',
         f'license: {licence or "apache-2.0"}',
@@ -291,69 +526,49 @@ def card(
         'tags: [diffusion, autoencoder]',
         *([f'datasets: [{data}]'] if data else []),
         '---',
-        f'# {name}: {_method_name(run)}',
+        f'# {card.name}: {type(model).__name__}',
         '',
-        f'{_origin(about)}. Data: {data or "unknown"}, {_pixels(run, recipe)} pixels. '
-        f'{learnt(run):,} weights of its own.',
+        f'{_origin(card)}. Data: {data or "unknown"}, {size} pixels. {weights:,} weights.',
         '',
-        '| part | |',
+        '| network | class |',
         '|---|---|',
-        *(f'| `{k}` | {type(getattr(run, k)).__name__} |' for k in about['parts']),
+        *(f'| `{k}` | {type(network).__name__} |' for k, network in networks.items()),
         '',
-        *_result_table(about.get('result') or {}),
+        *_result_table(card.result or {}),
         '```python',
-        'from pdae_nb.model import load_run',
-        f"run = load_run('USER/{name}')    # {', '.join('.' + k for k in about['parts'])}",
+        'import pdae_nb',
+        f"model = pdae_nb.load('USER/{card.name}')",
         '```',
         '',
     ]
     return '\n'.join(lines)
 
 
-def _method_name(run):
-    "The name of the method, or of the parts of a run that follows none."
-    try:
-        return kind_of(run)
-    except ValueError:
-        return ', '.join(run.about['parts'])
-
-
-def _origin(about):
+def _origin(card: Card) -> str:
     "How the weights were made: one sentence, without its full stop."
-    if about.get('source'):
-        return f'Converted by pdae_nb from {about["source"]}'
-    if not about.get('images_seen'):
+    if card.source:
+        return f'Converted by pdae_nb from {card.source}'
+    if not card.images_seen:
         return 'Made with pdae_nb'
-    trained = f'Trained with pdae_nb on {_number(about["images_seen"])} images'
-    if not about.get('hardware'):
+    trained = f'Trained with pdae_nb on {card.images_seen:,} images'
+    if not card.hardware:
         return trained
-    return f'{trained} in {about["seconds"] / 60:.0f} minutes on {about["hardware"]}'
+    return f'{trained} in {card.seconds / 60:.0f} minutes on {card.hardware}'
 
 
-def _pixels(run, recipe):
-    "Height and width of the images, or a question mark."
-    if hasattr(run, 'dpm') or hasattr(run, 'unet'):
-        return recipe.get('px') or net_of(run).config['size']
-    return '?'
-
-
-def _result_table(result):
+def _result_table(result: dict) -> list[str]:
     "The numbers among the results, as lines of a Markdown table."
-    numbers = {
-        k: v for k, v in result.items() if isinstance(v, (int, float)) and not isinstance(v, bool)
-    }
-    if not numbers:
+    rows = []
+    for name, value in result.items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            number = f'{value:.4g}' if isinstance(value, float) else f'{value:,}'
+            rows.append(f'| {name.replace("_", " ")} | {number} |')
+    if not rows:
         return []
-    rows = [f'| {k.replace("_", " ")} | {_number(v)} |' for k, v in numbers.items()]
     return ['| result | |', '|---|---|', *rows, '']
 
 
-def _number(v):
-    "Four significant digits of a float; separators of thousands in an integer."
-    return f'{v:.4g}' if isinstance(v, float) else f'{v:,}'
-
-
-# %% ../nbs/toolbox/hub.ipynb #7288bd4e
+# %% ../nbs/toolbox/hub.ipynb #1e5dc42b
 def push_run(
     name: str,  # name of a run in `data/models`, or path of a run folder
     repo: str,  # user/name on the Hugging Face Hub
@@ -361,19 +576,17 @@ def push_run(
     api=None,  # client of the Hub; None: huggingface_hub's `HfApi()`, with your login
     **kw,  # further arguments of `create_repo`, e.g. private=True
 ):  # result of `upload_folder`
-    "Upload a run and its model card to the Hugging Face Hub."
+    "Upload a run with its base and its model card to the Hugging Face Hub."
     from huggingface_hub import HfApi
 
     if not re.fullmatch(r'[\w.-]+/[\w.-]+', repo):
         raise ValueError(f'a place on the Hub is called user/name, got {repo!r}')
-    run = load_run(name)
+    model = load(name)
     api = api or HfApi()
     api.create_repo(repo, exist_ok=True, **kw)
-    text = card(run, licence).replace('USER/' + run.about['name'], repo)
+    text = model_card(model, licence).replace('USER/' + model.card.name, repo)
     with tempfile.TemporaryDirectory() as d:
-        readme = Path(d) / 'README.md'
-        readme.write_text(text, encoding='utf-8')
-        api.upload_file(path_or_fileobj=str(readme), path_in_repo='README.md', repo_id=repo)
-    return api.upload_folder(
-        folder_path=str(run.path), repo_id=repo, allow_patterns=['run.json', '*.safetensors']
-    )
+        folder = Path(d) / model.card.name
+        model.save(folder, bundle=True)
+        (folder / 'README.md').write_text(text, encoding='utf-8')
+        return api.upload_folder(folder_path=str(folder), repo_id=repo)

@@ -9,7 +9,7 @@ __all__ = [
     'ssim',
     'feature_distance',
     'Feats',
-    'judge_feats',
+    'eval_feats',
     'lpips',
     'Stats',
     'stats',
@@ -42,6 +42,7 @@ from torch import Tensor, nn
 from .data import Images, cache_dir, to_signed, to_uint8
 from .edit import slerp
 from .files import read_tensors, write_tensors
+from .methods.classifier import EvalClassifier
 
 
 # %% ../nbs/toolbox/metrics.ipynb #05cb1608
@@ -178,27 +179,28 @@ def _key(net: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def judge_feats(
-    judge: nn.Module,  # evaluation classifier: a `train.Judge`
-    name: str = 'judge',  # for FID-judge and LPIPS-judge
-) -> Feats:
+def eval_feats(
+    eval_classifier: EvalClassifier,
+) -> Feats:  # its name is that of the evaluation classifier
     "The evaluation classifier as a feature network: the maxima of its last layer"
+    net = eval_classifier.net
 
     def as_input(x):
-        return x.to(next(judge.parameters()))
+        return x.to(next(net.parameters()))
 
     def embed(x):
-        return judge.body(as_input(x)).amax((2, 3))
+        return net.body(as_input(x)).amax((2, 3))
 
     def maps(x):
         h = as_input(x)
         layers = []
-        for layer in judge.body:
+        for layer in net.body:
             h = layer(h)
             layers.append(h)
         return layers
 
-    return Feats(name, embed, partial(feature_distance, maps), _key(judge))
+    name = eval_classifier.card.name
+    return Feats(name, embed, partial(feature_distance, maps), _key(net))
 
 
 # %% ../nbs/toolbox/metrics.ipynb #cc0f753b

@@ -8,34 +8,29 @@ __all__ = [
     'to_official',
     'place',
     'from_official',
+    'OfficialHead',
     'load_official',
+    'load_stats',
     'load_dpm',
-    'convert',
-    'as_run',
 ]
 
 # %% ../nbs/toolbox/pretrained.ipynb #652d8960
 import json
-import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .adapters import DiffusersUNet, look, need, read_official, sched_of
-from .data import cache_dir
-from .files import fingerprint, models_dir
+from .adapters import DiffusersDPM, DiffusersUNet, look, need, read_official, sched_of
 from .forward import Schedule
-from .methods.diffae import EncoderBlock, SemanticEncoder
-from .methods.dpm import LabelUNet
-from .methods.latent import MLPSkipNet, Probe, ZStats
-from .methods.pdae import ENCODERS, ConvEncoder, GradientEstimator
-from .model import from_hub, load_run, save_run
+from .methods.diffae import DiffAE, EncoderBlock, SemanticEncoder
+from .methods.dpm import DPM, ClassConditionalDPM, LabelUNet
+from .methods.latent import LatentDPM, MLPSkipNet, Probe, ZStats
+from .methods.pdae import ENCODERS, PDAE, ConvEncoder, EpsAndScore, GradientEstimator
+from .model import Card, Model
 from .unet import Attention, UNet
 
 
@@ -100,8 +95,7 @@ def _unet(net):
 
 # %% ../nbs/toolbox/pretrained.ipynb #2a4dc4e0
 def _gradient(net):
-    "Official names and layers of PDAE's gradient estimator and of its frozen U-Net."
-    yield from _unet(net.dpm)
+    "Official names and layers of PDAE's gradient estimator, without the frozen U-Net."
     yield 'label_emb', net.label
     yield from _second_half('shift_', net.up)
 
@@ -213,9 +207,15 @@ def _official_layout(official, k, weight):
 
 
 def to_official(
-    net: nn.Module,  # a network with an official counterpart
+    net: nn.Module | EpsAndScore,  # a network with an official counterpart, or a pair of PDAE
 ) -> dict[str, Tensor]:  # official name -> copy of the weights
-    "The weights of a network under the names, and in the shapes, of the official implementations."
+    """The weights of a network under the names, and in the shapes, of the official implementations.
+
+    PDAE's official decoder is a pair: the frozen U-Net and the gradient estimator. Here it is the
+    model's `eps_and_score`.
+    """
+    if isinstance(net, EpsAndScore):
+        return to_official(net.base.net) | to_official(net.G)
     if type(net) not in _WALKS:
         known = ', '.join(cls.__name__ for cls in _WALKS)
         raise TypeError(
@@ -478,8 +478,7 @@ def _recognised(state, hints):
     if 'encoder.input_blocks.0.0.weight' in state:
         return _diffae_parts(state, hints)
     if 'shift_out.2.weight' in state:
-        G = _gradient_estimator(state, hints)
-        return dict(G=G, dpm=G.dpm)
+        return _pdae_pair(state, hints)
     if 'layers.0.linear.weight' in state:
         return dict(net=_latent_net(state, hints))
     if 'encoder.0.weight' in state:
@@ -521,13 +520,16 @@ def _diffae_parts(state, hints):
     return dict(unet=unet, enc=enc)
 
 
-def _gradient_estimator(state, hints):
-    "PDAE's gradient estimator, with its frozen U-Net."
-    frozen = {k: v for k, v in state.items() if 'shift_' not in k}
-    z_dim = state['label_emb.weight'].shape[1]
-    G = GradientEstimator(UNet(**_plan(frozen, hints)), z_dim, hints.drop)
-    place(G, state, 'the gradient estimator', hints.new_order)
-    return G
+def _pdae_pair(state, hints):
+    "PDAE's frozen U-Net and its gradient estimator."
+    new_half = {k: v for k, v in state.items() if k.startswith(('shift_', 'label_emb.'))}
+    frozen = {k: v for k, v in state.items() if k not in new_half}
+    unet = UNet(**_plan(frozen, hints))
+    place(unet, frozen, 'the U-Net', hints.new_order)
+    z_dim = new_half['label_emb.weight'].shape[1]
+    G = GradientEstimator.on(unet, z_dim, hints.drop)
+    place(G, new_half, 'the gradient estimator', hints.new_order)
+    return dict(dpm=unet, G=G)
 
 
 def _latent_net(state, hints):
@@ -558,7 +560,10 @@ def from_official(
     lag: int = 1,  # timestep that the network counts as its 0: 1 in the official implementations
     log: Callable[[str], None] = print,  # called with each assumption
 ) -> dict[str, nn.Module]:  # name of the part -> network, in eval mode
-    "Networks from official weights: names and shapes determine them (PDAE Section 3.3)."
+    """Networks from official weights: names and shapes determine them (PDAE Section 3.3).
+
+    PDAE's decoder gives two networks, the frozen U-Net `dpm` and the gradient estimator `G`.
+    """
     hints = _Hints(
         size=size,
         heads=heads,
@@ -663,53 +668,136 @@ def _parts_of(d, what, log=print):
     return _Contents(networks, stats if len(stats) == 2 else None, contents.geometry)
 
 
+# %% ../nbs/toolbox/pretrained.ipynb #b8294a9f
+class OfficialHead(Model):
+    "A linear classifier of codes from an official file, and the statistics that normalise codes."
+
+    title = 'linear classifier'
+
+    def __init__(
+        self,
+        head: LinearHead,  # the classifier of normalised codes
+        stats: ZStats | None = None,  # normalisation of codes; None if the file holds none
+    ):
+        super().__init__()
+        self.head = head
+        self.stats = stats
+        self.shape = (head.config['d'],)
+
+
+# %% ../nbs/toolbox/pretrained.ipynb #379073ed
+def _image_shape(network):
+    "Shape of the images of a network, by its `config`."
+    size = network.config['size']
+    return (network.config['c'], size, size)
+
+
+def _model_of(networks, stats, base, sched):
+    "The model of the networks of a file."
+    match sorted(networks):
+        case ['dpm']:
+            unet = networks['dpm']
+            cls = ClassConditionalDPM if isinstance(unet, LabelUNet) else DPM
+            return cls(unet, sched, _image_shape(unet))
+        case ['G', 'dpm', 'enc']:
+            dpm = DPM(networks['dpm'], sched, _image_shape(networks['dpm']))
+            return PDAE(networks['enc'], networks['G'], dpm)
+        case ['enc', 'unet']:
+            unet = networks['unet']
+            return DiffAE(networks['enc'], unet, sched, _image_shape(unet))
+        case ['net']:
+            _check_codes(networks['net'], stats, base)
+            return LatentDPM(networks['net'], stats, base, sched)
+        case ['head']:
+            return OfficialHead(networks['head'], stats)
+        case names:
+            raise ValueError(
+                f'the file holds {", ".join(names)}, which make no model; '
+                '`from_official` returns single networks'
+            )
+
+
+def _check_codes(net, stats, base):
+    "Raise unless statistics and base of a latent DPM are of codes of its width."
+    d = net.config['d']
+    if stats is None:
+        raise ValueError(
+            'the file holds no mean and standard deviation of codes; name the file that does as '
+            'stats'
+        )
+    if len(stats.mean) != d:
+        raise ValueError(f'the statistics are of codes of width {len(stats.mean)}, not {d}')
+    if base is None:
+        return
+    if not base.is_autoencoder:
+        raise ValueError(f'the base must be an autoencoder, got {type(base).__name__}')
+    if base.enc.config['z_dim'] != d:
+        raise ValueError(
+            f'the latent DPM generates codes of width {d}, '
+            f'but {base.card.name!r} has codes of width {base.enc.config["z_dim"]}'
+        )
+
+
 # %% ../nbs/toolbox/pretrained.ipynb #ccd36153
 def load_official(
     path: str | Path,  # checkpoint file of PDAE, Diff-AE or guided-diffusion
     what: str | None = None,  # head, latent or autoencoder; None: the first of them in the file
     *,
     stats: str | Path | None = None,  # file with the mean and standard deviation of codes
-    base: str | None = None,  # name of the autoencoder run whose codes a latent DPM generates
-    data: str | None = None,  # data set of the run: a name of `load_images`
+    base: Model | None = None,  # the autoencoder whose codes a latent DPM generates
+    data: str | None = None,  # data set of the model: a name of `load_images`
     sched: Schedule | None = None,  # noise schedule; None takes that of the publications
     **hints,  # of `from_official`: size, heads, groups, new_order, …; None is no hint
-) -> SimpleNamespace:  # a run, as `load_run` returns it
-    "A run of the networks in an official checkpoint file."
+) -> Model:  # in eval mode
+    "The model of the networks in an official checkpoint file."
     path = Path(path).expanduser()
     log = hints.get('log', print)
     d = read_official(path)
     contents = _parts_of(d, what, log)
-    mean_std = contents.stats
-    if not contents.networks and not mean_std:
+    if not contents.networks:
         raise ValueError(
-            f'{path} holds none of the networks known here, but '
-            f'{", ".join(map(str, list(d)[:8])) or "nothing"}'
+            f'{path} holds none of the networks known here, but {_listing(contents, d)}'
         )
+    zstats = _zstats(*contents.stats) if contents.stats else None
     if stats:
-        mean_std = _parts_of(read_official(stats), None, log).stats
-        if not mean_std:
-            raise ValueError(f'{stats} holds no mean and standard deviation of codes')
+        zstats = load_stats(stats)
     given = {k: v for k, v in hints.items() if v is not None}
-    parts = {}
+    networks = {}
     for state in contents.networks.values():
-        parts |= from_official(state, **contents.geometry | given)
-    if mean_std and not {'unet', 'dpm', 'enc'} & set(parts):
-        parts['stats'] = _zstats(*mean_std)
-    about = dict(
-        name=path.stem,
-        parts=list(parts),
-        recipe=dict(data=data, net=dict(run=str(base) if base else None)),
-        steps=d.get('global_step', d.get('step')),
-        result=None,
-        source=path.name,
-    )
-    return SimpleNamespace(
-        path=path,
-        sched=sched or _published_schedule(parts, log),
-        recipe=about['recipe'],
-        about=about,
-        **parts,
-    )
+        networks = from_official(state, **contents.geometry | given) | networks
+    model = _model_of(networks, zstats, base, sched or _published_schedule(networks, log))
+    model.card = _card_of_file(path, d, data)
+    if isinstance(model, PDAE):
+        model.base.card = Card(name='dpm', source=model.card.source)
+    return model.eval()
+
+
+def _listing(contents, d):
+    "What a file without networks holds, in words."
+    if contents.stats:
+        return 'only the mean and standard deviation of codes, which `load_stats` reads'
+    return ', '.join(map(str, list(d)[:8])) or 'nothing'
+
+
+def _card_of_file(path, d, data):
+    "The card of a model from a checkpoint file: the source with its training step, and the data."
+    step = d.get('global_step', d.get('step'))
+    source = path.name if step is None else f'{path.name}, step {step}'
+    return Card(name=path.stem, recipe=dict(data=data) if data else None, source=source)
+
+
+def load_stats(
+    path: str | Path,  # file with the mean and standard deviation of codes
+) -> ZStats:
+    "The statistics of codes in an official file."
+    stats = _parts_of(read_official(path), None, _silent).stats
+    if not stats:
+        raise ValueError(f'{path} holds no mean and standard deviation of codes')
+    return _zstats(*stats)
+
+
+def _silent(message):
+    "Drop a message about networks that are not taken."
 
 
 def _zstats(mean, std):
@@ -720,12 +808,12 @@ def _zstats(mean, std):
     return stats
 
 
-def _published_schedule(parts, log):
+def _published_schedule(networks, log):
     "The noise schedule of PDAE and Diff-AE: constant for codes, linear for images."
-    sched = Schedule.constant() if 'net' in parts else Schedule.linear()
-    if {'dpm', 'unet', 'net'} & set(parts):
+    sched = Schedule.constant() if 'net' in networks else Schedule.linear()
+    if {'dpm', 'unet', 'net'} & set(networks):
         log(
-            f'The file does not hold the noise schedule (the noise table). It is taken as {sched}, '
+            f'The file does not hold the noise schedule. It is taken as {sched}, '
             'as in PDAE and Diff-AE; otherwise give sched=….'
         )
     return sched
@@ -781,50 +869,45 @@ def _unet2d(unet, folder):
 
 # %% ../nbs/toolbox/pretrained.ipynb #45265d19
 def load_dpm(
-    source,  # run name or folder, checkpoint file, diffusers folder, user/name, or `UNet2DModel`
+    source,  # checkpoint file, diffusers folder, or `UNet2DModel`
     scheduler=None,  # a scheduler of diffusers, for a `UNet2DModel`
     *,
     log: Callable[[str], None] = print,  # called with each assumption
     **hints,  # of `load_official`, for a checkpoint file
-) -> SimpleNamespace:  # a run, as `load_run` returns it, with `dpm` and `sched`
-    """A frozen DPM from any source, for PDAE, ScoreVAE and classifier guidance.
+) -> DPM:  # in eval mode; no parameter requires a gradient
+    """A frozen DPM, for PDAE, ScoreVAE and classifier guidance. Of a PDAE's file it is the base.
 
     A `UNet2DModel` is used in place, without a copy (PDAE Section 3.3).
     """
     if isinstance(source, nn.Module):
-        return _run_in_memory(source, scheduler, log)
-    path = _locate(source, log)
-    if path.is_dir() and not (path / 'run.json').exists():
+        return _dpm_in_memory(source, scheduler, log)
+    path = Path(source).expanduser()
+    if path.is_dir():
         net, sched = _from_diffusers(path, log)
-        _check_finite(net, source)
-        name = re.sub(r'\W+', '_', str(source).rstrip('/').split('/')[-1])
-        return _frozen_run(net, sched, path=path, name=name, source=str(source))
-    if path.is_file():
-        run = load_official(path, log=log, **hints)
-    else:
-        run = load_run(path if path.is_dir() else source)
-    if not hasattr(run, 'dpm'):
-        raise ValueError(f'{source} holds {", ".join(run.about["parts"])}, no DPM to stand on')
-    run.dpm.requires_grad_(False)
-    return run
+        return _diffusers_dpm(net, sched, path.resolve().name, str(source))
+    model = load_official(path, log=log, **hints)
+    if isinstance(model, PDAE):
+        model = model.base
+    if not isinstance(model, DPM):
+        raise ValueError(f'{source} holds a {type(model).__name__}, no DPM')
+    return model.requires_grad_(False)
 
 
-def _run_in_memory(unet, scheduler, log):
-    "The run of a `UNet2DModel`."
+def _dpm_in_memory(unet, scheduler, log):
+    "The DPM of a `UNet2DModel`."
     if not scheduler:
         log('No scheduler was given. The betas are taken as those of DDPM, 1e-4 … 0.02.')
     sched = sched_of(scheduler) if scheduler else Schedule.linear()
-    _check_finite(unet, 'in_memory')
-    return _frozen_run(unet, sched, path=None, name='in_memory', source='in_memory')
+    return _diffusers_dpm(unet, sched, 'in_memory', 'in_memory')
 
 
-def _locate(source, log):
-    "The path of a source, after a download if it is user/name on the Hub and not on this machine."
-    path = Path(source).expanduser()
-    is_run = (models_dir() / str(source) / 'run.json').exists()
-    if not path.exists() and not is_run and from_hub.looks_like(source):
-        return from_hub(source, log)
-    return path
+def _diffusers_dpm(unet, sched, name, source):
+    "The frozen DPM of a `UNet2DModel`."
+    _check_finite(unet, source)
+    net = DiffusersUNet(unet)
+    dpm = DiffusersDPM(net, sched, _image_shape(net))
+    dpm.card = Card(name=name, source=source)
+    return dpm.eval().requires_grad_(False)
 
 
 def _check_finite(net, what):
@@ -832,100 +915,3 @@ def _check_finite(net, what):
     for k, weight in net.state_dict().items():
         if not weight.isfinite().all():
             raise ValueError(f'{what}: {k} holds numbers that are NaN or infinite')
-
-
-def _frozen_run(unet, sched, *, path, name, source):
-    "A run whose only part is a frozen `UNet2DModel`."
-    return SimpleNamespace(
-        dpm=DiffusersUNet(unet).eval().requires_grad_(False),
-        sched=sched,
-        recipe=None,
-        path=path,
-        about=dict(name=name, parts=['dpm'], recipe=None, result=None, source=source),
-    )
-
-
-# %% ../nbs/toolbox/pretrained.ipynb #10dd25d3
-def convert(
-    source: str,  # checkpoint file, diffusers folder, or user/name on the Hugging Face Hub
-    out: str,  # run folder to create; the last part of its path is the name of the run
-    what: str = None,  # network to take from a file with several: head, latent or autoencoder
-    *,
-    size: int = None,  # height and width of the images, in pixels; Diff-AE's files state it
-    heads: int = None,  # attention heads of the U-Net; otherwise those in the file, or 1
-    head_channels: int = None,  # channels of an attention head, instead of --heads
-    new_order: bool = False,  # q, k, v in the order of guided-diffusion's use_new_attention_order
-    cosine: bool = False,  # cosine noise schedule instead of the published one
-    groups: int = None,  # groups of each group normalisation; otherwise 32
-    lag: int = None,  # timestep that the network counts as 0: 0 if trained here, otherwise 1
-    stats: str = None,  # file with the mean and standard deviation of codes, if it is separate
-    base: str = None,  # for a latent DPM: the run of the autoencoder whose codes it generates
-    data: str = None,  # data set of the run, under the name that `pdae train` uses
-) -> dict:  # folder of the run, and its parts with their numbers of weights
-    "Convert a published checkpoint or a diffusers model into a run folder"
-    if Path(out).exists():
-        raise ValueError(f'{out} is there already; choose another folder, or delete that one')
-    path = Path(source).expanduser()
-    hints = dict(size=size, heads=heads, head_channels=head_channels, groups=groups, lag=lag)
-    only_for_files = hints | dict(what=what, stats=stats, base=base)
-    if path.is_file():
-        run = load_official(
-            path,
-            what,
-            stats=stats,
-            base=base,
-            data=data,
-            new_order=new_order,
-            sched=Schedule.cosine() if cosine else None,
-            log=_log_to_stderr,
-            **hints,
-        )
-    else:
-        given = [k for k, v in only_for_files.items() if v is not None]
-        if given:
-            raise ValueError(f'{given[0]} is for checkpoint files; {source} is none')
-        run = load_dpm(source, log=_log_to_stderr)
-        run.about['recipe'] = run.about.get('recipe') or dict(data=data)
-    names = run.about['parts']
-    if 'net' in names and not base:
-        raise ValueError(
-            'a latent DPM needs the autoencoder whose codes it generates: name that run as base'
-        )
-    parts = {k: getattr(run, k) for k in names}
-    about = {k: v for k, v in run.about.items() if k not in ('name', 'parts')}
-    save_run(out, parts, run.sched, about, torch.float32)
-    return dict(run=str(out), parts={k: _class_and_size(net) for k, net in parts.items()})
-
-
-def _log_to_stderr(message):
-    print(message, file=sys.stderr)
-
-
-def _class_and_size(net):
-    "Class and number of weights of a network, in words."
-    weights = sum(p.numel() for p in net.parameters())
-    return f'{type(net).__name__}, {weights:,} weights'
-
-
-# %% ../nbs/toolbox/pretrained.ipynb #ea4adba5
-def as_run(
-    source,  # name or folder of a run, or what `load_dpm` takes
-) -> str:  # name or folder of a run
-    """The run of a DPM from any source. A source that is a run is returned unchanged.
-
-    Another DPM is stored in `cache_dir()`, in a folder named by its weights and noise schedule.
-    """
-    if not isinstance(source, nn.Module):
-        folders = (Path(source), models_dir() / str(source))
-        if any((folder / 'run.json').exists() for folder in folders):
-            return str(source)
-    run = load_dpm(source, log=_log_to_stderr)
-    if run.path and (run.path / 'run.json').exists():
-        return str(run.path)
-    sched = nn.ParameterList([nn.Parameter(run.sched.beta)])
-    folder = f'foreign-{fingerprint(run.dpm)}-{fingerprint(sched)}'
-    out = cache_dir() / 'runs' / folder / run.about['name']
-    if not (out / 'run.json').exists():
-        about = dict(recipe=None, result=None, source=run.about.get('source'))
-        save_run(out, dict(dpm=run.dpm), run.sched, about, torch.float32)
-    return str(out)

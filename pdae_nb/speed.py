@@ -35,7 +35,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from .denoise import denoising_loss
 from .evaluation import _device
 from .forward import Schedule
-from .methods.pdae import ConvEncoder, GradientEstimator, pdae_loss
+from .methods.dpm import DPM
+from .methods.pdae import ConvEncoder, EpsAndScore, GradientEstimator, pdae_loss
 from .recipes import RECIPES, recipe
 from .training import EMA, fit, hardware, versions
 from .unet import UNet, autocast, bf16_pays, exact_convolutions
@@ -126,11 +127,8 @@ def run_python(
     return float(done.stdout.splitlines()[-1])
 
 
-COLD = """import torch
-from .files import load_run
-from .sampling import sample
-run = load_run('mnist_dpm')
-sample(run.dpm, torch.randn(1, 1, 28, 28), run.sched, 50, clip=1.)
+COLD = """from pdae_nb.hub import load
+load('mnist_dpm').sample(1, steps=50)
 print(time.perf_counter() - t0)"""
 IMPORT = """import torch
 t0 = time.perf_counter()
@@ -165,8 +163,10 @@ def _workload(config, bs, dev, *, ours=True, compile=False):
     if compile:
         net.compile()
 
-    def loss(x0, y):
-        return denoising_loss(net, x0, sched)
+    def loss(x0, y, draw):
+        t = draw.times(sched)
+        eps = draw.normal(*x0.shape[1:])
+        return denoising_loss(net, x0, sched, t=t, eps=eps, reduce=None), t
 
     row = replace(recipe('mnist_dpm', 'lesson'), batch=bs)
     steps = fit(loss, net.parameters(), repeat((x, None)), row, ema, amp=ours)
@@ -266,20 +266,23 @@ def count_parts(
 
     One multiply–add is two of the operations that `gflops` counts.
     """
+    shape = (config['c'], config['size'], config['size'])
+    sched = Schedule.linear()
     with torch.device('meta'):
-        dpm = UNet(**config)
+        base = DPM(UNet(**config), sched, shape)
         enc = ConvEncoder(config['c'], config['size'], z_dim, groups=8)
-        G = GradientEstimator(dpm, z_dim)
-        x = torch.empty(1, config['c'], config['size'], config['size'])
+        G = GradientEstimator.on(base.net, z_dim)
+        eps_and_score = EpsAndScore(base, G)
+        x = torch.empty(1, *shape)
         t = torch.empty(1)
         z = torch.empty(1, z_dim)
-        alone = gflops(dpm, x, t) / 2
-        both = gflops(lambda x, t: G(x, t, z), x, t) / 2
-        features, e = G.shared(x, t)
+        alone = gflops(base.net, x, t) / 2
+        both = gflops(lambda x, t: eps_and_score(x, t, z), x, t) / 2
+        features, e = base.features(x, t)
         return dict(
             dpm=alone,
             eps_and_G=both,
-            G_alone=gflops(lambda x, t: G.score(features, e, z), x, t) / 2,
+            G_alone=gflops(lambda x, t: G(features, e, z), x, t) / 2,
             encoder=gflops(lambda x, t: enc(x), x, t) / 2,
             saved_by_skipping_G=1 - alone / both,
         )
@@ -308,13 +311,19 @@ def _forward_call(f, device):
     return call
 
 
-def _training_call(enc, G, decoder, x, sched):
-    "One timed training step of the encoder and `decoder`; `G` is PDAE's, or two networks."
+def _training_call(enc, eps_and_score, decoder, x, sched):
+    "One timed training step of the encoder and `decoder`, the trained part of `eps_and_score`."
+
+    def loss(x0, y, draw):
+        t = draw.times(sched)
+        eps = draw.normal(*x0.shape[1:])
+        return pdae_loss(enc, eps_and_score, x0, sched, t=t, eps=eps, reduce=None), t
+
     steps = fit(
-        lambda x0, y: pdae_loss(enc, G, x0, sched),
+        loss,
         [*enc.parameters(), *decoder.parameters()],
         repeat((x, None)),
-        RECIPES['mnist_pdae', 'lesson'],
+        replace(RECIPES['mnist_pdae', 'lesson'], batch=len(x)),
     )
 
     def call():
@@ -337,23 +346,25 @@ def _bench_geometry(config, z_dim, device, seconds):
     bs = _bench_batch(device, size)
     torch.manual_seed(0)
     to = dict(device=device, memory_format=torch.channels_last)
-    dpm = UNet(**config).to(**to)
+    shape = (config['c'], size, size)
+    sched = Schedule.linear()
+    base = DPM(UNet(**config), sched, shape).to(**to).eval().requires_grad_(False)
     conditional = UNet(**config, dz=z_dim).to(**to)
     enc = ConvEncoder(config['c'], size, z_dim, groups=8).to(**to)
-    G = GradientEstimator(dpm, z_dim).to(**to)
-    two = _TwoNetworks(dpm, conditional)
-    x = torch.rand((bs, config['c'], size, size), device=device) * 2 - 1
+    G = GradientEstimator.on(base.net, z_dim).to(**to)
+    pdae = EpsAndScore(base, G)
+    two = _TwoNetworks(base.net, conditional)
+    x = torch.rand((bs, *shape), device=device) * 2 - 1
     t = torch.full((bs,), 500, device=device)
     z = enc(x).detach()
-    sched = Schedule.linear()
     forward = {
-        'PDAE': _forward_call(lambda: G(x, t, z), device),
+        'PDAE': _forward_call(lambda: pdae(x, t, z), device),
         'two networks': _forward_call(lambda: two(x, t, z), device),
-        'G skipped': _forward_call(lambda: dpm(x, t), device),
+        'G skipped': _forward_call(lambda: base.net(x, t), device),
     }
     forward_seconds = race(forward, seconds)
     training = {
-        'PDAE': _training_call(enc, G, G, x, sched),
+        'PDAE': _training_call(enc, pdae, G, x, sched),
         'two networks': _training_call(enc, two, conditional, x, sched),
     }
     step_seconds = race(training, seconds)

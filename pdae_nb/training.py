@@ -10,17 +10,18 @@ __all__ = [
     'EMA',
     'Step',
     'NonFinite',
+    'seeded',
     'fit',
     'noise_mse',
     'autoencoder_noise_mse',
-    'Task',
     'hardware',
     'versions',
-    'train_task',
+    'train_model',
 ]
 
-# %% ../nbs/toolbox/training.ipynb #045b9676
+# %% ../nbs/toolbox/training.ipynb #fa800cff
 import copy
+import dataclasses
 import importlib
 import json
 import math
@@ -29,54 +30,61 @@ import platform
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .data import Images, batches
+from .data import Images, batches, to_signed
 from .denoise import Denoiser, denoising_loss
 from .files import Stopped, cast, load_checkpoint, locked, save_checkpoint, stoppable
 from .forward import Schedule
-from .model import save_run, within
+from .model import Card, Draw, Model, class_path, model_fingerprint, seed_of, write_model
 from .plot import show
 from .unet import autocast, bf16_pays
 
 
-# %% ../nbs/toolbox/training.ipynb #b81b9cbd
+# %% ../nbs/toolbox/training.ipynb #bfd9d03a
 @dataclass(frozen=True)
 class Recipe:
-    "The configuration of one training run: data, network, length, optimiser and seed."
+    "The configuration of one training run."
 
+    method: type  # class of the model, e.g. `PDAE`
     data: str  # data set: a name of `load_images`, or the path of a folder of images
     px: int  # height and width of the images, pixels
-    net: dict  # keyword arguments of the network
     images: int  # length of the run: images in all its batches
+    base: Any = None  # the frozen model underneath: name or path of a run, or a `Model`
+    net: dict = field(default_factory=dict)  # arguments of the network
+    encoder: dict = field(default_factory=dict)  # arguments of the encoder
+    settings: Any = None  # settings of the model; None takes those of the class
     batch: int = 128  # images per step
     lr: float = 1e-4  # learning rate of Adam(W)
     warmup: int = 0  # steps over which the learning rate rises linearly
-    cool: float = 0.0  # last fraction of the steps, over which it falls linearly to 0
+    cooldown: float = 0.0  # last fraction of the steps, over which it falls linearly to 0
     ema: float = 0.9999  # decay of the moving average of the weights
     clip: float = 1.0  # largest gradient norm; inf never clips
-    wd: float = 0.0  # weight decay
+    weight_decay: float = 0.0
     flip: bool = False  # mirror images at random
     seed: int = 0  # of initial weights, order of the images, timesteps and noise
 
     def __post_init__(self):
+        if not isinstance(self.method, type) or not issubclass(self.method, Model):
+            raise TypeError(f'recipe: method must be a class of models, got {self.method!r}')
         accepted = dict(
             px=('>= 1', self.px >= 1),
             images=('>= 1', self.images >= 1),
             batch=('>= 1', self.batch >= 1),
             lr=('> 0 and finite', 0 < self.lr < math.inf),
             warmup=('>= 0', self.warmup >= 0),
-            cool=('in 0…1', 0 <= self.cool <= 1),
+            cooldown=('in 0…1', 0 <= self.cooldown <= 1),
             ema=('>= 0 and < 1', 0 <= self.ema < 1),
             clip=('> 0', self.clip > 0),
-            wd=('>= 0', self.wd >= 0),
+            weight_decay=('>= 0', self.weight_decay >= 0),
         )
         for name, (values, is_accepted) in accepted.items():
             if not is_accepted:
@@ -88,15 +96,27 @@ class Recipe:
         "Number of training steps: images // batch, at least 1."
         return max(1, self.images // self.batch)
 
+    def as_json(self) -> dict:
+        "The fields as JSON holds them: class and base by name, settings as a dict."
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        fields['method'] = class_path(self.method)
+        if isinstance(self.base, Model):
+            fields['base'] = self.base.card.name
+        elif self.base is not None:
+            fields['base'] = str(self.base)
+        if self.settings is not None:
+            fields['settings'] = asdict(self.settings)
+        return _json(fields)
 
-# %% ../nbs/toolbox/training.ipynb #e88c6184
+
+# %% ../nbs/toolbox/training.ipynb #e49f02e5
 def lr_at(
     r: Recipe,  # the recipe
     i: int,  # step, 0…
 ) -> float:  # learning rate of that step
-    "η_i = η·min(1, (i+1)/warmup, (S-i)/(cool·S)) of S steps: linear rise, constant, linear fall."
+    "η_i = η·min(1, (i+1)/warmup, (S-i)/(cooldown·S)), S steps: rise, constant, linear fall."
     rise = (i + 1) / max(1, r.warmup)
-    fall = (r.steps - i) / max(1.0, r.cool * r.steps) if r.cool else 1.0
+    fall = (r.steps - i) / max(1.0, r.cooldown * r.steps) if r.cooldown else 1.0
     return r.lr * max(0.0, min(1.0, rise, fall))
 
 
@@ -105,10 +125,16 @@ def optimiser(
     r: Recipe,  # learning rate and weight decay
 ) -> torch.optim.Optimizer:
     "AdamW, fused into one kernel. Without weight decay it is Adam (Diff-AE Table 5)."
-    return torch.optim.AdamW(params, lr=r.lr, weight_decay=r.wd, fused=True)
+    return torch.optim.AdamW(params, lr=r.lr, weight_decay=r.weight_decay, fused=True)
 
 
-# %% ../nbs/toolbox/training.ipynb #ce334a02
+# %% ../nbs/toolbox/training.ipynb #03b05690
+def _floating_tensors(module):
+    "The floating-point parameters and buffers of a module, each once."
+    tensors = (*module.parameters(), *module.buffers())
+    return [tensor for tensor in tensors if tensor.is_floating_point()]
+
+
 class EMA:
     "Exponential moving average of a network's weights (decay .9999 in the official programs)."
 
@@ -119,13 +145,8 @@ class EMA:
     ):
         self.module = copy.deepcopy(module).eval().requires_grad_(False)
         self.decay = decay
-        self._averages = []
-        self._weights = []
-        tensors = zip(self.module.state_dict().values(), module.state_dict().values(), strict=True)
-        for average, weight in tensors:
-            if average.is_floating_point():
-                self._averages.append(average)
-                self._weights.append(weight)
+        self._averages = _floating_tensors(self.module)
+        self._weights = _floating_tensors(module)
 
     @torch.no_grad()
     def update(
@@ -137,7 +158,7 @@ class EMA:
         torch._foreach_lerp_(self._averages, self._weights, 1 - d)
 
 
-# %% ../nbs/toolbox/training.ipynb #14bf4eb5
+# %% ../nbs/toolbox/training.ipynb #2f6d477c
 class Step(NamedTuple):
     "The result of one training step."
 
@@ -147,21 +168,16 @@ class Step(NamedTuple):
     lr: float  # learning rate of this step
     grad_norm: Tensor  # norm of the gradient before clipping, a scalar
     ok: bool  # False: loss or gradient was not finite, so the weights were not changed
-    losses: Tensor | None = None  # (B,), if the loss function returns one loss per image
-    t: Tensor | None = None  # the timesteps of the images: int64 (B,)
+    losses: Tensor  # (B,)
+    t: Tensor | None  # timesteps of the images: int64 (B,); None for a loss without noise
+    seconds: float  # duration of the step, without what the caller does between two steps
 
 
 class NonFinite(RuntimeError):
     "Raised after too many consecutive steps whose loss or gradient was not finite."
 
 
-# %% ../nbs/toolbox/training.ipynb #ceedc5f7
-def _seed(seed, i):
-    "Seed torch for the random numbers of step `i`: a function of the recipe's seed and `i` only."
-    words = np.random.SeedSequence([seed, i, 2]).generate_state(1, np.uint64)
-    torch.manual_seed(int(words[0] >> 1))
-
-
+# %% ../nbs/toolbox/training.ipynb #3ad3ff08
 def _nonfinite_timesteps(losses, t):
     "For the message of `NonFinite`: the timesteps whose losses are not finite, if `t` is known."
     if t is None:
@@ -172,10 +188,10 @@ def _nonfinite_timesteps(losses, t):
     return f', in the gradient (t of the batch: {t.min()} … {t.max()})'
 
 
-def _update(loss, params, opt, r):
+def _update(loss, params, opt, clip):
     "Backward pass, clipping, step. Returns the gradient norm, and whether all was finite."
     loss.backward()
-    norm = nn.utils.clip_grad_norm_(params, r.clip, foreach=True)
+    norm = nn.utils.clip_grad_norm_(params, clip, foreach=True)
     ok = bool(torch.isfinite(loss) & torch.isfinite(norm))
     if ok:
         opt.step()
@@ -183,21 +199,34 @@ def _update(loss, params, opt, r):
     return norm, ok
 
 
-# %% ../nbs/toolbox/training.ipynb #ddd6bf85
-def _losses(loss_fn, x0, y, *, seed, i, device, amp):
-    "Losses of step `i`, and the timesteps or None; the caller's random state is left unchanged."
+# %% ../nbs/toolbox/training.ipynb #c537b577
+@contextmanager
+def seeded(
+    seed: int,  # of the generators of the CPU and the device
+    device: torch.device,
+):
+    "Seed the global generators inside the block, and restore them afterwards."
     devices = [device] if device.type == 'cuda' else []
-    with torch.random.fork_rng(devices), autocast(device, amp):
-        _seed(seed, i)
-        out = loss_fn(x0, y)
-    return out if isinstance(out, tuple) else (out, None)
+    with torch.random.fork_rng(devices):
+        torch.default_generator.manual_seed(seed)
+        if devices:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+def _losses(loss, x0, y, draw, *, dropout_seed, amp):
+    "Losses of a step, and the timesteps or None; the caller's random state is left unchanged."
+    device = x0.device
+    with seeded(dropout_seed, device), autocast(device, amp):
+        return loss(x0, y, draw)
 
 
 def fit(
-    loss_fn: Callable,  # (x0,y) -> scalar, or (losses (B,), t (B,)); torch is seeded for each call
+    loss: Callable,  # a model, or (x0,y,draw) -> losses (B,) and timesteps (B,) or None
     params,  # parameters; those that require a gradient are trained
     batches,  # iterable of (x0,y), beginning with the batch of step `start`
-    recipe: Recipe,  # learning rate, clipping, seed
+    recipe: Recipe,  # learning rate, clipping, seed, size of the global batch
     ema: EMA | None = None,  # moving average to update
     *,
     opt: torch.optim.Optimizer | None = None,  # optimiser to continue with; None makes one
@@ -211,28 +240,33 @@ def fit(
         raise ValueError('nothing to train: no parameter requires a gradient')
     opt = opt or optimiser(params, recipe)
     device = params[0].device
+    opt.zero_grad(set_to_none=True)
     bad = 0
+    begin = time.perf_counter()
     for i, (x0, y) in enumerate(batches, start):
         lr = lr_at(recipe, i)
         for group in opt.param_groups:
             group['lr'] = lr
-        losses, t = _losses(loss_fn, x0, y, seed=recipe.seed, i=i, device=device, amp=amp)
-        loss = losses.float().mean()
-        norm, ok = _update(loss, params, opt, recipe)
+        draw = Draw(recipe.seed, i, recipe.batch, device=device)
+        losses, t = _losses(loss, x0, y, draw, dropout_seed=seed_of(recipe.seed, i, 3), amp=amp)
+        mean = losses.float().mean()
+        norm, ok = _update(mean, params, opt, recipe.clip)
         if ok and ema is not None:
             ema.update(i)
         bad = 0 if ok else bad + 1
         losses = losses.detach()
         yield Step(
             i + 1,
-            loss.detach(),
+            mean.detach(),
             seen=(i + 1) * recipe.batch,
             lr=lr,
             grad_norm=norm.detach(),
             ok=ok,
-            losses=None if t is None else losses,
+            losses=losses,
             t=t,
+            seconds=time.perf_counter() - begin,
         )
+        begin = time.perf_counter()
         if bad == patience:
             raise NonFinite(
                 f'{bad} steps in a row were not finite, the last one step {i + 1}'
@@ -240,7 +274,7 @@ def fit(
             )
 
 
-# %% ../nbs/toolbox/training.ipynb #1143b786
+# %% ../nbs/toolbox/training.ipynb #8434d0a1
 def _conditioned(denoiser, y):
     "The denoiser with its condition bound: (xt,t) -> eps."
     if y is None:
@@ -298,26 +332,7 @@ def autoencoder_noise_mse(
     return losses
 
 
-# %% ../nbs/toolbox/training.ipynb #a3224712
-@dataclass
-class Task:
-    "What `train` needs beyond the recipe: networks, data, loss and evaluation."
-
-    parts: dict  # name -> network to train
-    images: Images  # training data
-    loss_fn: Callable  # (x0,y) -> scalar, or (losses (B,), t (B,))
-    result: Callable  # parts -> results on test data: dict of numbers
-    sched: Schedule | None = None  # noise schedule
-    preview: Callable | None = None  # parts -> images in [-1,1], stored at each checkpoint
-    twice: tuple = ()  # parts that are differentiated twice, which torch.compile cannot do
-
-
-def _device(net):
-    "The device of a network's parameters."
-    return next(net.parameters()).device
-
-
-# %% ../nbs/toolbox/training.ipynb #406ce307
+# %% ../nbs/toolbox/training.ipynb #b3da91b5
 def hardware(
     device: torch.device,  # device of the run
 ) -> str:
@@ -341,19 +356,19 @@ def versions() -> dict:  # name -> version
     )
 
 
-# %% ../nbs/toolbox/training.ipynb #9160c52b
+# %% ../nbs/toolbox/training.ipynb #f5b113f9
 def _json(o):
-    "`o` as it is read back from JSON: tuples become lists."
-    return json.loads(json.dumps(o))
+    "`o` as it is read back from JSON: tuples become lists, and infinity a text."
+    return json.loads(json.dumps(o), parse_constant=str)
 
 
 def _check_same(old, r, out):
     "Raise if the recipe `old`, as stored in the folder `out`, is not `r`."
-    new = _json(asdict(r))
+    new = r.as_json()
     changes = []
-    for field in sorted(old.keys() | new.keys()):
-        if old.get(field) != new.get(field):
-            changes.append(f'{field} {old.get(field)} → {new.get(field)}')
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) != new.get(name):
+            changes.append(f'{name} {old.get(name)} → {new.get(name)}')
     if changes:
         raise ValueError(
             f'{out} holds a run of another recipe: {", ".join(changes)}. '
@@ -361,36 +376,73 @@ def _check_same(old, r, out):
         )
 
 
-# %% ../nbs/toolbox/training.ipynb #ababa035
+# %% ../nbs/toolbox/training.ipynb #de81119a
+def _finite(number):
+    "A number as JSON holds it: None if it is not finite."
+    return number if math.isfinite(number) else None
+
+
 def _mean_by_t_quarter(steps, T):
-    "Mean loss in each quarter of the timesteps 1…T; NaN for a quarter without images."
+    "Mean loss in each quarter of the timesteps 1…T; None for a quarter without finite losses."
     t = torch.cat([s.t for s in steps])
     losses = torch.cat([s.losses for s in steps]).float()
     quarter = (t - 1) * 4 // T
-    return [float(losses[quarter == q].nanmean()) for q in range(4)]
+    means = []
+    for q in range(4):
+        of_quarter = losses[quarter == q]
+        means.append(_finite(float(of_quarter[of_quarter.isfinite()].mean())))
+    return means
 
 
-def _log_line(recent, r, T, seconds, skipped):
-    "A line of the log: means over the steps since the last line, and numbers of the newest step."
-    newest = recent[-1]
-    line = dict(
-        step=newest.i,
-        seen=newest.seen,
-        loss=float(torch.stack([s.loss for s in recent]).mean()),
-        lr=newest.lr,
-        grad_norm=float(newest.grad_norm),
-        images_per_s=round(len(recent) * r.batch / seconds, 1),
-        skipped=skipped,
-    )
-    if newest.t is not None:
-        line['loss_by_t_quarter'] = _mean_by_t_quarter(recent, T)
-    return line
+@dataclass
+class _Log:
+    "The log of a training: a line of JSON and a line of text at every `every`-th step."
+
+    path: Path
+    every: int  # steps between two lines
+    steps: int  # steps of the whole training
+    T: int | None  # number of timesteps of the noise schedule, if there is one
+    tell: Callable  # takes the line of text
+    recent: list[Step] = dataclasses.field(default_factory=list)  # since the last line
+
+    def add(self, step: Step, skipped: int) -> None:
+        "Note a step, and write a line if one is due."
+        self.recent.append(step)
+        if step.i % self.every and step.i != self.steps:
+            return
+        line = self._line(skipped)
+        self.recent = []
+        with open(self.path, 'a', encoding='utf-8') as f:
+            f.write(json.dumps(line, allow_nan=False) + '\n')
+        loss = 'not finite' if line['loss'] is None else f'{line["loss"]:.4f}'
+        speed = f'{line["images_per_s"]:.0f} images/s'
+        self.tell(f'{step.i}/{self.steps}  loss {loss}  {speed}')
+
+    def _line(self, skipped):
+        "Means over the steps since the last line, and numbers of the newest step."
+        newest = self.recent[-1]
+        losses = [float(s.loss) for s in self.recent if s.ok]
+        images = len(self.recent) * newest.seen // newest.i
+        seconds = sum(s.seconds for s in self.recent)
+        line = dict(
+            step=newest.i,
+            seen=newest.seen,
+            loss=sum(losses) / len(losses) if losses else None,
+            lr=newest.lr,
+            grad_norm=_finite(float(newest.grad_norm)),
+            images_per_s=round(images / max(seconds, 1e-9), 1),
+            skipped=skipped,
+            steps=len(self.recent),
+        )
+        if newest.t is not None and self.T:
+            line['loss_by_t_quarter'] = _mean_by_t_quarter(self.recent, self.T)
+        return line
 
 
-# %% ../nbs/toolbox/training.ipynb #e0cf8145
+# %% ../nbs/toolbox/training.ipynb #006c2dac
 def _whole_lines(path):
     "The lines of a log, without a last line that was cut off."
-    return [line for line in Path(path).read_text().splitlines(True) if line.endswith('\n')]
+    return [line for line in Path(path).read_text('utf-8').splitlines(True) if line.endswith('\n')]
 
 
 def _trim_log(path, i):
@@ -399,86 +451,79 @@ def _trim_log(path, i):
         return
     kept = [line for line in _whole_lines(path) if json.loads(line)['step'] <= i]
     tmp = path.with_name(f'.{path.name}.tmp')
-    tmp.write_text(''.join(kept))
+    tmp.write_text(''.join(kept), encoding='utf-8')
     tmp.replace(path)
 
 
-# %% ../nbs/toolbox/training.ipynb #5ec73315
+# %% ../nbs/toolbox/training.ipynb #4a33ce1b
 @dataclass
 class _Run:
-    "A run in progress: what is trained, where it is stored, and how many steps are done."
+    "A training in progress: what is trained, where it is stored, and how many steps are done."
 
-    name: str  # `<data>_<what>`
     recipe: Recipe
-    out: Path  # folder for checkpoints, log, samples and, at the end, the run
-    device: torch.device
-    task: Task
-    model: nn.ModuleDict  # the parts that are not inside another part
-    ema: EMA  # of `model`
+    out: Path  # folder of the run
+    data: Images  # what the training loop iterates over
+    test: Images  # test data in the same form
+    model: Model
+    ema: EMA  # of the model
     opt: torch.optim.Optimizer
-    averaged: dict  # name -> averaged network, for all parts
     i: int = 0  # steps done
     seconds: float = 0.0  # duration of these steps
     skipped: int = 0  # steps that were not finite
 
+    def add(self, step: Step) -> None:
+        "Count a step."
+        self.i = step.i
+        self.seconds += step.seconds
+        self.skipped += not step.ok
+
     @property
-    def seen(self):
+    def average(self) -> Model:
+        "The model with averaged weights."
+        return self.ema.module
+
+    @property
+    def seen(self) -> int:
         "Images in all batches so far."
         return self.i * self.recipe.batch
 
-
-# %% ../nbs/toolbox/training.ipynb #b807fdea
-def _logged(run, steps, every, log):
-    "Yield the steps of `fit`; count them in `run`, and write a log line at every `every`-th step."
-    T = 1 if run.task.sched is None else run.task.sched.T
-    recent = []
-    start = time.time() - run.seconds
-    last_line = time.time()
-    for step in steps:
-        run.i = step.i
-        run.skipped += not step.ok
-        run.seconds = time.time() - start
-        recent.append(step)
-        if run.i % every == 0 or run.i == run.recipe.steps:
-            line = _log_line(recent, run.recipe, T, time.time() - last_line, run.skipped)
-            recent = []
-            last_line = time.time()
-            with open(run.out / 'log.jsonl', 'a') as f:
-                f.write(json.dumps(line) + '\n')
-            progress = f'{run.i}/{run.recipe.steps}'
-            log(f'{progress}  loss {line["loss"]:.4f}  {line["images_per_s"]:.0f} images/s')
-        yield step
+    def test_data(self, n: int) -> tuple[Tensor, Tensor | None]:
+        "The first n test data, images in [-1,1], and their labels, on the model's device."
+        x = self.test.x[:n].to(self.average.device)
+        x0 = to_signed(x) if x.dtype == torch.uint8 else x
+        y = None if self.test.y is None else self.test.y[:n].to(self.average.device)
+        return x0, y
 
 
-# %% ../nbs/toolbox/training.ipynb #34fa8b1a
-def _modules(parts, inner, device):
-    "The parts that are not inside another part, on the device and in training mode."
-    own = {name: part for name, part in parts.items() if name not in inner}
-    model = nn.ModuleDict(own).to(device, memory_format=torch.channels_last)
-    for part in model.values():
-        is_trained = any(p.requires_grad for p in part.parameters())
-        part.train(is_trained)  # a frozen part does not use dropout
-    return model
-
-
-def _new_run(name, r, out, make_task, device):
-    "A run before its first step. The seed determines the initial weights."
-    torch.manual_seed(r.seed)
-    task = make_task(r)
-    inner = within(task.parts)
-    model = _modules(task.parts, inner, device)
-    ema = EMA(model, r.ema)
-    opt = optimiser([p for p in model.parameters() if p.requires_grad], r)
-    averaged = {part: ema.module.get_submodule(inner.get(part, part)) for part in task.parts}
-    return _Run(name, r, out, device, task, model, ema, opt, averaged)
+# %% ../nbs/toolbox/training.ipynb #8bea3aa9
+def _new_run(model, recipe, out, images, *, test, device):
+    "A run before its first step."
+    frozen = model.base
+    while frozen is not None:
+        frozen.to(device, memory_format=torch.channels_last)
+        frozen = frozen.base
+    model.to(device, memory_format=torch.channels_last).train()
+    data = model.data(images)
+    opt = optimiser(model.trainable(), recipe)
+    return _Run(recipe, out, data, model.data(test), model, EMA(model, recipe.ema), opt)
 
 
 def _resume(run, log):
     "Load the newest checkpoint into `run`, if there is one, and shorten the log accordingly."
 
+    base = run.model.base
+
     def check(meta):
         _check_same(meta['recipe'], run.recipe, run.out)
+        now = None if base is None else model_fingerprint(base)
+        if meta.get('base') != now:
+            raise ValueError(
+                f'{run.out} was trained on a base with fingerprint {meta.get("base")}, '
+                f'the base now has {now}. Choose another folder, or delete that one'
+            )
 
+    for leftover in run.out.glob('.*.tmp'):
+        leftover.unlink()  # of a process that was killed
     folder = run.out / 'checkpoints'
     meta = load_checkpoint(folder, run.model, run.ema, run.opt, check=check, log=log)
     if meta:
@@ -489,118 +534,137 @@ def _resume(run, log):
     _trim_log(run.out / 'log.jsonl', run.i)
 
 
-def _compile(task):
-    "Apply torch.compile to the parts that are differentiated once."
-    for name, part in task.parts.items():
-        if name not in task.twice:
-            part.compile()
-
-
 def _cache_on_gpu(run):
     "Move the training images to the GPU if they fill less than a quarter of its free memory."
-    if run.device.type != 'cuda':
+    device = run.model.device
+    if device.type != 'cuda':
         return
-    free, _ = torch.cuda.mem_get_info(run.device)
-    if run.task.images.x.nbytes < free / 4:
-        run.task.images = run.task.images.to(run.device)
+    free, _ = torch.cuda.mem_get_info(device)
+    if run.data.x.nbytes < free / 4:
+        run.data = run.data.to(device)
 
 
-# %% ../nbs/toolbox/training.ipynb #ab2b22a7
+# %% ../nbs/toolbox/training.ipynb #2dcab89e
 def _save(run):
     "Write a checkpoint."
-    meta = dict(recipe=_json(asdict(run.recipe)), seconds=run.seconds, skipped=run.skipped)
+    base = run.model.base
+    meta = dict(
+        recipe=run.recipe.as_json(),
+        base=None if base is None else model_fingerprint(base),
+        seconds=run.seconds,
+        skipped=run.skipped,
+        versions=versions(),
+    )
     save_checkpoint(run.out / 'checkpoints', run.i, run.model, run.ema, run.opt, meta)
 
 
 def _save_preview(run):
-    "Write the preview of the averaged networks to `samples/`, if the task has one."
-    if not run.task.preview:
+    "Write the preview of the averaged model to `samples/`, if the model has one."
+    x0, y = run.test_data(32)
+    images = run.average.preview(x0, y)
+    if images is None:
         return
     import matplotlib.pyplot as plt
 
     path = run.out / 'samples' / f'{run.i:09d}.png'
     path.parent.mkdir(exist_ok=True)
-    fig = show(run.task.preview(run.averaged)).figure
+    fig = show(images).figure
     fig.savefig(path, dpi=80)
     plt.close(fig)
 
 
 def _round(run):
     "Round the averaged weights to float16, in which they will be stored."
-    for part, net in run.averaged.items():
-        for name, weight in net.state_dict().items():
-            weight.copy_(cast(weight, torch.float16, f'{run.name}: {part}.{name}'))
+    for name, weight in run.average.state_dict().items():
+        weight.copy_(cast(weight, torch.float16, f'{run.out.name}: {name}'))
 
 
-def _finish(run):
-    "Round the averaged weights, evaluate them, and write the run."
-    _round(run)
-    about = dict(
-        recipe=_json(asdict(run.recipe)),
+def _finish(run, name):
+    "Store the averaged model, then measure `test_result` and store it, too."
+    model = run.average
+    model.card = Card(
+        name=name,
+        recipe=run.recipe.as_json(),
         images_seen=run.seen,
         steps_skipped=run.skipped,
         seconds=round(run.seconds),
-        hardware=hardware(run.device),
+        hardware=hardware(model.device),
         versions=versions(),
-        result=run.task.result(run.averaged),
     )
-    save_run(run.out / run.name, run.averaged, run.task.sched, about)
+    write_model(model, run.out)
+    result = model.test_result(*run.test_data(10_000))
+    model.card.result = _json(asdict(result))
+    write_model(model, run.out)
+    return model
 
 
-# %% ../nbs/toolbox/training.ipynb #01e2a922
+# %% ../nbs/toolbox/training.ipynb #d2f3c326
 def _steps(run):
     "The remaining steps of a run, as `fit` yields them."
     r = run.recipe
     data = batches(
-        run.task.images,
+        run.data,
         r.batch,
         r.steps,
         flip=r.flip,
         seed=r.seed,
         start=run.i,
-        device=run.device,
+        device=run.model.device,
     )
-    params = run.model.parameters()
-    return fit(run.task.loss_fn, params, data, r, run.ema, opt=run.opt, start=run.i)
+    params = run.model.trainable()
+    return fit(run.model, params, data, r, run.ema, opt=run.opt, start=run.i)
 
 
-def _train_all_steps(run, steps, every, look):
+def _look(run, look):
+    "What is done at a checkpoint besides storing it: the caller's look, and the preview."
+    if look:
+        look(run.seen, run.average)
+    _save_preview(run)
+
+
+def _train_all_steps(run, log, every, look):
     "Do the steps. Write checkpoints every `every` steps, at the end, and when asked to stop."
     n = run.recipe.steps
+    if 0 < run.i < n and run.i % every == 0:
+        _look(run, look)  # a kill may have come between the checkpoint and the look
     with stoppable() as signals:
         try:
-            for _ in tqdm(steps, run.name, n, initial=run.i, disable=None):
+            for step in tqdm(_steps(run), run.out.name, n, initial=run.i, disable=None):
+                run.add(step)
+                log.add(step, run.skipped)
                 if signals:
-                    raise Stopped(
-                        signal.Signals(signals[0]),
-                        f'saved after step {run.i} of {n}; the same command goes on from there',
-                    )
+                    break
                 if run.i % every == 0 and run.i < n:
                     _save(run)
-                    if look:
-                        look(run.seen, run.averaged, run.task.sched)
-                    _save_preview(run)
-        except (Stopped, NonFinite):
+                    _look(run, look)
+        except NonFinite:
             _save(run)
             raise
         _save(run)
+    if signals and run.i < n:
+        raise Stopped(
+            signal.Signals(signals[0]),
+            f'saved after step {run.i} of {n}; the same command goes on from there',
+        )
 
 
-# %% ../nbs/toolbox/training.ipynb #76ec1e40
-def train_task(
-    name: str,  # name of the run
-    r: Recipe,  # recipe of the run
-    out,  # folder for checkpoints, log, samples and, at the end, the run
-    make_task: Callable,  # recipe -> Task
+# %% ../nbs/toolbox/training.ipynb #591d59cf
+def train_model(
+    model: Model,  # untrained model; the weights change in place
+    recipe: Recipe,  # its configuration
+    out: str | Path,  # folder of the run: checkpoints, log, samples and, at the end, the model
+    images: Images,  # training images
+    test: Images,  # test images
     *,
+    name: str | None = None,  # of the run; None: the name of the folder
     device=None,  # cpu or cuda; None takes the GPU if there is one
-    compile: bool = False,  # torch.compile every part
+    compile: bool = False,  # torch.compile the networks that are differentiated once
     every: int = 500,  # steps between checkpoints and previews
     log_every: int = 50,  # steps between log lines
-    look: Callable | None = None,  # (images seen, averaged parts, sched) -> None
+    look: Callable | None = None,  # (images seen, averaged model) -> None
     log: Callable = tqdm.write,  # takes lines of text; a terminal also gets a progress bar
-) -> Path:  # folder of the run
-    """Train the networks of a task. The same call resumes a run that was interrupted.
+) -> Model:  # the averaged model, with its card
+    """Train a model. The same call resumes a run that was interrupted.
 
     On a CPU, a resumed run ends with the same weights as an uninterrupted one, bit for bit. `look`
     is called at every checkpoint and after the last step.
@@ -611,20 +675,20 @@ def train_task(
         raise ValueError(
             f'every and log_every must be at least 1 step, got {every} and {log_every}'
         )
-    path = out / name
+    model.check_test(len(test))
     with locked(out):
-        if (path / 'run.json').exists():
-            stored = json.loads((path / 'run.json').read_text())
-            _check_same(stored['recipe'], r, out)
-        else:
-            run = _new_run(name, r, out, make_task, device)
-            _resume(run, log)
-            if compile:
-                _compile(run.task)
-            _cache_on_gpu(run)
-            _train_all_steps(run, _logged(run, _steps(run), log_every, log), every, look)
-            _finish(run)
-            if look:
-                look(run.seen, run.averaged, run.task.sched)
-        log(f'{path} is done')
-    return path
+        run = _new_run(model, recipe, out, images, test=test, device=device)
+        _resume(run, log)
+        if compile:
+            model.compile_networks()
+        _cache_on_gpu(run)
+        sched = getattr(model, 'sched', None)
+        T = None if sched is None else sched.T
+        lines = _Log(out / 'log.jsonl', log_every, recipe.steps, T, log)
+        _train_all_steps(run, lines, every, look)
+        _round(run)
+        if look:
+            look(run.seen, run.average)
+        average = _finish(run, name or out.name)
+        log(f'{out} is done')
+    return average

@@ -375,10 +375,15 @@ class HalfUNet(nn.Module):
         c = self.config['c']
         size = self.config['size']
         dz = self.config.get('dz')
+        if not torch.is_tensor(t):
+            raise TypeError(f't must be a tensor of timesteps (B,), got {type(t).__name__}')
         if not xt.is_floating_point():
             raise TypeError(
                 f'xt must be float, pixel/127.5-1 when clean, got {xt.dtype}; see `to_signed`'
             )
+        weights = self.time[0].weight.dtype
+        if weights == torch.float32 and xt.dtype in (torch.float64, torch.float16):
+            raise TypeError(f'this network computes in {weights}, got images of {xt.dtype}')
         if xt.shape[1:] != (c, size, size):
             raise ValueError(
                 f'this network was built for images (B,{c},{size},{size}), got {tuple(xt.shape)}'

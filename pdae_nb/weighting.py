@@ -10,10 +10,10 @@ __all__ = [
     'w_p2',
     'w_min_snr',
     'w_pdae',
-    'relative_to_vlb',
-    'stage_share',
     'w_bound',
     'w_half',
+    'relative_to_vlb',
+    'stage_share',
 ]
 
 # %% ../nbs/course/08_weighting.ipynb #f030b398
@@ -96,6 +96,23 @@ def w_pdae(
     return (1 - ab) ** (1 - gamma) * ab**gamma
 
 
+# %% ../nbs/course/08_weighting.ipynb #66e94047
+def w_bound(
+    sched: Schedule,  # noise schedule
+    t: Tensor,  # timesteps in 1…T: int64 (B,)
+) -> Tensor:  # nats per unit of squared eps error, for a uniform timestep: float64 (B,)
+    "T·`w_likelihood`: the weight g²/2 of the bound, on eps (ScoreVAE L_β)"
+    return sched.T * w_likelihood(sched, t)
+
+
+def w_half(
+    sched: Schedule,  # noise schedule
+    t: Tensor,  # timesteps: int64 (B,)
+) -> Tensor:  # 1/2: float64 (B,)
+    "The weight σ²/2 on the score, which is 1/2 on eps (later official implementation)"
+    return torch.full_like(sched(t), 0.5)
+
+
 # %% ../nbs/course/08_weighting.ipynb #6f57ce11
 def relative_to_vlb(
     weight: Callable,  # (sched, t) -> (B,), for example `w_pdae`
@@ -117,20 +134,3 @@ def stage_share(
     t1, t2 = check_window(window, sched)
     w = weight(sched, torch.arange(1, sched.T + 1))
     return (w[t1:t2].sum() / w.sum()).item()
-
-
-# %% ../nbs/course/08_weighting.ipynb #66e94047
-def w_bound(
-    sched: Schedule,  # noise schedule
-    t: Tensor,  # timesteps in 1…T: int64 (B,)
-) -> Tensor:  # nats per unit of squared eps error, for a uniform timestep: float64 (B,)
-    "T·`w_likelihood`: the weight g²/2 of the bound, on eps (ScoreVAE L_β)"
-    return sched.T * w_likelihood(sched, t)
-
-
-def w_half(
-    sched: Schedule,  # noise schedule
-    t: Tensor,  # timesteps: int64 (B,)
-) -> Tensor:  # 1/2: float64 (B,)
-    "The weight σ²/2 on the score, which is 1/2 on eps (later official implementation)"
-    return torch.full_like(sched(t), 0.5)

@@ -6,31 +6,34 @@ below belong to the recording: `test_golden.py` compares them with `golden.json`
 
 from collections.abc import Callable
 from functools import cache, partial
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import pdae_nb
+import pdae_nb.hub
 from pdae_nb.data import load_images, to_signed
 from pdae_nb.denoise import denoising_loss
-from pdae_nb.methods.diffae import diffae_loss
-from pdae_nb.model import load_run
 from pdae_nb.files import models_dir
 from pdae_nb.forward import Schedule, add_noise
 from pdae_nb.gap import posterior_gap
-from pdae_nb.methods.classifier import classifier_guided, classifier_loss
 from pdae_nb.guidance import grad_log
-from pdae_nb.edit import draw
-from pdae_nb.methods.latent import latent_loss, sample_z
-from pdae_nb.hub import decode
-from pdae_nb.methods.pdae import pdae_denoiser, pdae_loss
+from pdae_nb.methods.classifier import (
+    EvalClassifier,
+    NoisyClassifier,
+    classifier_guided,
+    classifier_loss,
+)
+from pdae_nb.methods.diffae import DiffAE, diffae_loss
+from pdae_nb.methods.dpm import DPM, ClassConditionalDPM
+from pdae_nb.methods.latent import LatentDPM, latent_loss
+from pdae_nb.methods.pdae import PDAE, LabelPDAE, pdae_loss
+from pdae_nb.methods.scorevae import ScoreVAE, kl_to_prior, score, scorevae_loss
+from pdae_nb.methods.vae import VAE, vae_loss
+from pdae_nb.model import Draw, GenerativeModel, Model
+from pdae_nb.sampling import sample
 from pdae_nb.solvers import em_step, heun, karras_times
-from pdae_nb.sampling import invert, sample
-from pdae_nb.methods.scorevae import PRESETS, kl_to_prior, score, scorevae_loss
-from pdae_nb.methods.vae import vae_loss
-from pdae_nb.training import _seed as seed_training_step
 from pdae_nb.weighting import w_pdae
 
 PACKAGE_FILE = pdae_nb.__file__
@@ -53,26 +56,32 @@ SETTINGS = {
     'stratified_count': 16,
 }
 
-Run = SimpleNamespace
 Inputs = dict[str, Tensor]
 Denoiser = Callable[[Tensor, Tensor], Tensor]
-Bind = Callable[[Run, Inputs, int], Denoiser]
+Bind = Callable[[Model, Inputs, int], Denoiser]
 Losses = Callable[..., Tensor]
-Quantity = Callable[[Run, Inputs], Tensor]
+Quantity = Callable[[Model, Inputs], Tensor]
+
+NEW_NAMES = {  # name of a run in the keys: its name now
+    'mnist_judge': 'mnist_eval_classifier',
+    'cifar16_judge': 'cifar16_eval_classifier',
+}
 
 
 # ---- loading
 
 
 def shipped_runs() -> list[str]:
-    """Return the names of all runs that are shipped with the package."""
-    return sorted(path.parent.name for path in models_dir().glob('*/run.json'))
+    """Return the golden names of all runs that are shipped with the package."""
+    golden_names = {new: old for old, new in NEW_NAMES.items()}
+    names = [path.parent.name for path in models_dir().glob('*/run.json')]
+    return sorted(golden_names.get(name, name) for name in names)
 
 
 @cache
-def load(name: str) -> Run:
+def load(name: str) -> Model:
     """Load a shipped run once and keep it."""
-    return load_run(name)
+    return pdae_nb.hub.load(NEW_NAMES.get(name, name))
 
 
 def real_images(data: str, px: int, n: int) -> tuple[Tensor, Tensor]:
@@ -84,300 +93,277 @@ def real_images(data: str, px: int, n: int) -> tuple[Tensor, Tensor]:
 # ---- denoisers with their conditions bound, for the first n images
 
 
-def plain_denoiser(run: Run, inputs: Inputs, n: int) -> Denoiser:
-    """Return the unconditional denoiser."""
-    return run.dpm
+def condition(model: GenerativeModel, inputs: Inputs, n: int) -> Tensor | None:
+    """Return the codes or the labels of the images, or None for an unconditional model."""
+    return model.condition(inputs['x0'][:n], inputs['y'][:n])
 
 
-def class_denoiser(run: Run, inputs: Inputs, n: int) -> Denoiser:
-    """Return the class-conditional denoiser with the labels bound."""
-    return partial(run.dpm, y=inputs['y'][:n])
+def own_denoiser(model: GenerativeModel, inputs: Inputs, n: int) -> Denoiser:
+    """Return the model's denoiser with its condition bound."""
+    return model.denoiser(condition(model, inputs, n))
 
 
-def label_pdae_denoiser(run: Run, inputs: Inputs, n: int) -> Denoiser:
-    """Return the PDAE decoder of `label_task`, with one-hot labels as codes."""
-    return pdae_denoiser(run.G, one_hot(run, inputs['y'][:n]), run.sched)
-
-
-def code_denoiser(run: Run, inputs: Inputs, n: int) -> Denoiser:
-    """Return an autoencoder's decoder with the codes of the images bound."""
-    return decode(run, run.enc(inputs['x0'][:n]))
-
-
-def window_denoiser(run: Run, inputs: Inputs, n: int) -> Denoiser:
+def window_denoiser(model: PDAE, inputs: Inputs, n: int) -> Denoiser:
     """Return the PDAE decoder with a guidance scale, inside a window of timesteps only."""
-    codes = run.enc(inputs['x0'][:n])
-    return decode(run, codes, scale=SETTINGS['window_scale'], window=SETTINGS['window'])
+    guidance = dict(scale=SETTINGS['window_scale'], window=SETTINGS['window'])
+    return model.denoiser(condition(model, inputs, n), **guidance)
 
 
-def classifier_denoiser(run: Run, inputs: Inputs, n: int) -> Denoiser:
+def classifier_denoiser(model: NoisyClassifier, inputs: Inputs, n: int) -> Denoiser:
     """Return the denoiser of `mnist_dpm`, guided by the noisy classifier."""
-    dpm = load('mnist_dpm').dpm
+    dpm = load('mnist_dpm').denoiser()
     scale = SETTINGS['classifier_scale']
-    return classifier_guided(dpm, run.clf, inputs['y'][:n], run.sched, scale=scale)
+    return classifier_guided(dpm, model, inputs['y'][:n], model.sched, scale=scale)
 
 
 # ---- quantities of every denoiser
 
 
-def noisy_images(run: Run, inputs: Inputs) -> Tensor:
+def noisy_images(model: Model, inputs: Inputs) -> Tensor:
     """Return one noisy image for each of the stored step timesteps."""
     n = len(inputs['step_t'])
-    return add_noise(run.sched, inputs['x0'][:n], inputs['step_t'], inputs['eps'][:n])
+    return add_noise(model.sched, inputs['x0'][:n], inputs['step_t'], inputs['eps'][:n])
 
 
-def one_step_eps(bind: Bind, run: Run, inputs: Inputs) -> Tensor:
+def one_step_eps(model: GenerativeModel, inputs: Inputs) -> Tensor:
     """Return the predicted noise at the stored step timesteps."""
     t = inputs['step_t']
-    return bind(run, inputs, len(t))(noisy_images(run, inputs), t)
+    return own_denoiser(model, inputs, len(t))(noisy_images(model, inputs), t)
 
 
-def gap_curve(bind: Bind, run: Run, inputs: Inputs) -> Tensor:
+def gap_curve(model: GenerativeModel, inputs: Inputs) -> Tensor:
     """Return the posterior gap of two images at each of the stored gap timesteps."""
     x0 = inputs['x0'][:2]
     eps = inputs['eps'][:2]
-    denoiser = bind(run, inputs, 2)
+    denoiser = own_denoiser(model, inputs, 2)
     rows = []
     for t in inputs['gap_t']:
-        rows.append(posterior_gap(denoiser, x0, run.sched, t.repeat(2), eps))
+        rows.append(posterior_gap(denoiser, x0, model.sched, t.repeat(2), eps))
     return torch.stack(rows)
 
 
-def inferred_x_T(bind: Bind, run: Run, inputs: Inputs) -> Tensor:
+def inferred_x_T(model: GenerativeModel, inputs: Inputs) -> Tensor:
     """Invert the first images with DDIM."""
     n = len(inputs['x_T'])
-    denoiser = bind(run, inputs, n)
-    return invert(denoiser, inputs['x0'][:n], run.sched, SETTINGS['ddim_steps'])
+    given = condition(model, inputs, n)
+    return model.infer_xT(inputs['x0'][:n], given, steps=SETTINGS['ddim_steps'])
 
 
-def reconstruction(bind: Bind, run: Run, inputs: Inputs) -> Tensor:
+def reconstruction(model: GenerativeModel, inputs: Inputs) -> Tensor:
     """Decode the recorded inferred x_T with DDIM, without clipping."""
     x_T = inputs['inferred_x_T']
-    return sample(bind(run, inputs, len(x_T)), x_T, run.sched, SETTINGS['ddim_steps'])
+    given = condition(model, inputs, len(x_T))
+    return model.decode(given, x_T, steps=SETTINGS['ddim_steps'], clip=None)
 
 
-def samples(bind: Bind, run: Run, inputs: Inputs) -> Tensor:
+def samples(model: GenerativeModel, inputs: Inputs) -> Tensor:
     """Decode the stored random x_T with DDIM, clipped to [-1, 1]."""
     x_T = inputs['x_T']
-    denoiser = bind(run, inputs, len(x_T))
-    return sample(denoiser, x_T, run.sched, SETTINGS['ddim_steps'], clip=1.0)
+    given = condition(model, inputs, len(x_T))
+    return model.decode(given, x_T, steps=SETTINGS['ddim_steps'])
 
 
-# ---- per-image losses of each method; what `draws` lacks is drawn as in training
+def guided_samples(bind: Bind, model: Model, inputs: Inputs) -> Tensor:
+    """Decode the stored random x_T with a guided denoiser, clipped to [-1, 1]."""
+    x_T = inputs['x_T']
+    denoiser = bind(model, inputs, len(x_T))
+    return sample(denoiser, x_T, model.sched, SETTINGS['ddim_steps'], clip=1.0)
 
 
-def dpm_losses(run: Run, x0: Tensor, y: Tensor, **draws: Tensor) -> Tensor:
+# ---- losses of each image by the functions of the equations, with stored draws
+
+
+def dpm_losses(model: DPM, x0: Tensor, y: Tensor, **draws: Tensor) -> Tensor:
     """Return the denoising loss of each image."""
-    return denoising_loss(run.dpm, x0, run.sched, reduce=None, **draws)
+    return denoising_loss(model.net, x0, model.sched, reduce=None, **draws)
 
 
-def class_losses(run: Run, x0: Tensor, y: Tensor, **draws: Tensor) -> Tensor:
+def class_losses(model: ClassConditionalDPM, x0: Tensor, y: Tensor, **draws: Tensor) -> Tensor:
     """Return the denoising loss of each image, given its label."""
-    return denoising_loss(partial(run.dpm, y=y), x0, run.sched, reduce=None, **draws)
+    return denoising_loss(partial(model.net, y=y), x0, model.sched, reduce=None, **draws)
 
 
-def pdae_losses(run: Run, x0: Tensor, y: Tensor, **draws: Tensor) -> Tensor:
+def pdae_losses(model: PDAE, x0: Tensor, y: Tensor, **draws: Tensor) -> Tensor:
     """Return the PDAE loss of each image."""
-    return pdae_loss(run.enc, run.G, x0, run.sched, reduce=None, **draws)
+    return pdae_loss(model.enc, model.eps_and_score, x0, model.sched, reduce=None, **draws)
 
 
-def label_pdae_losses(run: Run, x0: Tensor, y: Tensor, **draws: Tensor) -> Tensor:
+def label_pdae_losses(model: LabelPDAE, x0: Tensor, y: Tensor, **draws: Tensor) -> Tensor:
     """Return the PDAE loss of each image, with its one-hot label as code."""
-    denoiser = pdae_denoiser(run.G, one_hot(run, y), run.sched)
-    return denoising_loss(denoiser, x0, run.sched, w_pdae, reduce=None, **draws)
+    return denoising_loss(model.denoiser(y), x0, model.sched, w_pdae, reduce=None, **draws)
 
 
-def diffae_losses(run: Run, x0: Tensor, y: Tensor, **draws: Tensor) -> Tensor:
+def diffae_losses(model: DiffAE, x0: Tensor, y: Tensor, **draws: Tensor) -> Tensor:
     """Return the Diff-AE loss of each image."""
-    return diffae_loss(run.enc, run.unet, x0, run.sched, reduce=None, **draws)
+    return diffae_loss(model.enc, model.net, x0, model.sched, reduce=None, **draws)
 
 
-def scorevae_losses(run: Run, x0: Tensor, y: Tensor, **draws: Tensor) -> Tensor:
+def scorevae_losses(model: ScoreVAE, x0: Tensor, y: Tensor, **draws: Tensor) -> Tensor:
     """Return the ScoreVAE loss of each image, with weight and beta as trained."""
-    preset = PRESETS[run.recipe['net']['preset']]
-    beta = preset['beta']
-    weight = preset['weight']
-    return scorevae_loss(run.dpm, run.enc, x0, run.sched, beta, weight, reduce=None, **draws)
+    beta = model.settings.kl_weight
+    weight = model.settings.weight
+    dpm = model.base.denoiser()
+    return scorevae_loss(dpm, model.enc, x0, model.sched, beta, weight, reduce=None, **draws)
 
 
-def vae_losses(run: Run, x0: Tensor, y: Tensor, **draws: Tensor) -> Tensor:
+def vae_losses(model: VAE, x0: Tensor, y: Tensor, **draws: Tensor) -> Tensor:
     """Return the beta-VAE loss of each image, with beta as trained."""
-    return vae_loss(run.vae, x0, run.recipe['net'].get('beta', 0.01), reduce=None, **draws)
+    return vae_loss(model.net, x0, model.settings.beta, reduce=None, **draws)
 
 
-def classifier_losses(run: Run, x0: Tensor, y: Tensor, **draws: Tensor) -> Tensor:
+def classifier_losses(model: NoisyClassifier, x0: Tensor, y: Tensor, **draws: Tensor) -> Tensor:
     """Return the cross-entropy of the noisy classifier for each image."""
-    return classifier_loss(run.clf, x0, y, run.sched, reduce=None, **draws)
+    return classifier_loss(model.net, x0, y, model.sched, reduce=None, **draws)
 
 
-def judge_losses(run: Run, x0: Tensor, y: Tensor, **draws: Tensor) -> Tensor:
+def judge_losses(model: EvalClassifier, x0: Tensor, y: Tensor, **draws: Tensor) -> Tensor:
     """Return the cross-entropy of the evaluation classifier for each clean image."""
-    return F.cross_entropy(run.judge(x0), y, reduction='none')
+    return F.cross_entropy(model.net(x0), y, reduction='none')
 
 
-def code_losses(run: Run, codes: Tensor, y: Tensor, **draws: Tensor) -> Tensor:
+def code_losses(model: LatentDPM, codes: Tensor, y: Tensor, **draws: Tensor) -> Tensor:
     """Return the loss of the latent denoiser for each code."""
-    return latent_loss(run.net, run.stats.norm(codes), run.sched, reduce=None, **draws)
+    return latent_loss(model.net, model.stats.norm(codes), model.sched, reduce=None, **draws)
 
 
-# ---- losses with stored draws, and those of one training step
-
-
-def stored_loss(losses: Losses, names: tuple[str, ...], run: Run, inputs: Inputs) -> Tensor:
+def stored_loss(losses: Losses, names: tuple[str, ...], model: Model, inputs: Inputs) -> Tensor:
     """Return the loss of each image with the stored draws."""
     draws = {name: inputs[name] for name in names}
-    return losses(run, inputs['x0'], inputs['y'], **draws)
+    return losses(model, inputs['x0'], inputs['y'], **draws)
 
 
-def begin_training_step() -> None:
-    """Seed the random draws as the trainer does for the recorded training step."""
-    seed_training_step(SETTINGS['training_seed'], SETTINGS['training_step'])
+# ---- losses of one training step, by the model's own loss
 
 
-def training_step_t(run: Run, inputs: Inputs) -> Tensor:
-    """Return the timesteps that the trainer draws."""
-    begin_training_step()
-    return run.sched.rand_t(len(inputs['x0']))
+def step_draw(inputs: Inputs) -> Draw:
+    """Return the random numbers of the recorded training step."""
+    total = len(inputs['x0'])
+    return Draw(SETTINGS['training_seed'], SETTINGS['training_step'], total)
 
 
-def training_step_loss(losses: Losses, run: Run, inputs: Inputs) -> Tensor:
-    """Return the loss of each image as the trainer computes it: first t is drawn, then the rest."""
-    begin_training_step()
-    t = run.sched.rand_t(len(inputs['x0']))
+def training_step(model: Model, inputs: Inputs) -> tuple[Tensor, Tensor | None]:
+    """Return losses and timesteps as the trainer computes them."""
     with torch.enable_grad():
-        return losses(run, inputs['x0'], inputs['y'], t=t)
+        return model.loss(inputs['x0'], inputs['y'], step_draw(inputs))
 
 
-def untimed_training_step_loss(losses: Losses, run: Run, inputs: Inputs) -> Tensor:
-    """Return the loss of each image as the trainer computes it, for a method without timesteps."""
-    begin_training_step()
-    with torch.enable_grad():
-        return losses(run, inputs['x0'], inputs['y'])
+def training_step_loss(model: Model, inputs: Inputs) -> Tensor:
+    """Return the loss of each image in the training step."""
+    return training_step(model, inputs)[0]
 
 
-def judge_training_step_shift(run: Run, inputs: Inputs) -> Tensor:
+def training_step_t(model: Model, inputs: Inputs) -> Tensor:
+    """Return the timesteps of the training step."""
+    return training_step(model, inputs)[1]
+
+
+def training_step_shift(model: EvalClassifier, inputs: Inputs) -> Tensor:
     """Return the random shift, in pixels, that the trainer draws for a batch."""
-    begin_training_step()
-    return torch.randint(-2, 3, (2,))
-
-
-def judge_training_step_loss(run: Run, inputs: Inputs) -> Tensor:
-    """Return the loss of each randomly shifted image as the trainer computes it."""
-    shift = judge_training_step_shift(run, inputs).tolist()
-    with torch.enable_grad():
-        return judge_losses(run, inputs['x0'].roll(shift, (2, 3)), inputs['y'])
+    return step_draw(inputs).integers(-2, 3, (2,), per_batch=True)
 
 
 # ---- codes
 
 
-def codes(run: Run, inputs: Inputs) -> Tensor:
+def codes(model: GenerativeModel, inputs: Inputs) -> Tensor:
     """Return the codes of the clean images; of a random code, its mean."""
-    return run.enc(inputs['x0'])
+    return model.encode(inputs['x0'])
 
 
-def moments(run: Run, inputs: Inputs, t: int) -> tuple[Tensor, Tensor]:
+def moments(model: ScoreVAE | VAE, inputs: Inputs, t: int) -> tuple[Tensor, Tensor]:
     """Return mean and log variance of the codes of images noised to timestep `t`."""
     x0 = inputs['x0']
     times = torch.full((len(x0),), t)
-    xt = add_noise(run.sched, x0, times, inputs['eps'])
-    return run.enc.moments(xt, times)
+    xt = add_noise(model.sched, x0, times, inputs['eps'])
+    return model.enc.moments(xt, times)
 
 
-def code_means(t: int, run: Run, inputs: Inputs) -> Tensor:
+def code_means(t: int, model: ScoreVAE, inputs: Inputs) -> Tensor:
     """Return the means of the codes at timestep `t`."""
-    return moments(run, inputs, t)[0]
+    return moments(model, inputs, t)[0]
 
 
-def code_log_variances(t: int, run: Run, inputs: Inputs) -> Tensor:
+def code_log_variances(t: int, model: ScoreVAE | VAE, inputs: Inputs) -> Tensor:
     """Return the log variances of the codes at timestep `t`."""
-    return moments(run, inputs, t)[1]
+    return moments(model, inputs, t)[1]
 
 
-def code_kl(run: Run, inputs: Inputs) -> Tensor:
+def code_kl(model: ScoreVAE | VAE, inputs: Inputs) -> Tensor:
     """Return the KL divergence of each image's code from the prior."""
-    return kl_to_prior(*moments(run, inputs, 0))
+    return kl_to_prior(*moments(model, inputs, 0))
 
 
 # ---- quantities of single methods
 
 
-def one_hot(run: Run, y: Tensor) -> Tensor:
-    """Return labels as the codes of a label-conditioned PDAE."""
-    return F.one_hot(y, run.G.z_dim).float()
-
-
-def pdae_pair(run: Run, inputs: Inputs) -> tuple[Tensor, Tensor]:
+def pdae_pair(model: PDAE | LabelPDAE, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Return the frozen noise prediction and the score of PDAE from one forward pass."""
     t = inputs['step_t']
-    return run.G(noisy_images(run, inputs), t, run.enc(inputs['x0'][: len(t)]))
+    z = model.vector(condition(model, inputs, len(t)))
+    return model.eps_and_score(noisy_images(model, inputs), t, z)
 
 
-def pdae_eps(run: Run, inputs: Inputs) -> Tensor:
+def pdae_eps(model: PDAE, inputs: Inputs) -> Tensor:
     """Return the frozen noise prediction inside PDAE."""
-    return pdae_pair(run, inputs)[0]
+    return pdae_pair(model, inputs)[0]
 
 
-def pdae_score(run: Run, inputs: Inputs) -> Tensor:
-    """Return the score of PDAE's gradient estimator, given the codes."""
-    return pdae_pair(run, inputs)[1]
+def pdae_score(model: PDAE | LabelPDAE, inputs: Inputs) -> Tensor:
+    """Return the score of the gradient estimator, given the codes or the labels."""
+    return pdae_pair(model, inputs)[1]
 
 
-def label_pdae_score(run: Run, inputs: Inputs) -> Tensor:
-    """Return the score of the gradient estimator, given the labels."""
-    t = inputs['step_t']
-    return run.G(noisy_images(run, inputs), t, one_hot(run, inputs['y'][: len(t)]))[1]
-
-
-def scorevae_score(run: Run, inputs: Inputs) -> Tensor:
+def scorevae_score(model: ScoreVAE, inputs: Inputs) -> Tensor:
     """Return the gradient of the log density of the clean images' codes."""
     t = inputs['step_t']
-    return score(run.enc, noisy_images(run, inputs), t, run.enc(inputs['x0'][: len(t)]))
+    z = condition(model, inputs, len(t))
+    return score(model.enc, noisy_images(model, inputs), t, z)
 
 
-def euler_maruyama_samples(run: Run, inputs: Inputs) -> Tensor:
+def euler_maruyama_samples(model: ScoreVAE, inputs: Inputs) -> Tensor:
     """Decode two stored x_T by Euler-Maruyama, which the preset 'paper' uses in all steps."""
     x_T = inputs['x_T'][:2]
-    denoiser = code_denoiser(run, inputs, 2)
+    z = condition(model, inputs, 2)
     torch.manual_seed(SETTINGS['sampler_seed'])
-    return sample(denoiser, x_T, run.sched, SETTINGS['euler_maruyama_steps'], solver=em_step)
+    steps = SETTINGS['euler_maruyama_steps']
+    return model.decode(z, x_T, steps=steps, solver=em_step, clip=None)
 
 
-def heun_samples(run: Run, inputs: Inputs) -> Tensor:
+def heun_samples(model: ScoreVAE, inputs: Inputs) -> Tensor:
     """Decode two stored x_T by Heun's method, which the preset 'release' uses."""
-    times = karras_times(run.sched, SETTINGS['heun_steps'])
-    denoiser = heun(code_denoiser(run, inputs, 2), run.sched, times)
-    return sample(denoiser, inputs['x_T'][:2], run.sched, times)
+    times = karras_times(model.sched, SETTINGS['heun_steps'])
+    denoiser = heun(own_denoiser(model, inputs, 2), model.sched, times)
+    return sample(denoiser, inputs['x_T'][:2], model.sched, times)
 
 
-def vae_reconstruction(run: Run, inputs: Inputs) -> Tensor:
+def vae_reconstruction(model: VAE, inputs: Inputs) -> Tensor:
     """Return the decoded mean codes of the first images."""
-    return run.vae(inputs['x0'][: len(inputs['x_T'])])
+    return model.reconstruct(inputs['x0'][: len(inputs['x_T'])])
 
 
-def vae_decoded_codes(run: Run, inputs: Inputs) -> Tensor:
+def vae_decoded_codes(model: VAE, inputs: Inputs) -> Tensor:
     """Return the decoded code noise, as codes of the prior."""
-    return run.vae.dec(inputs['xi'][: len(inputs['x_T'])])
+    return model.decode(inputs['xi'][: len(inputs['x_T'])])
 
 
-def classifier_logits(run: Run, inputs: Inputs) -> Tensor:
+def classifier_logits(model: NoisyClassifier, inputs: Inputs) -> Tensor:
     """Return the logits of the noisy classifier at the stored step timesteps."""
-    return run.clf(noisy_images(run, inputs), inputs['step_t'])
+    return model.net(noisy_images(model, inputs), inputs['step_t'])
 
 
-def classifier_score(run: Run, inputs: Inputs) -> Tensor:
+def classifier_score(model: NoisyClassifier, inputs: Inputs) -> Tensor:
     """Return the gradient of log p(y|x_t) of the noisy classifier."""
     t = inputs['step_t']
-    log_p = partial(run.clf.log_p, t=t, y=inputs['y'][: len(t)])
-    return grad_log(log_p, noisy_images(run, inputs))
+    log_p = partial(model.log_p, t=t, y=inputs['y'][: len(t)])
+    return grad_log(log_p, noisy_images(model, inputs))
 
 
-def judge_logits(run: Run, inputs: Inputs) -> Tensor:
+def judge_logits(model: EvalClassifier, inputs: Inputs) -> Tensor:
     """Return the logits of the evaluation classifier for the clean images."""
-    return run.judge(inputs['x0'])
+    return model.net(inputs['x0'])
 
 
-def stratified_t(run: None, inputs: Inputs) -> Tensor:
+def stratified_t(model: None, inputs: Inputs) -> Tensor:
     """Return stratified random timesteps after a fixed seed."""
     torch.manual_seed(SETTINGS['stratified_seed'])
     return Schedule.linear().rand_t(SETTINGS['stratified_count'])
@@ -386,94 +372,94 @@ def stratified_t(run: None, inputs: Inputs) -> Tensor:
 # ---- latent runs; their inputs 'codes' are codes of the base run, not normalised
 
 
-def latent_eps(run: Run, inputs: Inputs) -> Tensor:
+def latent_eps(model: LatentDPM, inputs: Inputs) -> Tensor:
     """Return the predicted noise in normalised codes at the stored step timesteps."""
     t = inputs['step_t']
-    clean = run.stats.norm(inputs['codes'][: len(t)])
-    return run.net(add_noise(run.sched, clean, t, inputs['xi'][: len(t)]), t)
+    clean = model.stats.norm(inputs['codes'][: len(t)])
+    return model.denoiser()(add_noise(model.sched, clean, t, inputs['xi'][: len(t)]), t)
 
 
-def latent_stored_loss(run: Run, inputs: Inputs) -> Tensor:
+def latent_stored_loss(model: LatentDPM, inputs: Inputs) -> Tensor:
     """Return the loss of each code with the stored timesteps and noise."""
-    return code_losses(run, inputs['codes'], inputs['y'], t=inputs['t'], eps=inputs['xi'])
+    return code_losses(model, inputs['codes'], inputs['y'], t=inputs['t'], eps=inputs['xi'])
 
 
-def latent_training_step_loss(run: Run, inputs: Inputs) -> Tensor:
-    """Return the loss of each code as the trainer computes it."""
-    return training_step_loss(code_losses, run, inputs | {'x0': inputs['codes']})
+def latent_training_step_loss(model: LatentDPM, inputs: Inputs) -> Tensor:
+    """Return the loss of each normalised code in the training step."""
+    return training_step_loss(model, normalised(model, inputs))
 
 
-def sampled_codes(run: Run, inputs: Inputs) -> Tensor:
+def latent_training_step_t(model: LatentDPM, inputs: Inputs) -> Tensor:
+    """Return the timesteps of the codes in the training step."""
+    return training_step_t(model, normalised(model, inputs))
+
+
+def normalised(model: LatentDPM, inputs: Inputs) -> Inputs:
+    """Return the inputs with the normalised codes as clean data."""
+    return inputs | {'x0': model.stats.norm(inputs['codes'])}
+
+
+def sampled_codes(model: LatentDPM, inputs: Inputs) -> Tensor:
     """Return new codes from a fixed seed."""
     n = len(inputs['x_T'])
-    return sample_z(run, n, SETTINGS['code_steps'], seed=SETTINGS['code_seed'])
+    return model.codes(n, SETTINGS['code_seed'], SETTINGS['code_steps'])
 
 
-def latent_samples(run: Run, inputs: Inputs) -> Tensor:
-    """Return new images: new codes, decoded by the base run from the stored x_T."""
-    base = load(run.recipe['net']['run'])
+def latent_samples(model: LatentDPM, inputs: Inputs) -> Tensor:
+    """Return new images: new codes, decoded by the base from the stored x_T."""
+    base = model.base
+    denoiser = base.prior_denoiser(sampled_codes(model, inputs))
     steps = SETTINGS['latent_image_steps']
-    seed = SETTINGS['code_seed']
-    return draw(run, base, inputs['x_T'], steps, z_steps=SETTINGS['code_steps'], seed=seed)
+    return sample(denoiser, inputs['x_T'], base.sched, steps, clip=1.0)
 
 
 # ---- the table: run -> quantity -> function of the run and its stored inputs
 
 
-def decoder_table(bind: Bind) -> dict[str, Quantity]:
-    """Return the quantities of a denoiser that can both invert and sample."""
-    return {
-        'gap': partial(gap_curve, bind),
-        'x_T': partial(inferred_x_T, bind),
-        'reconstruction': partial(reconstruction, bind),
-        'samples': partial(samples, bind),
-    }
+DECODER_TABLE: dict[str, Quantity] = {
+    'gap': gap_curve,
+    'x_T': inferred_x_T,
+    'reconstruction': reconstruction,
+    'samples': samples,
+}
 
 
 def loss_table(losses: Losses, names: tuple[str, ...] = ('t', 'eps')) -> dict[str, Quantity]:
     """Return the loss with stored draws, and the losses and timesteps of one training step."""
     return {
         'loss': partial(stored_loss, losses, names),
-        'training_step_loss': partial(training_step_loss, losses),
+        'training_step_loss': training_step_loss,
         'training_step_t': training_step_t,
     }
 
 
-DENOISER_TABLE = {
-    'eps': partial(one_step_eps, plain_denoiser),
-    **loss_table(dpm_losses),
-    **decoder_table(plain_denoiser),
-}
+DENOISER_TABLE = {'eps': one_step_eps, **loss_table(dpm_losses), **DECODER_TABLE}
 
-CLASS_DENOISER_TABLE = {
-    'eps': partial(one_step_eps, class_denoiser),
-    **loss_table(class_losses),
-    **decoder_table(class_denoiser),
-}
+CLASS_DENOISER_TABLE = {'eps': one_step_eps, **loss_table(class_losses), **DECODER_TABLE}
 
 PDAE_TABLE = {
     'codes': codes,
     'eps': pdae_eps,
     'score': pdae_score,
-    'decoder_eps': partial(one_step_eps, code_denoiser),
+    'decoder_eps': one_step_eps,
     **loss_table(pdae_losses),
-    **decoder_table(code_denoiser),
-    'window_samples': partial(samples, window_denoiser),
+    **DECODER_TABLE,
+    'window_samples': partial(guided_samples, window_denoiser),
 }
 
 LABEL_PDAE_TABLE = {
-    'score': label_pdae_score,
-    'decoder_eps': partial(one_step_eps, label_pdae_denoiser),
+    'score': pdae_score,
+    'decoder_eps': one_step_eps,
     **loss_table(label_pdae_losses),
-    'gap': partial(gap_curve, label_pdae_denoiser),
-    'samples': partial(samples, label_pdae_denoiser),
+    'gap': gap_curve,
+    'samples': samples,
 }
 
 DIFFAE_TABLE = {
     'codes': codes,
-    'eps': partial(one_step_eps, code_denoiser),
+    'eps': one_step_eps,
     **loss_table(diffae_losses),
-    **decoder_table(code_denoiser),
+    **DECODER_TABLE,
 }
 
 RANDOM_CODE_TABLE = {
@@ -487,9 +473,9 @@ SCOREVAE_TABLE = {
     'means_500': partial(code_means, 500),
     'log_variances_500': partial(code_log_variances, 500),
     'score': scorevae_score,
-    'decoder_eps': partial(one_step_eps, code_denoiser),
+    'decoder_eps': one_step_eps,
     **loss_table(scorevae_losses, ('t', 'eps', 'xi')),
-    **decoder_table(code_denoiser),
+    **DECODER_TABLE,
     'euler_maruyama_samples': euler_maruyama_samples,
     'heun_samples': heun_samples,
 }
@@ -497,7 +483,7 @@ SCOREVAE_TABLE = {
 VAE_TABLE = {
     **RANDOM_CODE_TABLE,
     'loss': partial(stored_loss, vae_losses, ('xi',)),
-    'training_step_loss': partial(untimed_training_step_loss, vae_losses),
+    'training_step_loss': training_step_loss,
     'reconstruction': vae_reconstruction,
     'decoded_codes': vae_decoded_codes,
 }
@@ -506,21 +492,21 @@ CLASSIFIER_TABLE = {
     'logits': classifier_logits,
     'score': classifier_score,
     **loss_table(classifier_losses),
-    'guided_samples': partial(samples, classifier_denoiser),
+    'guided_samples': partial(guided_samples, classifier_denoiser),
 }
 
 JUDGE_TABLE = {
     'logits': judge_logits,
     'loss': partial(stored_loss, judge_losses, ()),
-    'training_step_loss': judge_training_step_loss,
-    'training_step_shift': judge_training_step_shift,
+    'training_step_loss': training_step_loss,
+    'training_step_shift': training_step_shift,
 }
 
 LATENT_TABLE = {
     'eps': latent_eps,
     'loss': latent_stored_loss,
     'training_step_loss': latent_training_step_loss,
-    'training_step_t': training_step_t,
+    'training_step_t': latent_training_step_t,
     'sampled_codes': sampled_codes,
     'samples': latent_samples,
 }

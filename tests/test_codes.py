@@ -18,11 +18,10 @@ from pdae_nb.data import Images, batches, digits, to_signed
 from pdae_nb.edit import (
     accept,
     attribute,
-    between,
-    draw,
-    edit,
     fit_probe,
+    interpolate,
     lerp,
+    manipulate,
     move,
     oversample,
     slerp,
@@ -31,52 +30,65 @@ from pdae_nb.edit import (
 from pdae_nb.experiments.training_efficiency import held_out, images_to_reach, looks
 from pdae_nb.files import Stopped, fingerprint
 from pdae_nb.forward import Schedule
-from pdae_nb.hub import coded_mse, decode, decoder_of, reconstruct, train
-from pdae_nb.methods.diffae import SemanticEncoder, diffae_denoiser
-from pdae_nb.methods.latent import MLPSkipNet, Probe, ZStats, encode_all, sample_z
-from pdae_nb.model import encode, load_run
-from pdae_nb.sampling import invert, sample
+from pdae_nb.hub import cached_run, load, train
+from pdae_nb.methods.diffae import DiffAE, SemanticEncoder, diffae_denoiser
+from pdae_nb.methods.latent import LatentDPM, MLPSkipNet, Probe, ZStats, encode_all
+from pdae_nb.sampling import sample
 from pdae_nb.solvers import pdae_times
-from pdae_nb.training import Recipe
+from pdae_nb.training import Recipe, noise_mse
 from pdae_nb.unet import UNet
 
-NET = dict(ch=8, mult=(1, 2), n_res=1, groups=8, z_dim=6, enc_mult=(1, 2, 2))
-RECIPE = Recipe('digits', 28, NET, images=48, batch=8, lr=1e-2, ema=0.5)
+NET = dict(ch=8, mult=(1, 2), n_res=1, groups=8)
+ENCODER = dict(z_dim=6, mult=(1, 2, 2))
+RECIPE = Recipe(
+    DiffAE, 'digits', 28, images=48, net=NET, encoder=ENCODER, batch=8, lr=1e-2, ema=0.5
+)
 
 
-def silent(message):
+def no_log(message):
     "A log function that drops its message."
 
 
-def latent_recipe(coder):
-    "Recipe of a latent DPM of the codes of a run."
-    net = dict(run=str(coder), hidden=16, layers=3)
-    return Recipe('digits', 28, net, images=640, batch=64, lr=1e-2, ema=0.5, wd=0.01)
+def latent_recipe(base):
+    "Recipe of a latent DPM of the codes of an autoencoder."
+    return Recipe(
+        LatentDPM,
+        'digits',
+        28,
+        images=640,
+        base=base,
+        net=dict(hidden=16, layers=3),
+        batch=64,
+        lr=1e-2,
+        ema=0.5,
+        weight_decay=0.01,
+    )
 
 
 @pytest.fixture(scope='module')
 def coder(tmp_path_factory):
     "Folder of a Diff-AE that was trained without interruption and without checkpoints."
-    return train('toy_diffae', RECIPE, tmp_path_factory.mktemp('coder'), log=silent)
+    out = tmp_path_factory.mktemp('coder') / 'toy_diffae'
+    return train('toy_diffae', RECIPE, out=out, log=no_log).path
 
 
 @pytest.fixture(scope='module')
 def latent(coder, tmp_path_factory):
     "Folder of a latent DPM of the codes of `coder`."
-    out = tmp_path_factory.mktemp('latent')
-    return train('toy_diffae_latent', latent_recipe(coder), out, log=silent)
+    out = tmp_path_factory.mktemp('latent') / 'toy_diffae_latent'
+    return train('toy_diffae_latent', latent_recipe(coder), out=out, log=no_log).path
 
 
 @pytest.fixture
 def base(coder):
-    "The Diff-AE as a run."
-    return load_run(coder)
+    "The Diff-AE."
+    return load(coder)
 
 
 @pytest.fixture
 def prior(latent):
-    "The latent DPM as a run."
-    return load_run(latent)
+    "The latent DPM."
+    return load(latent)
 
 
 @pytest.fixture
@@ -128,25 +140,32 @@ def test_interrupted_and_resumed_training_gives_the_same_bits(
     which, request, tmp_path, monkeypatch
 ):
     done = request.getfixturevalue(which)
-    recipe = Recipe(**load_run(done).recipe)
+    recipe = RECIPE if which == 'coder' else latent_recipe(request.getfixturevalue('coder'))
+    out = tmp_path / 'run'
     steps = ask_to_stop_after(3, monkeypatch)
     with pytest.raises(Stopped):
-        train(done.name, recipe, tmp_path, every=2, log=silent)
-    resumed = train(done.name, recipe, tmp_path, every=2, log=silent)
-    assert_same_weights(done, resumed)
+        train(done.name, recipe, out=out, every=2, log=no_log)
+    resumed = train(done.name, recipe, out=out, every=2, log=no_log)
+    assert_same_weights(done, resumed.path)
     assert 3 < len(steps) < 3 + recipe.steps  # the second call did not begin at step 1
 
 
-def test_files_of_a_stored_run(base, prior, coder, latent):
-    files = sorted(path.name for path in coder.iterdir())
-    assert files == ['enc.safetensors', 'run.json', 'sched.safetensors', 'unet.safetensors']
-    files = sorted(path.name for path in latent.iterdir())
+def files_of_the_model(path):
+    "The files of a run folder that hold the model, without those of its training."
+    return sorted(file.name for file in path.iterdir() if file.suffix in ('.json', '.safetensors'))
+
+
+def test_files_of_a_stored_run(coder, latent):
+    files = files_of_the_model(coder)
+    assert files == ['enc.safetensors', 'net.safetensors', 'run.json', 'sched.safetensors']
+    files = files_of_the_model(latent)
     assert files == ['net.safetensors', 'run.json', 'sched.safetensors', 'stats.safetensors']
 
 
 def test_latent_run_stores_the_statistics_of_the_codes_and_its_schedule(base, prior):
     z = encode_all(base.enc, digits('train', 28))
     torch.testing.assert_close(prior.stats.mean, z.mean(0), atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(prior.stats.std, z.std(0), atol=2e-3, rtol=2e-3)
     assert prior.sched(torch.tensor([1000])).item() == pytest.approx(0.992**1000)
 
 
@@ -185,25 +204,24 @@ def test_code_scales_each_block_of_both_halves_and_does_not_shift():
 
 
 @torch.no_grad()
-def test_a_diffae_run_reconstructs(base, x0):
-    seen, back = reconstruct(digits('test', 28).x[0], base, 3)
-    assert seen.shape == (1, 1, 28, 28)
-    assert back.shape == (1, 1, 28, 28)
+def test_a_diffae_reconstructs(base, x0):
+    back = base.reconstruct(x0, steps=3)
+    assert back.shape == x0.shape
     t = torch.full((4,), 300)
-    want = diffae_denoiser(base.unet, encode(base.enc, x0))(x0, t)
-    assert torch.equal(decoder_of(base, x0)(x0, t), want)
-    assert coded_mse(base, x0).shape == (4,)
+    want = diffae_denoiser(base.net, base.encode(x0))(x0, t)
+    assert torch.equal(base.denoiser(base.encode(x0))(x0, t), want)
 
 
 def test_repeated_looks_count_once(base, x0, tmp_path):
     file = tmp_path / 'deep/looks.jsonl'
     look = held_out(file, x0)
     for seen in (8, 16, 16, 8):
-        look(seen, dict(enc=base.enc, unet=base.unet), base.sched)
+        look(seen, base)
     curve = looks(file)
     assert curve['seen'] == [8, 16]
     assert len(curve['noise_mse']) == 2
-    assert curve['noise_mse'][0] == pytest.approx(coded_mse(base, x0).mean().item())
+    losses, _ = noise_mse(base.denoiser(base.encode(x0)), x0, base.sched)
+    assert curve['noise_mse'][0] == pytest.approx(losses.mean().item())
 
 
 def test_images_to_reach_a_level():
@@ -271,24 +289,28 @@ def test_batches_of_codes_hold_each_code_once():
 
 
 def test_sampled_codes_follow_the_seed(prior):
-    z = sample_z(prior, 5, 10)
+    z = prior.codes(5, seed=0, steps=10)
     assert z.shape == (5, 6)
-    assert torch.equal(z, sample_z(prior, 5, 10))
-    assert not torch.equal(z, sample_z(prior, 5, 10, seed=1))
+    assert torch.equal(z, prior.codes(5, seed=0, steps=10))
+    assert not torch.equal(z, prior.codes(5, seed=1, steps=10))
 
 
 def test_clipped_sampling_of_codes_stays_in_range(prior):
-    z = sample_z(prior, 50, 10, clip=1.0)
+    zT = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
+    z = prior.decode(None, zT, steps=10, clip=1.0)
     assert prior.stats.norm(z).abs().max() < 1.5
+    free = prior.decode(None, zT, steps=10)
+    assert prior.stats.norm(free).abs().max() > 1.5
 
 
-def test_sampled_images_depend_on_the_codes(base, prior):
-    xT = torch.randn(3, 1, 28, 28)
-    x = draw(prior, base, xT, 3, bs=2)
+def test_sampled_images_depend_on_the_codes_and_not_on_the_parts(base, prior):
+    x = base.sample(3, prior=prior, seed=0, steps=3, bs=2)
+    assert x.shape == (3, 1, 28, 28)
     assert x.abs().max() <= 1
-    assert not torch.allclose(x, xT.clamp(-1, 1), atol=0.1)
-    other_codes = draw(prior, base, xT, 3, bs=2, seed=1)
-    assert not torch.equal(x, other_codes)
+    whole = base.sample(3, prior=prior, seed=0, steps=3)
+    torch.testing.assert_close(x, whole, atol=1e-4, rtol=1e-4)
+    codes = prior.codes(3, seed=1)
+    assert not torch.equal(x, base.sample_codes(codes, seed=0, steps=3))
 
 
 @pytest.mark.parametrize(
@@ -375,19 +397,17 @@ def test_rejection_accepts_with_the_probability_of_the_attribute():
 @pytest.fixture
 def restored(base, x0):
     "The four images, encoded, inverted and decoded."
-    denoiser = decode(base, encode(base.enc, x0))
-    xT = invert(denoiser, x0, base.sched, 4)
-    return sample(denoiser, xT, base.sched, 4)
+    return base.reconstruct(x0, steps=4)
 
 
 def test_interpolation_of_images_ends_at_the_reconstructions(base, x0, restored):
-    first, last = between(base, x0[:2], x0[2:], [0, 1], 4)
+    first, last = interpolate(base, x0[:2], x0[2:], [0, 1], 4)
     torch.testing.assert_close(first, restored[:2], atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(last, restored[2:], atol=1e-3, rtol=1e-3)
 
 
 def test_edit_of_size_0_is_the_reconstruction(base, x0, restored, probe):
-    unchanged, changed = edit(base, x0, probe, [0.0, 3.0], 4)
+    unchanged, changed = manipulate(base, x0, probe, [0.0, 3.0], 4)
     torch.testing.assert_close(unchanged, restored, atol=1e-3, rtol=1e-3)
     assert not torch.allclose(unchanged, changed, atol=1e-4)
 
@@ -436,27 +456,30 @@ def test_bad_input_is_named(call, message, codes, probe):
         call(codes, probe)
 
 
-def test_codes_of_another_run_are_refused(prior, x0):
-    with pytest.raises(ValueError, match='learnt the codes of toy_diffae, not of'):
-        draw(prior, load_run('mnist_dpm'), x0)
+def test_a_latent_dpm_has_the_autoencoder_whose_codes_it_learnt(prior, base, x0):
+    assert isinstance(prior.base, DiffAE)
+    assert torch.equal(prior.base.encode(x0), base.encode(x0))
 
 
-def test_a_run_without_encoder_has_no_codes(tmp_path):
-    net = dict(run='mnist_dpm', hidden=8, layers=2)
-    recipe = Recipe('digits', 28, net, images=64, batch=8)
-    with pytest.raises(ValueError, match='no encoder'):
-        train('toy_latent', recipe, tmp_path, every=2, log=silent)
-    with pytest.raises(ValueError, match='decodes no codes'):
-        decode(load_run('mnist_dpm'), torch.zeros(1, 6))
+def test_a_latent_dpm_wants_an_autoencoder(tmp_path):
+    with pytest.raises(ValueError, match='the base must be an autoencoder, got DPM'):
+        train('toy_latent', latent_recipe('mnist_dpm'), out=tmp_path / 'run', log=no_log)
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_dpm_decodes_no_codes():
+    dpm = cached_run('mnist_dpm')
+    with pytest.raises(ValueError, match='this DPM is unconditional'):
+        dpm.denoiser(torch.zeros(1, 6))
 
 
 def test_shapes_that_do_not_fit_a_run_are_named(base, x0):
     with pytest.raises(ValueError, match=r'wants a code z \(4,6\), got \(4, 5\)'):
-        diffae_denoiser(base.unet, torch.zeros(4, 5))(x0, torch.ones(4))
+        diffae_denoiser(base.net, torch.zeros(4, 5))(x0, torch.ones(4))
     with pytest.raises(ValueError, match='two images of one shape'):
-        between(base, x0, x0[:2], [0])
+        interpolate(base, x0, x0[:2], [0])
 
 
 def test_another_recipe_does_not_continue_a_run(coder):
     with pytest.raises(ValueError, match='another recipe'):
-        train('toy_diffae', replace(RECIPE, lr=1.0), coder.parent, every=2, log=silent)
+        train('toy_diffae', replace(RECIPE, lr=1.0), out=coder, every=2, log=no_log)

@@ -224,6 +224,54 @@ def test_subtitles_hold_no_formula(path):
                 assert not (line.startswith('>') and re.search(r'[$\\]', line)), line
 
 
+# Lessons of the course. `13_edit` holds the functions; its text is not written yet.
+LESSONS = [path for path in COURSE if path.stem != '13_edit']
+
+
+@pytest.mark.parametrize('path', LESSONS, ids=lambda path: path.stem)
+def test_a_page_has_its_parts(path):
+    markdown = [text(cell) for cell in cells(path) if cell['cell_type'] == 'markdown']
+    prose = '\n'.join(markdown)
+    assert re.match(r'# \S', text(cells(path)[0])), 'a title'
+    assert '<details>' in prose, 'exercises with folded answers'
+    assert 'Try it' in prose, 'exercises'
+    assert 'still lack' in prose, 'what is still missing'
+    code = code_cells(path)
+    assert any('slider(' in text(cell) for cell in code), 'a slider'
+    assert any('image/png' in json.dumps(cell['outputs']) for cell in code), 'a picture'
+
+
+def is_a_record(node: ast.stmt) -> bool:
+    "A class that only holds values: a dataclass, a named tuple, a protocol."
+    if not isinstance(node, ast.ClassDef):
+        return False
+    about = [ast.unparse(part) for part in [*node.bases, *node.decorator_list]]
+    return any(re.match(r'NamedTuple|Protocol|dataclass', part) for part in about)
+
+
+def exported_names(cell: dict) -> list[str]:
+    "Public functions and classes that an exported cell defines, records aside."
+    defined = [
+        node
+        for node in ast.parse(text(cell)).body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    ]
+    return [node.name for node in defined if node.name[0] != '_' and not is_a_record(node)]
+
+
+@pytest.mark.parametrize('path', LESSONS, ids=lambda path: path.stem)
+def test_an_assertion_between_any_two_exported_cells(path):
+    untested = None
+    for cell in code_cells(path):
+        if is_exported(cell):
+            for name in exported_names(cell)[:1]:
+                assert untested is None, f'no assertion between {untested} and {name}'
+            untested = next(reversed(exported_names(cell)), untested)
+        elif re.search(r'\bassert\b|\btest_\w+\(', text(cell)):
+            untested = None
+    assert untested is None, f'no assertion after {untested}'
+
+
 def test_importing_the_sampler_needs_little():
     heavy = [
         'datasets',

@@ -394,3 +394,23 @@ def test_a_trajectory_yields_the_timesteps_it_arrives_at(gm):
     assert [s for s, _, _ in path] == [750, 500, 250, 0]
     _, x, x0 = path[-1]
     torch.testing.assert_close(x, x0)  # at t = 0 the state is the predicted x_0
+
+
+def test_exact_inversion_and_decoding_switch_tf32_off(gm, monkeypatch):
+    "The denoiser is called without TF32, and TF32 is on again between the steps and afterwards."
+    cudnn = torch.backends.cudnn
+    monkeypatch.setattr(cudnn, 'allow_tf32', True)
+    seen = []
+
+    def recording(xt, t):
+        seen.append(cudnn.allow_tf32)
+        return gm(xt, t)
+
+    x0, _ = gm.sample(4)
+    pair = invert_exactly(recording, x0, SCHED, 5)
+    assert cudnn.allow_tf32
+    for _ in trajectory(recording, pair, SCHED, 5, solver=belm_step):
+        assert cudnn.allow_tf32
+    assert seen == [False] * (5 + 4)
+    sample(recording, x0, SCHED, 5)
+    assert seen[9:] == [True] * 5  # DDIM sampling keeps the setting

@@ -17,19 +17,19 @@ from test_numerics import inp
 
 from pdae_nb.data import Images
 from pdae_nb.files import read_tensors, write_tensors
-from pdae_nb.methods.classifier import Judge
+from pdae_nb.methods.classifier import EvalClassifier, EvalClassifierNet
 from pdae_nb.metrics import (
     Feats,
     Stats,
     at_hand,
     auroc,
+    eval_feats,
     feature_distance,
     features,
     fid,
     frechet,
     frechet_inf,
     inception_feats,
-    judge_feats,
     kid,
     lpips,
     lpips_feats,
@@ -55,14 +55,11 @@ def pixels(n, c=1, size=12, seed=0):
     return torch.randint(256, (n, c, size, size), generator=generator, dtype=torch.uint8)
 
 
-def judge(seed=0):
+def classifier(seed=0, c=1, ch=8):
     "A small evaluation classifier with random weights."
     torch.manual_seed(seed)
-    return Judge(ch=8).eval().requires_grad_(False)
-
-
-def zeros(*shape, dtype=torch.float32):
-    return torch.zeros(*shape, dtype=dtype)
+    net = EvalClassifierNet(c=c, ch=ch).eval().requires_grad_(False)
+    return EvalClassifier(net, (c, 12, 12))
 
 
 X = pixels(6).float() / 127.5 - 1
@@ -108,10 +105,12 @@ def test_an_image_compared_with_itself():
     assert (mse(X, X) == 0).all()
     assert (psnr(X, X) == math.inf).all()
     assert torch.allclose(ssim(X, X), torch.ones(6), atol=1e-5)
-    assert (lpips(X, X, judge_feats(judge())) == 0).all()
+    assert (lpips(X, X, eval_feats(classifier())) == 0).all()
 
 
-IMAGE_METRICS = dict(mse=mse, psnr=psnr, ssim=ssim, lpips=partial(lpips, net=judge_feats(judge())))
+IMAGE_METRICS = dict(
+    mse=mse, psnr=psnr, ssim=ssim, lpips=partial(lpips, net=eval_feats(classifier()))
+)
 each_image_metric = pytest.mark.parametrize(
     'metric', IMAGE_METRICS.values(), ids=IMAGE_METRICS.keys()
 )
@@ -132,36 +131,31 @@ def test_half_precision_images_are_compared_in_float32(metric):
     assert metric(X.half(), X.half()).dtype == torch.float32
 
 
-BAD_IMAGES = {
-    'uint8': zeros(2, 1, 8, 8, dtype=torch.uint8),
-    'int64': zeros(2, 1, 8, 8, dtype=torch.int64),
-    'ndarray': np.zeros((2, 1, 8, 8)),
-    'NaN': torch.full((2, 1, 8, 8), math.nan),
-    'infinite': torch.full((2, 1, 8, 8), -math.inf),
-    r'\[-1,1\]': 255 * torch.ones(2, 1, 8, 8),
-}
-BAD_IMAGE_CASES = [
-    *BAD_IMAGES.items(),
-    ('B,C,H,W', zeros(1, 8, 8)),
-    ('B,C,H,W', zeros(0, 1, 8, 8)),
+BAD_IMAGES = [
+    ('uint8', torch.zeros(2, 1, 8, 8, dtype=torch.uint8)),
+    ('int64', torch.zeros(2, 1, 8, 8, dtype=torch.int64)),
+    ('ndarray', np.zeros((2, 1, 8, 8))),
+    ('B,C,H,W', torch.zeros(1, 8, 8)),
+    ('B,C,H,W', torch.zeros(0, 1, 8, 8)),
+    ('NaN', torch.full((2, 1, 8, 8), math.nan)),
+    ('infinite', torch.full((2, 1, 8, 8), -math.inf)),
+    (r'\[-1,1\]', 255 * torch.ones(2, 1, 8, 8)),
 ]
 
 
 @each_image_metric
-@pytest.mark.parametrize('message, bad', BAD_IMAGE_CASES)
+@pytest.mark.parametrize('message, bad', BAD_IMAGES)
 def test_bad_images_are_named(metric, bad, message):
-    good = zeros(2, 1, 8, 8)
-    for y in (bad, good):
+    good = torch.zeros(2, 1, 8, 8)
+    for x, y in ((bad, bad), (bad, good), (good, bad)):
         with pytest.raises((TypeError, ValueError), match=message):
-            metric(bad, y)
-        with pytest.raises((TypeError, ValueError), match=message):
-            metric(y, bad)
+            metric(x, y)
 
 
 @each_image_metric
 def test_batches_of_images_are_not_broadcast(metric):
     with pytest.raises(ValueError, match='one shape'):
-        metric(zeros(2, 1, 8, 8), zeros(1, 1, 8, 8))
+        metric(torch.zeros(2, 1, 8, 8), torch.zeros(1, 1, 8, 8))
 
 
 # ---------------------------------------------------------------- feature networks
@@ -178,23 +172,31 @@ def test_feature_distance_has_a_finite_gradient_at_features_of_length_0():
 
 def test_lpips_has_a_gradient():
     x = X.clone().requires_grad_()
-    lpips(x, X.flip(0), judge_feats(judge())).sum().backward()
+    lpips(x, X.flip(0), eval_feats(classifier())).sum().backward()
     assert x.grad.isfinite().all()
     assert x.grad.abs().sum() > 0
 
 
 def test_key_depends_on_weights_and_structure_alone():
-    networks = [judge(0), judge(1), Judge(ch=12), Judge(c=3, ch=8)]
-    keys = {judge_feats(network).key for network in networks}
+    models = [classifier(0), classifier(1), classifier(ch=12), classifier(c=3)]
+    keys = {eval_feats(model).key for model in models}
     assert len(keys) == 4
-    assert judge_feats(judge(0)).key in keys
-    changed = judge(0)
-    changed.head.bias[3] += 1e-7
-    assert judge_feats(changed).key not in keys
+    assert eval_feats(classifier(0)).key in keys
+    changed = classifier(0)
+    changed.net.head.bias[3] += 1e-7
+    assert eval_feats(changed).key not in keys
+
+
+def test_features_have_the_name_of_the_evaluation_classifier():
+    model = classifier()
+    model.card.name = 'small'
+    net = eval_feats(model)
+    assert net.name == 'small'
+    torch.testing.assert_close(model.net.head(net(X)), model.net(X))
 
 
 def test_features_of_a_data_set_and_of_the_same_images_agree():
-    net = judge_feats(judge())
+    net = eval_feats(classifier())
     u8 = pixels(7)
     want = features(net, u8.float() / 127.5 - 1)
     torch.testing.assert_close(features(net, Images(u8), bs=3), want, rtol=1e-4, atol=1e-5)
@@ -240,7 +242,7 @@ def test_inception_features_with_package_and_weights(monkeypatch, tmp_path):
         ),
     }
     install(monkeypatch, tmp_path, 'weights-inception-2015-12-05-6726825d.pth', modules)
-    net = at_hand(inception_feats, lambda: judge_feats(judge()))
+    net = at_hand(inception_feats, lambda: eval_feats(classifier()))
     assert net.name == 'Inception'
     assert net.key
     mean = pixels(6).float().mean((2, 3))
@@ -353,7 +355,7 @@ def test_frechet_distance_of_nearly_singular_covariances():
     rising = torch.logspace(-18, 0, 50, dtype=torch.float64)
     cov_1 = q @ falling.diag() @ q.T
     cov_2 = q @ rising.diag() @ q.T
-    mean = zeros(50)
+    mean = torch.zeros(50)
     want = (falling.sqrt() - rising.sqrt()).square().sum()
     np.testing.assert_allclose(frechet((mean, cov_1), (mean, cov_2)), want, rtol=1e-5)
     assert frechet((mean, cov_1), (mean, cov_1)) < 1e-12
@@ -366,12 +368,12 @@ BAD_FEATURES = [
     ('N,D', rand(4)),
     ('NaN', rand(3, 4) * math.nan),
     ('complex', rand(3, 4) + 1j),
-    ('N,D', zeros(4, 0)),
+    ('N,D', torch.zeros(4, 0)),
 ]
 BAD_STATS = [
-    (r'\(4,\) and \(3, 3\)', (zeros(4), torch.eye(3))),
-    ('negative eigenvalues', (zeros(4), -torch.eye(4))),
-    ('NaN', (zeros(4), math.nan * torch.eye(4))),
+    (r'\(4,\) and \(3, 3\)', (torch.zeros(4), torch.eye(3))),
+    ('negative eigenvalues', (torch.zeros(4), -torch.eye(4))),
+    ('NaN', (torch.zeros(4), math.nan * torch.eye(4))),
 ]
 
 
@@ -398,7 +400,7 @@ def test_widths_must_agree(distance):
         distance(rand(40, 4), rand(40, 5))
 
 
-EXACT = (zeros(8), torch.eye(8))  # mean and covariance of the standard normal distribution
+EXACT = (torch.zeros(8), torch.eye(8))  # mean and covariance of the standard normal distribution
 
 
 def mean_over_samples(distance, n):
@@ -423,7 +425,8 @@ def test_extrapolated_frechet_distance_is_unbiased():
 # ---------------------------------------------------------------- kernel distance
 
 
-# The moments of N(0,1) and N(1,1) differ by 1, 1 and 4, which the kernel weights with 3, 3 and 1.
+# The first three moments of N(0,1) and N(1,1) differ by 1, 1 and 4. The distance is the sum of the
+# squares of these differences, with weights of 3, 3 and 1.
 @pytest.mark.parametrize('n', [4, 40])
 @pytest.mark.parametrize('shift, want', [(0, 0), (1, 3 + 3 + 16)])
 def test_kernel_distance_is_unbiased_at_any_n(n, shift, want):
@@ -461,7 +464,7 @@ def test_kernel_distance_is_the_u_statistic_for_any_number_of_blocks(blocks):
 
 
 def test_kernel_distance_of_images_is_that_of_their_features():
-    net = judge_feats(judge())
+    net = eval_feats(classifier())
     real = Images(pixels(40))
     fake = Images(pixels(30, seed=1))
     want = mmd(features(net, real), features(net, fake), blocks=3)
@@ -496,7 +499,7 @@ def counted(net):
 @pytest.fixture
 def counted_net():
     "The evaluation classifier as a feature network, and the sizes of its batches."
-    return counted(judge_feats(judge()))
+    return counted(eval_feats(classifier()))
 
 
 def assert_equal_stats(first, second):
@@ -521,7 +524,7 @@ def test_every_change_of_images_crop_or_network_gives_new_statistics(cache, coun
     images = Images(pixels(20))
     one_pixel = images.x.clone()
     one_pixel[19, 0, 11, 11] ^= 1
-    other_net = net._replace(key=judge_feats(judge(1)).key)
+    other_net = net._replace(key=eval_feats(classifier(1)).key)
     reference_stats(net, images)
     for changed_net, changed_images, crop in (
         (net, Images(one_pixel), ''),
@@ -548,7 +551,7 @@ def flip_a_bit(path):
 
 
 def replace_by_other_tensors(path):
-    save_file(dict(a=zeros(2)), path)
+    save_file(dict(a=torch.zeros(2)), path)
 
 
 def rewrite(path, **changes):

@@ -13,8 +13,9 @@ from torch import nn
 from pdae_nb.denoise import denoising_loss
 from pdae_nb.forward import Schedule, score_to_eps, shift_to_eps, snr
 from pdae_nb.methods.diffae import EncoderBlock, SemanticEncoder
+from pdae_nb.methods.dpm import DPM
 from pdae_nb.methods.latent import MLPSkipNet
-from pdae_nb.methods.pdae import ConvEncoder, GradientEstimator, lerp_trajectories
+from pdae_nb.methods.pdae import ConvEncoder, EpsAndScore, GradientEstimator, lerp_trajectories
 from pdae_nb.sampling import sample, trajectory
 from pdae_nb.solvers import diffae_times, pdae_times
 from pdae_nb.unet import Attention, UNet, timestep_embedding
@@ -100,7 +101,6 @@ def unet_names(net):
 
 
 def gradient_estimator_names(net):
-    yield from official_names(net.dpm)
     yield 'label_emb'
     yield from second_half(net.up, 'shift_')
 
@@ -219,11 +219,14 @@ def test_unet_equals_the_official_one(heads):
 
 @torch.no_grad()
 def test_gradient_estimator_equals_the_official_one():
-    G = GradientEstimator(small_unet(), 16).eval()
+    unet = small_unet().eval()
+    G = GradientEstimator.on(unet, 16).eval()
+    fill(unet)
     fill(G)
+    eps_and_score = EpsAndScore(DPM(unet, SCHED, (3, 32, 32)), G)
     x = inp('x', [2, 3, 32, 32], 1)
     z = inp('z', [2, 16], 1.5)
-    eps, g = G(x, torch.tensor([7, 613]), z)
+    eps, g = eps_and_score(x, torch.tensor([7, 613]), z)
     np.testing.assert_allclose(fingerprint(eps), UNET_EPS[1], atol=1e-4)
     np.testing.assert_allclose(fingerprint(g), PDAE_GRADIENT, atol=1e-4)
 
@@ -419,7 +422,7 @@ def test_pdae_sampler(steps, encoded, decoded, decoded_without_G):
     x0 = sample(pdae_toy, XS, SCHED, times, clip=1.0)
     np.testing.assert_allclose(numbers(x0), decoded, atol=1e-4)
 
-    # `rising` contains t = 0, at which the denoiser is not called.
+    # Sampling ends at t = 1 = rising[0], where the denoiser is not called.
     without_G = from_t(pdae_toy, rising[int(0.3 * steps) + 1])
     x0 = sample(without_G, XS, SCHED, times, clip=1.0)
     np.testing.assert_allclose(numbers(x0), decoded_without_G, atol=1e-4)
@@ -465,29 +468,26 @@ def test_training_losses():
 
 
 class ToyDPM:
-    "A toy with the interface of the frozen U-Net."
+    "A toy with the interface of the frozen DPM. Its only feature map is the input."
 
-    def __call__(self, x, t):
-        return toy_eps(x, t)
+    def denoiser(self):
+        return toy_eps
 
-    def up(self, x, t):
-        return toy_eps(x, t)
+    def features(self, xt, t):
+        return [xt], t
+
+    def eps_of_features(self, features, e, xt, t):
+        return toy_eps(features[0], e)
 
 
-class ToyGradientEstimator:
-    "A toy with the interface of the gradient estimator."
-
-    dpm = ToyDPM()
-
-    def shared(self, xt, t):
-        return xt, t
-
-    def score(self, x, t, z):
-        return toy_score(x, z)
+def toy_gradient_estimator(features, e, z):
+    return toy_score(features[0], z)
 
 
 def test_trajectory_interpolation():
     z2 = inp('z2', [2, 16], 1.5)
-    f = lerp_trajectories(ToyGradientEstimator(), Z, z2, 0.3, SCHED, score_to_eps)
+    f = lerp_trajectories(
+        EpsAndScore(ToyDPM(), toy_gradient_estimator), Z, z2, 0.3, SCHED, score_to_eps
+    )
     x0 = sample(f, XS, SCHED, pdae_times(10), clip=1.0)
     np.testing.assert_allclose(numbers(x0), INTERPOLATED, atol=1e-4)

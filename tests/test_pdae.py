@@ -14,21 +14,21 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import pdae_nb.training as training_module
-from pdae_nb.data import digits, to_signed
+from pdae_nb.data import digits, load_images, to_signed
 from pdae_nb.experiments.training_efficiency import beta_to_eps
 from pdae_nb.files import Stopped
 from pdae_nb.forward import Schedule, score_to_eps, shift_to_eps
-from pdae_nb.hub import decoder_of, reconstruct, train
-from pdae_nb.methods.dpm import LabelUNet
+from pdae_nb.hub import images, load, train
+from pdae_nb.methods.dpm import DPM, ClassConditionalDPM, LabelUNet
 from pdae_nb.methods.pdae import (
+    PDAE,
     ConvEncoder,
     GradientEstimator,
+    PDAESettings,
     lerp_trajectories,
     pdae_denoiser,
     pdae_loss,
 )
-from pdae_nb.model import load_run, save_run
-from pdae_nb.sampling import sample
 from pdae_nb.training import Recipe
 from pdae_nb.unet import UNet
 
@@ -36,7 +36,7 @@ SCHED = Schedule.linear()
 STEPS = 6
 
 
-def silent(message):
+def no_log(message):
     "A log function that drops its message."
 
 
@@ -53,7 +53,7 @@ def dpm(tmp_path_factory):
     torch.manual_seed(0)
     net = perturb(UNet(c=1, ch=8, mult=(1, 2), n_res=1, size=28, groups=8))
     path = tmp_path_factory.mktemp('dpm') / 'toy_dpm'
-    save_run(path, dict(dpm=net), SCHED, {})
+    DPM(net, SCHED, (1, 28, 28)).save(path)
     return path
 
 
@@ -61,19 +61,19 @@ def dpm(tmp_path_factory):
 def untrained(dpm, tmp_path_factory):
     "Folder of a PDAE on this DPM, with random weights, none of them zero."
     torch.manual_seed(1)
-    base = load_run(dpm)
+    base = load(dpm)
     enc = ConvEncoder(1, 28, 4, groups=8)
-    G = GradientEstimator(base.dpm, 4)
+    G = GradientEstimator.on(base.net, 4)
     perturb(G.up)
     path = tmp_path_factory.mktemp('untrained') / 'toy_pdae'
-    save_run(path, dict(enc=enc, G=G, dpm=G.dpm), SCHED, {})
+    PDAE(enc, G, base).save(path)
     return path
 
 
 @pytest.fixture
-def run(untrained):
-    "The PDAE with random weights as a run."
-    return load_run(untrained)
+def model(untrained):
+    "The PDAE with random weights."
+    return load(untrained)
 
 
 @pytest.fixture
@@ -87,14 +87,16 @@ def x0():
 
 def recipe_on(dpm):
     "Recipe of a PDAE on the DPM of a run folder."
-    net = dict(dpm=str(dpm), z_dim=4, groups=8)
-    return Recipe('digits', 28, net, images=8 * STEPS, batch=8, lr=1e-2, ema=0.5)
+    encoder = dict(z_dim=4, groups=8)
+    training = dict(batch=8, lr=1e-2, ema=0.5)
+    return Recipe(PDAE, 'digits', 28, 8 * STEPS, base=str(dpm), encoder=encoder, **training)
 
 
 @pytest.fixture(scope='module')
 def trained(dpm, tmp_path_factory):
     "Folder of a PDAE that was trained without interruption and without checkpoints."
-    return train('toy_pdae', recipe_on(dpm), tmp_path_factory.mktemp('trained'), log=silent)
+    out = tmp_path_factory.mktemp('trained') / 'toy_pdae'
+    return train('toy_pdae', recipe_on(dpm), out=out, log=no_log).path
 
 
 def weights(path):
@@ -108,20 +110,23 @@ def weights(path):
 
 @pytest.mark.slow
 def test_training_leaves_the_frozen_dpm_unchanged(dpm, trained):
-    before = load_run(dpm).dpm.state_dict()
-    run = load_run(trained)
-    assert run.dpm is run.G.dpm
-    assert run.dpm.state_dict().keys() == before.keys()
-    for name, v in run.dpm.state_dict().items():
+    before = load(dpm).state_dict()
+    model = load(trained)
+    base = model.base
+    assert base.path == dpm.resolve()
+    assert base.state_dict().keys() == before.keys()
+    for name, v in base.state_dict().items():
         assert torch.equal(v, before[name]), name
-    assert not any(p.requires_grad for p in run.dpm.parameters())
-    assert run.G.up.out[-1].weight.any()
+    assert not any(p.requires_grad for p in base.parameters())
+    assert model.G.up.out[-1].weight.any()
 
 
 @pytest.mark.slow
-def test_a_trained_run_stores_the_frozen_dpm_once(trained):
-    files = sorted(path.name for path in trained.iterdir())
-    assert files == ['G.safetensors', 'enc.safetensors', 'run.json', 'sched.safetensors']
+def test_a_trained_run_does_not_store_the_frozen_dpm(trained):
+    expected = {'G.safetensors', 'enc.safetensors', 'sched.safetensors'}
+    assert {path.name for path in trained.glob('*.safetensors')} == expected
+    assert not (trained / 'base').exists()
+    assert {name.split('.')[0] for name in load(trained).state_dict()} == {'enc', 'G'}
 
 
 def ask_to_stop_after(n, monkeypatch):
@@ -145,8 +150,8 @@ def test_interrupted_and_resumed_training_gives_the_same_bits(dpm, trained, tmp_
     steps = ask_to_stop_after(3, monkeypatch)
     recipe = recipe_on(dpm)
     with pytest.raises(Stopped):
-        train('toy_pdae', recipe, tmp_path, every=2, log=silent)
-    resumed = weights(train('toy_pdae', recipe, tmp_path, every=2, log=silent))
+        train('toy_pdae', recipe, out=tmp_path, every=2, log=no_log)
+    resumed = weights(train('toy_pdae', recipe, out=tmp_path, every=2, log=no_log).path)
     whole = weights(trained)
     assert resumed.keys() == whole.keys()
     for name, v in whole.items():
@@ -157,17 +162,19 @@ def test_interrupted_and_resumed_training_gives_the_same_bits(dpm, trained, tmp_
 STEP = """
 import torch
 from pdae_nb.forward import Schedule
-from pdae_nb.methods.pdae import ConvEncoder, GradientEstimator, pdae_loss
+from pdae_nb.methods.dpm import DPM
+from pdae_nb.methods.pdae import PDAE, ConvEncoder, GradientEstimator, pdae_loss
 from pdae_nb.unet import UNet
 
 last = dict(memory_format=torch.channels_last)
-dpm = UNet(c=1, ch=32, mult=(1, 2), n_res=1, size=28).to(**last)
-G = GradientEstimator(dpm, 8).to(**last).train()
-enc = ConvEncoder(1, 28, 8).to(**last)
+net = UNet(c=1, ch=32, mult=(1, 2), n_res=1, size=28).to(**last)
+base = DPM(net, Schedule.linear(), (1, 28, 28))
+G = GradientEstimator.on(net, 8)
+model = PDAE(ConvEncoder(1, 28, 8), G, base).to(**last).train()
 for bf16 in (False, True):
     x0 = torch.rand(4, 1, 28, 28).to(**last)
     with torch.autocast('cpu', torch.bfloat16, enabled=bf16):
-        loss = pdae_loss(enc, G, x0, Schedule.linear())
+        loss = pdae_loss(model.enc, model.eps_and_score, x0, model.sched)
         loss.backward()
 print(all(p.grad is not None and p.grad.isfinite().all() for p in G.up.parameters()))
 """
@@ -185,92 +192,120 @@ def test_first_training_step_in_a_new_process_gives_finite_gradients():
 
 @torch.no_grad()
 @pytest.mark.parametrize('to_eps', [shift_to_eps, beta_to_eps, score_to_eps])
-def test_guidance_scale_0_gives_the_dpm(run, x0, to_eps):
+def test_guidance_scale_0_gives_the_dpm(model, x0, to_eps):
     t = torch.tensor([2, 300, 1000])
-    denoiser = pdae_denoiser(run.G, run.enc(x0), SCHED, to_eps, scale=0.0)
-    assert torch.equal(denoiser(x0, t), run.dpm(x0, t))
+    denoiser = pdae_denoiser(model.eps_and_score, model.enc(x0), SCHED, to_eps, scale=0.0)
+    assert torch.equal(denoiser(x0, t), model.base.net(x0, t))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize('to_eps', [shift_to_eps, beta_to_eps, score_to_eps])
-def test_outside_its_window_the_decoder_is_the_dpm(run, x0, to_eps):
+def test_outside_its_window_the_decoder_is_the_dpm(model, x0, to_eps):
     outside = [0, 2]
     inside = 1
     t = torch.tensor([2, 300, 1000])
-    dpm = run.dpm(x0, t)
-    decoded = pdae_denoiser(run.G, run.enc(x0), SCHED, to_eps, window=(100, 500))(x0, t)
+    dpm = model.base.net(x0, t)
+    z = model.enc(x0)
+    decoded = pdae_denoiser(model.eps_and_score, z, SCHED, to_eps, window=(100, 500))(x0, t)
     assert torch.equal(decoded[outside], dpm[outside])
     assert not torch.equal(decoded[inside], dpm[inside])
 
 
 @torch.no_grad()
-def test_one_code_serves_all_images_of_a_batch(run, x0):
+def test_the_shift_is_off_at_the_end_only_with_codes_of_a_prior(model, x0):
+    z = model.encode(x0)
+    for t, is_off in ((300, True), (301, False)):
+        times = torch.full((3,), t)
+        base_eps = model.base.denoiser()(x0, times)
+        assert torch.equal(model.prior_denoiser(z)(x0, times), base_eps) == is_off
+        assert not torch.equal(model.denoiser(z)(x0, times), base_eps)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('to_eps, name', [(shift_to_eps, 'shift'), (score_to_eps, 'score')])
+def test_the_coefficient_of_the_settings_is_that_of_the_equation(model, x0, to_eps, name):
+    changed = PDAE(model.enc, model.G, model.base, PDAESettings(coefficient=name))
+    t = torch.tensor([2, 300, 1000])
+    z = model.encode(x0)
+    want = pdae_denoiser(model.eps_and_score, z, SCHED, to_eps)(x0, t)
+    assert torch.equal(changed.denoiser(z)(x0, t), want)
+
+
+@torch.no_grad()
+def test_one_code_serves_all_images_of_a_batch(model, x0):
     t = torch.full((3,), 400)
-    z = run.enc(x0[:1])
-    _, score = run.G(x0, t, z)
-    _, want = run.G(x0, t, z.expand(3, -1))
+    z = model.enc(x0[:1])
+    _, score = model.eps_and_score(x0, t, z)
+    _, want = model.eps_and_score(x0, t, z.expand(3, -1))
     torch.testing.assert_close(score, want)
 
 
-def test_gradients_reach_the_encoder_and_not_the_dpm(run, x0):
-    for p in [*run.enc.parameters(), *run.G.up.parameters()]:
-        p.requires_grad_(True)
-    pdae_loss(run.enc, run.G, x0, SCHED).backward()
-    assert run.enc.head.weight.grad.any()
-    assert all(p.grad is None for p in run.dpm.parameters())
+def test_gradients_reach_the_encoder_and_not_the_dpm(model, x0):
+    model.requires_grad_(True)
+    pdae_loss(model.enc, model.eps_and_score, x0, SCHED).backward()
+    assert model.enc.head.weight.grad.any()
+    assert all(p.grad is None for p in model.base.parameters())
 
 
 @torch.no_grad()
-def test_interpolated_scores_end_at_the_decoders_of_the_two_codes(run, x0):
+def test_interpolated_scores_end_at_the_decoders_of_the_two_codes(model, x0):
     t = torch.full((3,), 400)
-    z1 = run.enc(x0)
+    z1 = model.enc(x0)
     z2 = z1.roll(1, 0)
     for lam, z in ((0.0, z1), (1.0, z2)):
-        got = lerp_trajectories(run.G, z1, z2, lam, SCHED)(x0, t)
-        want = pdae_denoiser(run.G, z, SCHED)(x0, t)
+        got = lerp_trajectories(model.eps_and_score, z1, z2, lam, SCHED)(x0, t)
+        want = pdae_denoiser(model.eps_and_score, z, SCHED)(x0, t)
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-def test_float64_stays_float64(run, x0):
-    run.G.double()
-    run.enc.double()
+def test_float64_stays_float64(model, x0):
+    model.double()
+    model.base.double()
     xT = torch.randn(3, 1, 28, 28, dtype=torch.float64)
-    out = sample(decoder_of(run, x0.double()), xT, SCHED, 2)
+    out = model.decode(model.encode(x0.double()), xT, steps=2)
     assert out.dtype == torch.float64
 
 
-# ---------------------------------------------------------------- reconstruct
+# ---------------------------------------------------------------- images of other forms
 
 
 @torch.no_grad()
-def test_pil_image_file_and_tensor_give_the_same_reconstruction(run, tmp_path):
+def test_pil_image_file_and_tensor_give_the_same_reconstruction(model, tmp_path):
     pixels = digits('test', 28).x[0]
     image = Image.fromarray(pixels[0].numpy())
     image.save(tmp_path / 'a.png')
     said = []
-    _, want = reconstruct(image, run, 3, log=said.append)
+    want = model.reconstruct(images(image, model, log=said.append), steps=3)
     for source in (str(tmp_path / 'a.png'), pixels):
-        _, got = reconstruct(source, run, 3, log=said.append)
+        got = model.reconstruct(images(source, model, log=said.append), steps=3)
         assert torch.equal(got, want)
     assert not said
 
 
-@torch.no_grad()
-def test_conversion_of_an_image_is_reported(run):
+def test_conversion_of_an_image_is_reported(model):
     image = Image.fromarray(digits('test', 28).x[0, 0].numpy())
     said = []
-    reconstruct(image.resize((90, 60)).convert('RGB'), run, 2, log=said.append)
+    x0 = images(image.resize((90, 60)).convert('RGB'), model, log=said.append)
+    assert x0.shape == (1, 1, 28, 28)
     assert said == ['the picture: 90x60 grey taken as 28x28 grey']
 
 
 @torch.no_grad()
-def test_reconstruction_from_random_noise_follows_the_seed(run):
-    pixels = digits('test', 28).x[0]
-    _, first = reconstruct(pixels, run, 3, seed=1)
-    _, again = reconstruct(pixels, run, 3, seed=1)
-    _, other = reconstruct(pixels, run, 3, seed=2)
+def test_samples_of_codes_follow_the_seed(model, x0):
+    z = model.encode(x0)
+    first = model.sample_codes(z, seed=1, steps=3)
+    again = model.sample_codes(z, seed=1, steps=3)
+    other = model.sample_codes(z, seed=2, steps=3)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+@torch.no_grad()
+def test_the_noise_of_a_sample_does_not_depend_on_the_size_of_the_parts(model, x0):
+    z = model.encode(x0)
+    whole = model.sample_codes(z, seed=1, steps=3)
+    parts = model.sample_codes(z, seed=1, steps=3, bs=2)
+    torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-4)
 
 
 # ---------------------------------------------------------------- bad input
@@ -279,30 +314,45 @@ def test_reconstruction_from_random_noise_follows_the_seed(run):
 @pytest.mark.parametrize(
     'change, error, message',
     [
-        (
-            dict(px=14),
-            ValueError,
-            re.escape("the frozen DPM is for images of {'c': 1, 'size': 28}"),
-        ),
-        (dict(net=dict(dpm='nowhere', z_dim=4)), FileNotFoundError, "no run 'nowhere'"),
-        (dict(px=20), ValueError, 'the data are'),
+        (dict(px=14), ValueError, re.escape('the frozen DPM is for images of shape (1, 28, 28)')),
+        (dict(base='nowhere'), FileNotFoundError, "no run 'nowhere'"),
+        (dict(base=None), ValueError, 'must be an unconditional DPM, got no model'),
+        (dict(px=20), ValueError, re.escape('the data have (1, 20, 20)')),
     ],
-    ids=['14 pixels', 'no run', '20 pixels'],
+    ids=['14 pixels', 'no run', 'no base', '20 pixels'],
 )
 def test_a_dpm_that_does_not_fit_is_refused(dpm, tmp_path, change, error, message):
     with pytest.raises(error, match=message):
-        train('toy_pdae', replace(recipe_on(dpm), **change), tmp_path, log=silent)
+        train('toy_pdae', replace(recipe_on(dpm), **change), out=tmp_path, log=no_log)
 
 
-@pytest.mark.parametrize('module', ['os', 'pdae_nb.files.os', 'torch.nn'])
-def test_run_json_cannot_name_a_class_of_another_package(untrained, tmp_path, module):
+@pytest.mark.parametrize(
+    'module, message',
+    [
+        ('os', 'parts must come from pdae_nb'),
+        ('torch.nn', 'parts must come from pdae_nb'),
+        ('pdae_nb.files.os', "No module named 'pdae_nb.files.os'"),
+    ],
+)
+def test_run_json_cannot_name_a_class_of_another_package(untrained, tmp_path, module, message):
     shutil.copytree(untrained, tmp_path / 'bad')
     file = tmp_path / 'bad/run.json'
-    about = json.loads(file.read_text())
-    about['parts']['G']['config']['dpm']['module'] = module
-    file.write_text(json.dumps(about))
-    with pytest.raises(ValueError, match='parts must come from pdae_nb'):
-        load_run(tmp_path / 'bad')
+    record = json.loads(file.read_text())
+    record['networks']['G']['module'] = module
+    file.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / 'bad')
+
+
+@pytest.mark.parametrize('path', ['os.PDAE', 'torch.nn.Linear', 'pdae_nb.model.Card'])
+def test_run_json_cannot_name_a_class_that_is_no_model(untrained, tmp_path, path):
+    shutil.copytree(untrained, tmp_path / 'bad')
+    file = tmp_path / 'bad/run.json'
+    record = json.loads(file.read_text())
+    record['method'] = path
+    file.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match='must come from pdae_nb|has no model'):
+        load(tmp_path / 'bad')
 
 
 @pytest.mark.parametrize('kind', ['code', 'label'])
@@ -310,7 +360,15 @@ def test_a_conditional_dpm_is_refused(kind):
     geometry = dict(c=1, ch=8, mult=(1,), n_res=1, size=8)
     net = UNet(dz=3, **geometry) if kind == 'code' else LabelUNet(10, **geometry)
     with pytest.raises(ValueError, match='must be unconditional'):
-        GradientEstimator(net, 4)
+        GradientEstimator.on(net, 4)
+
+
+def test_a_class_conditional_base_is_refused():
+    net = LabelUNet(10, c=1, ch=8, mult=(1, 2), n_res=1, size=28, groups=8)
+    base = ClassConditionalDPM(net, SCHED, (1, 28, 28))
+    recipe = Recipe(PDAE, 'digits', 28, 64, encoder=dict(z_dim=4, groups=8))
+    with pytest.raises(ValueError, match='must be an unconditional DPM, got ClassConditionalDPM'):
+        PDAE.build(recipe, load_images('digits', 'test', 28), base)
 
 
 def test_images_of_another_size_are_refused():

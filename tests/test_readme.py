@@ -17,7 +17,7 @@ from PIL import Image
 from pdae_nb.data import digits
 from pdae_nb.experiments.autoencoding import RIVALS
 from pdae_nb.experiments.training_efficiency import images_to_reach, looks
-from pdae_nb.model import load_run
+from pdae_nb.hub import load
 from pdae_nb.pretrained import to_official
 
 ROOT = Path(__file__).parent.parent
@@ -25,7 +25,7 @@ README = (ROOT / 'README.md').read_text()
 ENV = os.environ | dict(
     PDAE_NB_SIZE='smoke',
     MPLBACKEND='Agg',
-    OMP_NUM_THREADS='2',
+    OMP_NUM_THREADS='1',
     HF_HUB_OFFLINE='1',
 )
 COUNTS = [
@@ -126,8 +126,8 @@ def data(tmp_path_factory):
 def place(tmp_path_factory):
     "Folder in which all lines run in order, with the checkpoint that the README's Python writes."
     folder = tmp_path_factory.mktemp('lines')
-    dpm = load_run('mnist_dpm').dpm
-    torch.save(dict(ema_denoise_fn=to_official(dpm)), folder / 'checkpoint.pt')
+    dpm = load('mnist_dpm')
+    torch.save(dict(ema_denoise_fn=to_official(dpm.net)), folder / 'checkpoint.pt')
     return folder
 
 
@@ -170,7 +170,7 @@ def test_numbers_of_the_dpm():
     assert f'{noise_mse_of("mnist_dpm"):.4f}' in README
     assert f'{about("mnist_dpm")["images_seen"]:,} images' in README
     evaluation = results('mnist_dpm')
-    assert percent(evaluation['judge']['sure_of_samples']) in README
+    assert percent(evaluation['eval_classifier']['sure_of_samples']) in README
 
 
 def test_critical_stage_with_ddim():
@@ -233,7 +233,7 @@ def test_numbers_of_pdae():
     filled = 100 * (1 - left[best])
 
     minutes = run['seconds'] / 60
-    assert f'writes {run["recipe"]["net"]["z_dim"]} numbers' in README
+    assert f'writes {run["recipe"]["encoder"]["z_dim"]} numbers' in README
     assert f'in {run["images_seen"]:,} images and {minutes:.0f} minutes' in README
     test_digits = f'{gap["images"]:,} test digits'
     assert f'up to {filled:.0f} % of the gap ({test_digits}, t = {best})' in README
@@ -323,7 +323,7 @@ def test_number_of_shipped_models():
 
 def test_training_time_of_the_latent_dpm():
     minutes = about('mnist_pdae_latent')['seconds'] / 60
-    z_dim = about('mnist_pdae')['recipe']['net']['z_dim']
+    z_dim = about('mnist_pdae')['recipe']['encoder']['z_dim']
     assert f'a DPM over the {z_dim} numbers, {minutes:.0f} minutes of training' in README
 
 
@@ -339,8 +339,8 @@ def images_cell(label, row):
     "Images of a method, and of the frozen DPM on which it was trained."
     run = about(f'mnist_{RIVALS[label]}')
     cell = f'{row["cost"]["images"]:,}'
-    if 'dpm' in run['recipe']['net']:
-        cell += f' + {about("mnist_dpm")["images_seen"]:,}'
+    if run['base'] is not None:
+        cell += f' + {about(run["base"]["name"])["images_seen"]:,}'
     return cell
 
 

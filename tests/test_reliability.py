@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +31,7 @@ from safetensors.torch import save
 from torch import nn
 from tqdm import tqdm
 
-from pdae_nb import files
+from pdae_nb import files, hub
 from pdae_nb.data import Images, batches, load_images, to_signed, to_uint8
 from pdae_nb.denoise import GaussianMixture, denoising_loss
 from pdae_nb.files import (
@@ -43,12 +43,14 @@ from pdae_nb.files import (
     write_tensors,
 )
 from pdae_nb.forward import Schedule, add_noise, posterior
-from pdae_nb.methods import dpm
-from pdae_nb.model import load_run, save_run
-from pdae_nb.recipes import recipe
+from pdae_nb.hub import load, train
+from pdae_nb.methods.dpm import DPM, ClassConditionalDPM
+from pdae_nb.methods.latent import LatentDPM
+from pdae_nb.model import Card, read_model, spec_of, write_model
+from pdae_nb.recipes import RECIPES, recipe
 from pdae_nb.sampling import sample, trajectory
 from pdae_nb.solvers import invert_exactly
-from pdae_nb.training import EMA, NonFinite, Recipe, fit, train
+from pdae_nb.training import EMA, NonFinite, Recipe, fit
 from pdae_nb.unet import UNet
 
 ROOT = Path(__file__).parent.parent
@@ -146,32 +148,83 @@ def small(**changes):
         batch=8,
         images=8 * STEPS,
         flip=True,
-        cool=0.3,
+        cooldown=0.3,
         net=dict(ch=8, mult=(1,), n_res=1, drop=0.1),
     )
     return replace(recipe(NAME, 'smoke'), **(settings | changes))
+
+
+def first_rows():
+    "The first row of size `smoke` of each method with each of its settings: title -> run."
+    rows = {}
+    for (name, size), r in RECIPES.items():
+        preset = getattr(r.settings, 'preset', '')
+        if size == 'smoke':
+            rows.setdefault(f'{r.method.__name__} {preset}'.strip(), name)
+    return rows
+
+
+KINDS = first_rows()
+KIND_STEPS = 6
+DROPOUT = ('DPM', 'ClassConditionalDPM', 'PDAE', 'LabelPDAE', 'DiffAE', 'ConditionalDecoder')
+
+
+def small_of(kind, bases=None):
+    "Recipe of one kind of model on 14x14 images; `bases` is the folder with its base."
+    r = recipe(KINDS[kind], 'smoke')
+    net = r.net | dict(drop=0.1) if kind in DROPOUT else r.net
+    base = None if r.base is None else f'{bases}/{r.base.split("_")[-1]}'
+    flip = r.method is not LatentDPM  # codes cannot be mirrored
+    return replace(r, px=14, batch=8, images=8 * KIND_STEPS, net=net, base=base, flip=flip)
 
 
 def ignore(place):
     "Report nothing."
 
 
-def make_task(r, emit=ignore, slow=0.0, poison=()):
-    "The task of the run. Every step takes `slow` seconds longer; the losses at some steps are NaN."
-    task = dpm.dpm_task(r)
+def instrument(method, emit=ignore, slow=0.0, poison=()):
+    """Change the class of a model in this process, which runs one training.
+
+    Every step takes `slow` seconds longer. The losses at some steps are NaN. No preview is made.
+    """
+    loss = method.loss
     numbers = itertools.count(1)
 
-    def loss_fn(x0, y):
+    def watched_loss(self, x0, y, draw):
         emit('loss')
         time.sleep(slow)
-        losses, t = task.loss_fn(x0, y)
+        losses, t = loss(self, x0, y, draw)
         return (losses * NAN if next(numbers) in poison else losses), t
 
-    return replace(task, loss_fn=loss_fn, preview=None)
+    def no_preview(self, x0, y):
+        return None
+
+    method.loss = watched_loss
+    method.preview = no_preview
 
 
-def job_train(out, *, kill=None, slow=0.0, poison=(), changes=None, fsize=None, every=EVERY):
-    "Train. `fsize` limits the size of a file in bytes; `changes` is a change of the recipe."
+def first_images(name, split, px):
+    "The first 32 images of a data set, so that encoding and evaluation take little time."
+    images = load_images(name, split, px)
+    return Images(images.x[:32], images.y[:32], images.classes)
+
+
+def job_train(
+    out,
+    *,
+    kind=None,
+    bases=None,
+    kill=None,
+    slow=0.0,
+    poison=(),
+    changes=None,
+    fsize=None,
+    every=EVERY,
+):
+    """Train. `fsize` limits the size of a file in bytes; `changes` is a change of the recipe.
+
+    `kind` selects the kind of model, a key of `KINDS`, whose base is in the folder `bases`.
+    """
     emit = emitter(kill)
     if kill:
         watch(emit)
@@ -179,8 +232,11 @@ def job_train(out, *, kill=None, slow=0.0, poison=(), changes=None, fsize=None, 
         import resource  # Windows has none
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (fsize, fsize))
-    task = partial(make_task, emit=emit, slow=slow, poison=poison)
-    train(NAME, small(**(changes or {})), out, task, every=every, log_every=2, log=print)
+    r = small_of(kind, bases) if kind else small(**(changes or {}))
+    if kind:
+        hub.load_images = first_images
+    instrument(r.method, emit, slow, poison)
+    train(NAME, r, out=out, every=every, log_every=2, log=print)
 
 
 def job_second_up():
@@ -255,9 +311,9 @@ def warm_up():
     # tqdm must have no thread, and no lock that a killed child could hold for ever.
     tqdm.monitor_interval = 0
     tqdm.set_lock(threading.RLock())
-    dpm.load_images = cache(dpm.load_images)
+    hub.load_images = cache(hub.load_images)
     with tempfile.TemporaryDirectory() as folder:
-        train(NAME, small(images=16), folder, make_task, log=ignore)
+        train(NAME, small(images=16), out=folder, log=ignore)
     threads = [p.joinpath('comm').read_text().strip() for p in Path('/proc/self/task').glob('*')]
     if len(threads) > 1:
         print(f'{threads}: a child may inherit a lock that is never released', file=sys.stderr)
@@ -303,7 +359,7 @@ class Server:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=ENV,
+            env=ENV | dict(PDAE_NB_CACHE=str(self.log.parent / 'cache')),
             cwd=ROOT,
         )
         assert self.answer('start') == 'ready\n'
@@ -369,7 +425,7 @@ def newest(out):
 
 
 def run_json(out):
-    return json.loads((out / NAME / 'run.json').read_text())
+    return json.loads((out / 'run.json').read_text())
 
 
 def log_lines(out):
@@ -393,23 +449,29 @@ def assert_same(a, b):
     assert not odd, f'{len(odd)} of {len(a)} tensors differ, e.g. {odd[:3]}'
 
 
-def assert_ends_like(out, ref):
+def weight_files(out):
+    "Names and contents of the weights and the noise schedule of a finished run."
+    return contents(out.glob('*.safetensors'))
+
+
+def assert_ends_like(out, ref, steps=STEPS):
     "The run in `out` has the weights, average, optimiser, result and log of the run in `ref`."
     tensors, meta = newest(out)
     ref_tensors, ref_meta = newest(ref)
-    assert meta['i'] == ref_meta['i'] == STEPS
+    assert meta['i'] == ref_meta['i'] == steps
     assert meta['skipped'] == ref_meta['skipped']
     assert {k.split('.')[0] for k in tensors} == {'model', 'ema', 'opt'}
     assert any(k.endswith('exp_avg_sq') for k in tensors)
     assert_same(tensors, ref_tensors)
 
-    weights = Path(NAME) / 'dpm.safetensors'
-    assert (out / weights).read_bytes() == (ref / weights).read_bytes()
+    assert weight_files(out)
+    assert weight_files(out) == weight_files(ref)
+    assert run_json(ref)['result'] is not None
     assert run_json(out)['result'] == run_json(ref)['result']
     assert run_json(out)['images_seen'] == run_json(ref)['images_seen']
 
     # The log has no gaps and no repetitions.
-    assert [line['step'] for line in log_lines(out)] == list(range(2, STEPS + 1, 2))
+    assert [line['step'] for line in log_lines(out)] == list(range(2, steps + 1, 2))
     assert not leftovers(out), 'temporary files of a killed process were not removed'
     assert len(checkpoints(out)) == 2
 
@@ -520,49 +582,185 @@ def test_killed_at_every_dangerous_moment(server, ref, out):
     assert_completes(server, out, ref)
 
 
+# The first file is the checkpoint. The model is written without its result (files 2, 3 and 4)
+# and with its result (files 5, 6 and 7): weights, noise schedule, run.json. Of the replaced files,
+# the log comes before the checkpoint. Each file is synced, and its folder, too.
 FINISHING = [
     ('half', 2),
     ('half', 4),
     ('fsync', 4),
-    ('replace', 2),
-    ('rename', 1),
-    ('renamed', 1),
+    ('replace', 3),
+    ('replaced', 3),
+    ('replaced', 4),
+    ('replace', 5),
+    ('replaced', 5),
+    ('half', 5),
+    ('replaced', 7),
+    ('half', 7),
+    ('replaced', 8),
 ]
 
 
 @pytest.mark.parametrize('moment', FINISHING, ids=str)
 def test_killed_while_finishing(server, ref, out, moment):
-    "The folder of the finished run is complete, or it does not exist."
+    "The model of the finished run is complete, or it does not exist."
     shutil.copytree(ref, out)
-    shutil.rmtree(out / NAME)
+    for path in (out / 'run.json', *out.glob('*.safetensors')):
+        path.unlink()
     status, last = server.run(out=out, kill=moment)
     assert status == -signal.SIGKILL, last
-    if (out / NAME).exists():
-        assert load_run(out / NAME).dpm
+    if (out / 'run.json').exists():
+        assert_same(load(out).state_dict(), load(ref).state_dict())
     assert_completes(server, out, ref)
+
+
+def interrupted_at_the_second_call(monkeypatch):
+    "The second renaming of a file or a folder raises KeyboardInterrupt."
+    rename = Path.rename
+    calls = itertools.count(1)
+
+    def interrupted(self, to):
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, 'rename', interrupted)
 
 
 def test_replacing_a_run_never_loses_it(tmp_path, monkeypatch):
     path = tmp_path / 'a_dpm'
-    parts = dict(dpm=tiny())
-    save_run(path, parts, None, dict(n=1))
-    rename = Path.rename
-    calls = []
+    model = tiny_dpm()
 
-    def interrupted_at_the_second_call(self, to):
-        calls.append(to)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return rename(self, to)
+    def save_with(images_seen):
+        model.card.images_seen = images_seen
+        model.save(path)
 
-    monkeypatch.setattr(Path, 'rename', interrupted_at_the_second_call)
+    save_with(1)
+    interrupted_at_the_second_call(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
-        save_run(path, parts, None, dict(n=2))
+        save_with(2)
     monkeypatch.undo()
-    assert load_run(path).about['n'] == 1  # the old run is still found
-    save_run(path, parts, None, dict(n=3))
-    assert load_run(path).about['n'] == 3
+    assert load(path).card.images_seen == 1  # the old run is still found
+    save_with(3)
+    assert load(path).card.images_seen == 3
     assert names(tmp_path.iterdir()) == ['a_dpm']
+
+
+# ---------------------------------------------------------------- every kind of model
+
+
+def perturb(model):
+    "Add noise to every weight, so that no layer is zero-initialised."
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return model
+
+
+def new_model(kind, bases=None):
+    "An untrained model of a kind, with random weights."
+    r = small_of(kind, bases)
+    base = None if r.base is None else load(r.base)
+    images = load_images(r.data, 'train', r.px)
+    torch.manual_seed(1)
+    return perturb(r.method.build(r, images, base))
+
+
+@pytest.fixture(scope='module')
+def bases(tmp_path_factory):
+    "A folder with a DPM and a PDAE, the bases of other models."
+    folder = tmp_path_factory.mktemp('bases')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('PDAE_NB_CACHE', str(folder / 'cache'))
+        new_model('DPM').save(folder / 'dpm')
+        new_model('PDAE', folder).save(folder / 'pdae')
+        yield folder
+
+
+def kinds(slow):
+    "Parameters of a test: all kinds of models, of which some are slow."
+    return [pytest.param(k, marks=pytest.mark.slow) if k in slow else k for k in KINDS]
+
+
+IMPORTED = ('DiffusersDPM',)  # importing diffusers takes seconds
+SLOW = (*IMPORTED, 'PDAE', 'ScoreVAE release', 'ScoreVAE paper')
+
+
+def test_the_kinds_are_those_of_the_table():
+    in_table = {r.method for r in RECIPES.values()}
+    assert {recipe(name, 'smoke').method for name in KINDS.values()} == in_table
+    assert len(in_table) == 12
+    assert len(KINDS) == 13, 'ScoreVAE has two settings'
+
+
+def has_dropout(model):
+    "Whether a model has a dropout layer that is not switched off."
+    layers = [module for module in model.modules() if isinstance(module, nn.Dropout)]
+    return any(layer.p > 0 for layer in layers)
+
+
+@pytest.mark.parametrize('kind', kinds(SLOW))
+def test_every_kind_of_model_resumes_bit_for_bit(server, bases, tmp_path, kind):
+    ref = tmp_path / 'ref'
+    out = tmp_path / 'run'
+    settings = dict(kind=kind, bases=bases, every=2)
+    status, last = server.run(out=ref, **settings)
+    assert status == 0, last
+    status, last = server.run(out=out, kill=('loss', KIND_STEPS), **settings)
+    assert status == -signal.SIGKILL, last
+    assert names(checkpoints(out)) == ['step_000000002.safetensors', 'step_000000004.safetensors']
+    before, _ = newest(out)
+    status, last = server.run(out=out, **settings)
+    assert status == 0, last
+    assert f'going on at step 4 of {KIND_STEPS}' in server.log.read_text()
+    assert_ends_like(out, ref, KIND_STEPS)
+
+    # The steps after the kill changed the weights, and the average differs from the weights.
+    tensors, _ = newest(out)
+    assert any(raw(before[k]) != raw(v) for k, v in tensors.items() if k.startswith('model.'))
+    average = {k.removeprefix('ema.'): v for k, v in tensors.items() if k.startswith('ema.')}
+    assert any(raw(tensors[f'model.{k}']) != raw(v) for k, v in average.items())
+
+    # The stored model is the average, rounded to float16.
+    model = load(out)
+    assert type(model) is small_of(kind).method
+    rounded = {k: v.half().float() if v.is_floating_point() else v for k, v in average.items()}
+    assert_same(model.state_dict(), rounded)
+    assert kind not in DROPOUT or has_dropout(model)
+
+
+@pytest.mark.parametrize('kind', kinds(IMPORTED))
+def test_every_kind_of_model_is_the_same_after_writing_and_reading(bases, tmp_path, kind):
+    model = new_model(kind, bases)
+    model.card = Card(name='a', images_seen=7, result=dict(loss=0.5))
+    asked = []
+
+    def find_base(record, folder):
+        asked.append((record['name'], folder))
+        return model.base
+
+    write_model(model, tmp_path / 'a', torch.float32)
+    again = read_model(tmp_path / 'a', find_base)
+    assert type(again) is type(model)
+    assert_same(again.state_dict(), model.state_dict())
+    assert any(v.any() for v in again.state_dict().values())
+    assert again.settings == model.settings
+    assert again.shape == model.shape
+    assert again.card == model.card
+    assert again.base is model.base
+    assert not again.training
+    assert hasattr(again, 'sched') == hasattr(model, 'sched') == (kind != 'EvalClassifier')
+    if kind != 'EvalClassifier':
+        assert_same(dict(beta=again.sched.beta), dict(beta=model.sched.beta))
+    wanted = [] if model.base is None else [(model.base.card.name, (tmp_path / 'a').resolve())]
+    assert asked == wanted
+
+    # Weights of 16 bits are restored, too.
+    rounded = copy.deepcopy(model).half().float()
+    write_model(rounded, tmp_path / 'b')
+    assert_same(read_model(tmp_path / 'b', find_base).state_dict(), rounded.state_dict())
+    different = raw(torch.cat([v.flatten() for v in rounded.parameters()]))
+    assert different != raw(torch.cat([v.flatten() for v in model.parameters()]))
 
 
 # ---------------------------------------------------------------- stopped, doubled, changed
@@ -596,14 +794,15 @@ def test_asked_to_stop(server, ref, out, sig):
 
 SCRIPT = """
 import sys, torch
+from pdae_nb.hub import train
 from pdae_nb.recipes import recipe
-from pdae_nb.training import train
 
 def log(line):
     print(line, flush=True)
 
 torch.set_num_threads(1)
-train('mnist_dpm', recipe('mnist_dpm', 'smoke'), sys.argv[1], every=10**6, log_every=1, log=log)
+r = recipe('mnist_dpm', 'smoke')
+train('mnist_dpm', r, out=sys.argv[1], every=10**6, log_every=1, log=log)
 """
 
 
@@ -654,6 +853,12 @@ def test_second_run_in_one_folder_is_refused(server, ref, out):
     assert_completes(server, out, ref)  # a killed run holds no lock
 
 
+def files_with_times(folder):
+    "Contents and times of the last change of all files below a folder."
+    paths = [p for p in folder.rglob('*') if p.is_file()]
+    return {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in paths}
+
+
 def test_another_recipe_is_refused(server, resumed, ref, tmp_path):
     kept = contents(checkpoints(resumed))
     status, last = server.run(out=resumed, changes=dict(lr=0.001, seed=7))
@@ -666,13 +871,17 @@ def test_another_recipe_is_refused(server, resumed, ref, tmp_path):
     status, last = server.run(out=done, changes=dict(batch=16))
     assert status == 1
     assert 'batch 8 → 16' in last
-    assert server.run(out=done) == (0, f'{done / NAME} is done')
+
+    # The same recipe loads the finished run. No step is done, and no file is written.
+    kept = files_with_times(done)
+    assert server.run(out=done) == (0, '')
+    assert files_with_times(done) == kept
 
 
 # ---------------------------------------------------------------- damaged files
 
 
-class Bomb:
+class CodeInPickle:
     "An object that writes a file when it is unpickled."
 
     def __init__(self, path):
@@ -683,16 +892,16 @@ class Bomb:
 
 
 def pickled(folder):
-    "Bytes of a pickle. Whoever loads it writes the file `exploded` to the folder."
+    "Bytes of a pickle. Whoever loads it writes the file `code_was_run` to the folder."
     path = folder / 'pickle.pt'
-    torch.save(dict(model=torch.zeros(3), bomb=Bomb(folder / 'exploded')), path)
+    torch.save(dict(model=torch.zeros(3), code=CodeInPickle(folder / 'code_was_run')), path)
     data = path.read_bytes()
     path.unlink()
     return data
 
 
-def exploded(folder):
-    return list(folder.rglob('exploded'))
+def code_was_run(folder):
+    return list(folder.rglob('code_was_run'))
 
 
 def flipped(data, at, bit=2):
@@ -720,11 +929,11 @@ DAMAGE = {  # name -> (bytes of a checkpoint, its folder) -> damaged bytes
 def test_unpickling_is_noticed(tmp_path):
     "The tests below can find out whether a file was unpickled."
     data = pickled(tmp_path)
-    assert not exploded(tmp_path)
+    assert not code_was_run(tmp_path)
     path = tmp_path / 'file'
     path.write_bytes(data)
     torch.load(path, weights_only=False)
-    assert exploded(tmp_path)
+    assert code_was_run(tmp_path)
 
 
 @pytest.mark.parametrize('kind', DAMAGE)
@@ -740,7 +949,7 @@ def test_damaged_newest_checkpoint(server, ref, resumed, kind):
     said = server.log.read_text()
     assert f'skipping {p}' in said
     assert f'going on at step 3 of {STEPS}' in said
-    assert not exploded(resumed), 'it was unpickled'
+    assert not code_was_run(resumed), 'it was unpickled'
 
 
 def test_both_checkpoints_damaged(server, ref, out):
@@ -940,7 +1149,7 @@ class Line(nn.Module):
         self.w = nn.Parameter(torch.ones(3))
 
 
-LINE_RECIPE = Recipe('digits', 8, {}, images=64, batch=2, lr=0.1)
+LINE_RECIPE = Recipe(DPM, 'digits', 8, images=64, batch=2, lr=0.1)
 
 
 def ones(n):
@@ -958,7 +1167,7 @@ def test_a_step_that_is_not_finite_changes_nothing(bad, where):
     numbers = itertools.count(1)
     t = torch.tensor([3, 5])
 
-    def loss_fn(x0, y):
+    def loss_fn(x0, y, draw):
         losses = (x0 * net.w).square().mean(1)
         if next(numbers) in (2, 3):
             if where == 'loss':
@@ -980,20 +1189,49 @@ def test_a_step_that_is_not_finite_changes_nothing(bad, where):
     assert not torch.equal(states[3]['w'], states[0]['w'])
 
 
-def test_the_noise_of_a_step_depends_only_on_seed_and_step():
+def numbers_of_the_global_generator(draw):
+    return torch.rand(2)
+
+
+def dropout_of_ones(draw):
+    return nn.functional.dropout(torch.ones(2, 64)).mean(1)
+
+
+def normal_numbers(draw):
+    return draw.normal(3).mean(1)
+
+
+def timesteps(draw):
+    return draw.times(SCHED).float()
+
+
+def integers(draw):
+    return draw.integers(0, 2**40).double()
+
+
+SOURCES = [
+    numbers_of_the_global_generator,
+    dropout_of_ones,
+    normal_numbers,
+    timesteps,
+    integers,
+]
+
+
+@pytest.mark.parametrize('source', SOURCES)
+def test_the_random_numbers_of_a_step_depend_only_on_seed_and_step(source):
     def losses(seed=0, start=0, before=0):
-        "Losses after step `start`, a random number each; `before` is the caller's random state."
+        "Losses after step `start`, random numbers; `before` is the caller's random state."
         torch.manual_seed(before)
         torch.rand(before)
         net = Line()
 
-        def loss_fn(x0, y):
-            noisy = x0 * net.w * torch.rand(2, 3) + nn.functional.dropout(net.w)
-            return 0 * noisy.mean(1) + torch.rand(2)
+        def loss_fn(x0, y, draw):
+            return 0 * net.w.sum() + source(draw), None
 
         r = replace(LINE_RECIPE, seed=seed)
         steps = fit(loss_fn, net.parameters(), ones(6 - start), r, start=start, amp=False)
-        return [step.loss.item() for step in steps]
+        return [tuple(step.losses.tolist()) for step in steps]
 
     whole = losses()
     assert len(set(whole)) == 6
@@ -1006,7 +1244,7 @@ def test_patience_counts_consecutive_steps():
     net = Line()
     numbers = itertools.count()
 
-    def loss_fn(x0, y):
+    def loss_fn(x0, y, draw):
         factor = NAN if next(numbers) % 10 else 1.0
         losses = (net.w.square().sum() * factor).expand(2)
         return losses, torch.tensor([3, 5])
@@ -1029,10 +1267,24 @@ def tiny():
     return UNet(c=1, ch=4, mult=(1,), n_res=1, size=8)
 
 
+def tiny_dpm():
+    return DPM(tiny(), Schedule.linear(), (1, 8, 8))
+
+
 @pytest.fixture
 def stored(tmp_path):
     path = tmp_path / 'digits_dpm'
-    save_run(path, dict(dpm=tiny()), Schedule.linear(), dict(recipe={}))
+    tiny_dpm().save(path)
+    return path
+
+
+@pytest.fixture
+def stored_by_version_1(tmp_path):
+    path = tmp_path / 'digits_dpm'
+    write_tensors(path / 'dpm.safetensors', tiny().state_dict())
+    write_tensors(path / 'sched.safetensors', dict(beta=Schedule.linear().beta))
+    parts = dict(dpm=spec_of(tiny(), 'dpm'))
+    (path / 'run.json').write_text(json.dumps(dict(parts=parts, recipe={})))
     return path
 
 
@@ -1043,71 +1295,110 @@ class Edit(NamedTuple):
     words: str
 
 
-def part(words, **changes):
+def network(words, **changes):
     "A change of the description of the network."
-    return Edit(lambda about: about['parts']['dpm'].update(changes), words)
+    return Edit(lambda record: record['networks']['net'].update(changes), words)
 
 
 def config(words, **changes):
     "A change of the network's keyword arguments."
-    return Edit(lambda about: about['parts']['dpm']['config'].update(changes), words)
+    return Edit(lambda record: record['networks']['net']['config'].update(changes), words)
 
 
-def second_part(name):
+def second_network(name):
     "One more network, with a name that is not accepted."
     return Edit(
-        lambda about: about['parts'].update({name: about['parts']['dpm']}),
-        f'{name!r} cannot name a part',
+        lambda record: record['networks'].update({name: record['networks']['net']}),
+        f'{name!r} cannot name a network',
     )
 
 
+def change(words, **changes):
+    "A change of the record itself."
+    return Edit(lambda record: record.update(changes), words)
+
+
+def without(key, words):
+    "A record that lacks a key."
+    return Edit(lambda record: record.pop(key), words)
+
+
 NOT_OURS = 'parts must come from pdae_nb'
+MODEL_NOT_OURS = 'the class of a model must come from pdae_nb'
 NOT_BUILT = 'UNet cannot be built'
 INCOMPLETE = 'a part needs a module, a kind and a config'
-NO_PARTS = 'lists no parts'
-TOUCH = dict(args=['touch', 'exploded'])
+NO_RECORD = 'needs format 2, a method, networks and a shape'
+NO_BASE = 'a base needs a name and a fingerprint'
+TOUCH = dict(args=['touch', 'code_was_run'])
+MODEL = 'pdae_nb.model'  # a module with functions and with classes that are no networks
 BAD_NAMES = (
-    '../dpm',
+    '../net',
     '/etc/passwd',
     '..',
     '',
     'a/b',
     'a\\b',
-    'sched',
-    'about',
     '__class__',
+    '_modules',
     'a b',
     'a\n',
 )
+TAKEN_NAMES = ('sched', 'shape', 'settings', 'base')  # other arguments of the class of a model
 
 HOSTILE = {
-    'other package': part(NOT_OURS, module='subprocess', kind='Popen', config=TOUCH),
-    'builtins': part(NOT_OURS, module='builtins', kind='exec', config={}),
-    'dotted': part(NOT_OURS, module='pdae_nb.files.os'),
-    'similar name': part(NOT_OURS, module='pdae_nb_evil.unet'),
-    'path': part(NOT_OURS, module='pdae_nb./tmp/evil'),
-    'no such module': part("No module named 'pdae_nb.nothing'", module='pdae_nb.nothing'),
-    'function': part(
-        "has no network 'save_run'", module=save_run.__module__, kind='save_run', config=TOUCH
+    'other package': network(NOT_OURS, module='subprocess', kind='Popen', config=TOUCH),
+    'builtins': network(NOT_OURS, module='builtins', kind='exec', config={}),
+    'the package itself': network(NOT_OURS, module='pdae_nb'),
+    'empty name of a module': network(NOT_OURS, module='pdae_nb.unet.'),
+    'module of a module': network("No module named 'pdae_nb.files.os'", module='pdae_nb.files.os'),
+    'similar name': network(NOT_OURS, module='pdae_nb_evil.unet'),
+    'path': network(NOT_OURS, module='pdae_nb./tmp/evil'),
+    'no such module': network("No module named 'pdae_nb.nothing'", module='pdae_nb.nothing'),
+    'function': network(
+        "has no network 'write_model'", module=MODEL, kind='write_model', config=TOUCH
     ),
-    'class that is no network': part(
+    'class that is no network': network(
         "has no network 'Schedule'",
         module=Schedule.__module__,
         kind='Schedule',
         config=dict(beta=[0.1]),
     ),
-    'module as kind': part("has no network 'torch'", kind='torch'),
+    'module as kind': network("has no network 'torch'", kind='torch'),
     'unknown argument': config(NOT_BUILT, colour='red'),
     'wrong argument': config(NOT_BUILT, ch='many'),
     'negative': config(NOT_BUILT, ch=-4),
     'wider': config('the network wants', ch=8),
     'deeper': config('the weights do not match the network', n_res=2),
-    'kind is no name': part(INCOMPLETE, kind=['UNet']),
-    'config is no dict': part(INCOMPLETE, config=[1, 2]),
-    'part is no dict': Edit(lambda about: about['parts'].update(dpm='UNet'), INCOMPLETE),
-    'no parts': Edit(lambda about: about.pop('parts'), NO_PARTS),
-    'parts is a list': Edit(lambda about: about.update(parts=['dpm']), NO_PARTS),
-    **{f'name {name!r}': second_part(name) for name in BAD_NAMES},
+    'kind is no name': network(INCOMPLETE, kind=['UNet']),
+    'config is no dict': network(INCOMPLETE, config=[1, 2]),
+    'network is no dict': Edit(lambda record: record['networks'].update(net='UNet'), INCOMPLETE),
+    'no networks': without('networks', NO_RECORD),
+    'networks is a list': change(NO_RECORD, networks=['net']),
+    'networks is empty': change("'net'", networks={}),
+    'no format': without('format', NO_RECORD),
+    'later format': change(NO_RECORD, format=3),
+    'no shape': without('shape', NO_RECORD),
+    'no method': without('method', NO_RECORD),
+    'method of another package': change(MODEL_NOT_OURS, method='subprocess.Popen'),
+    'method of a builtin': change(MODEL_NOT_OURS, method='exec'),
+    'method of a similar package': change(MODEL_NOT_OURS, method='pdae_nb_evil.dpm.DPM'),
+    'method is a module': change("has no model 'os'", method='pdae_nb.files.os'),
+    'method is a function': change("has no model 'write_model'", method=f'{MODEL}.write_model'),
+    'method is another model': change(
+        "'enc' and 'G'", method='pdae_nb.methods.pdae.PDAE', settings=None
+    ),
+    'method is a network': change("has no model 'UNet'", method='pdae_nb.unet.UNet'),
+    'unknown setting': change('do not fit DPM', settings=dict(colour='red')),
+    'wrong setting': change('do not fit DPM', settings=dict(predicts='x0')),
+    'settings is a list': change('do not fit DPM', settings=[1]),
+    'base without fingerprint': change(NO_BASE, base=dict(name='dpm')),
+    'base is a text': change(NO_BASE, base='dpm'),
+    'base that is not there': change(
+        "needs the base 'nothing' with fingerprint 00000000",
+        base=dict(name='nothing', fingerprint='00000000', path='../nothing'),
+    ),
+    'path as name': change('cannot name a run', name='../../x'),
+    **{f'name {name!r}': second_network(name) for name in BAD_NAMES},
 }
 
 
@@ -1119,25 +1410,92 @@ def assert_one_line_with(error, *words):
     assert len(said) < 2000
 
 
+def assert_refused(folder, edit):
+    "A changed run.json is refused, and nothing that it names is run."
+    record = json.loads((folder / 'run.json').read_text())
+    load(folder)
+    edit.change(record)
+    (folder / 'run.json').write_text(json.dumps(record))
+    with pytest.raises(ValueError) as e:
+        load(folder)
+    assert_one_line_with(e, edit.words, str(folder))
+    assert not code_was_run(folder)
+
+
 @pytest.mark.parametrize('kind', HOSTILE)
 def test_hostile_run_json(stored, kind, monkeypatch):
     monkeypatch.chdir(stored)
-    about = json.loads((stored / 'run.json').read_text())
-    edit = HOSTILE[kind]
-    edit.change(about)
-    (stored / 'run.json').write_text(json.dumps(about))
-    with pytest.raises(ValueError) as e:
-        load_run(stored)
-    assert_one_line_with(e, edit.words, str(stored))
-    assert not exploded(stored)
+    assert_refused(stored, HOSTILE[kind])
+
+
+@pytest.mark.parametrize('kind', ['PDAE', 'LabelPDAE', 'ScoreVAE paper'])
+def test_a_model_that_lost_its_base_is_refused(bases, tmp_path, kind):
+    new_model(kind, bases).save(tmp_path / 'a')
+    assert_refused(tmp_path / 'a', change(small_of(kind).method.__name__, base=None))
+
+
+@pytest.mark.parametrize('name', TAKEN_NAMES)
+def test_a_network_cannot_replace_another_part_of_the_model(stored, name):
+    "A network with the name of another argument is refused, or the stored argument is kept."
+    record = json.loads((stored / 'run.json').read_text())
+    record['networks'][name] = record['networks']['net']
+    (stored / 'run.json').write_text(json.dumps(record))
+    if name != 'sched':
+        shutil.copy(stored / 'net.safetensors', stored / f'{name}.safetensors')
+    try:
+        model = load(stored)
+    except ValueError as e:
+        assert name in str(e)
+        return
+    want = tiny_dpm()
+    assert model.shape == want.shape
+    assert model.settings == want.settings
+    assert model.base is None
+    assert_same(dict(beta=model.sched.beta), dict(beta=want.sched.beta))
+
+
+def part_of_version_1(words, **changes):
+    "A change of the description of the network in a run of version 1."
+    return Edit(lambda record: record['parts']['dpm'].update(changes), words)
+
+
+HOSTILE_VERSION_1 = {
+    'other package': part_of_version_1(NOT_OURS, module='subprocess', kind='Popen', config=TOUCH),
+    'no such module': part_of_version_1(
+        "No module named 'pdae_nb.nothing'", module='pdae_nb.nothing'
+    ),
+    'function': part_of_version_1(
+        "has no network 'write_model'", module=MODEL, kind='write_model', config=TOUCH
+    ),
+    'wrong argument': part_of_version_1(NOT_BUILT, config=dict(ch='many')),
+    'part is no dict': Edit(lambda record: record['parts'].update(dpm='UNet'), INCOMPLETE),
+    'parts is a list': change('lists no parts', parts=['dpm']),
+    'unknown part': Edit(
+        lambda record: record['parts'].update({'../x': record['parts']['dpm']}), "'../x'"
+    ),
+    'no part': change('no run of the parts', parts={}),
+}
+
+
+@pytest.mark.parametrize('kind', HOSTILE_VERSION_1)
+def test_hostile_run_json_of_version_1(stored_by_version_1, kind, monkeypatch):
+    monkeypatch.chdir(stored_by_version_1)
+    assert_refused(stored_by_version_1, HOSTILE_VERSION_1[kind])
+
+
+def test_a_run_of_version_1_is_read(stored_by_version_1):
+    model = load(stored_by_version_1)
+    assert type(model) is DPM
+    assert_same(model.net.state_dict(), tiny().state_dict())
 
 
 NOT_RUN_JSON = [
     (b'', 'is not JSON'),
-    (b'{"parts": {', 'is not JSON'),
+    (b'{"networks": {', 'is not JSON'),
     (b'\xff\xfe', 'is not JSON'),
-    (b'[]', NO_PARTS),
-    (b'3', NO_PARTS),
+    (b'[]', 'must hold an object, got list'),
+    (b'3', 'must hold an object, got int'),
+    (b'{}', NO_RECORD),
 ]
 
 
@@ -1145,25 +1503,25 @@ NOT_RUN_JSON = [
 def test_run_json_with_other_content(stored, data, words):
     (stored / 'run.json').write_bytes(data)
     with pytest.raises(ValueError, match=words):
-        load_run(stored)
+        load(stored)
 
 
 def test_hostile_weights(stored):
-    weights = stored / 'dpm.safetensors'
+    weights = stored / 'net.safetensors'
     good = weights.read_bytes()
     for data in (pickled(stored), good[:-9], flipped(good, len(good) - 9)):
         weights.write_bytes(data)
-        with pytest.raises(ValueError, match='dpm.safetensors'):
-            load_run(stored)
-    assert not exploded(stored)
+        with pytest.raises(ValueError, match='net.safetensors'):
+            load(stored)
+    assert not code_was_run(stored)
 
 
-@pytest.mark.parametrize('name', ['dpm.safetensors', 'sched.safetensors'])
+@pytest.mark.parametrize('name', ['net.safetensors', 'sched.safetensors'])
 def test_missing_weights(stored, name):
-    assert load_run(stored).sched.T == 1000
+    assert load(stored).sched.T == 1000
     (stored / name).unlink()
     with pytest.raises(FileNotFoundError, match=name):
-        load_run(stored)
+        load(stored)
 
 
 # ---------------------------------------------------------------- wrong arguments
@@ -1187,6 +1545,17 @@ def cropped(xt, t):
 
 def first_sample(xt, t):
     return xt[0]
+
+
+def small_pdae(base):
+    return replace(small_of('PDAE'), base=base)
+
+
+def overflowing():
+    "A DPM with a weight that float16 cannot hold."
+    model = tiny_dpm()
+    next(model.parameters()).data.fill_(1e5)
+    return model
 
 
 class BadCall(NamedTuple):
@@ -1281,17 +1650,30 @@ BAD_CALLS = {
     'no gradient': value_error(
         lambda tmp: next(fit(zero, [torch.zeros(3)], ones(1), LINE_RECIPE)), 'requires a gradient'
     ),
-    'name without task': value_error(
-        lambda tmp: train('mnist', small(), tmp / 'out'), "'mnist'", 'dpm'
+    'training of an unknown run': value_error(
+        lambda tmp: train('nothing_dpm', out=tmp / 'out'), "'nothing_dpm'", 'mnist_dpm'
+    ),
+    'method is no class': type_error(lambda tmp: small(method='DPM'), 'class of models', "'DPM'"),
+    'method is no model': type_error(lambda tmp: small(method=UNet), 'class of models', 'UNet'),
+    'base for other images': value_error(
+        lambda tmp: train('a', small_pdae(tiny_dpm()), out=tmp / 'out'), '(1, 8, 8)', '(1, 14, 14)'
+    ),
+    'PDAE without base': value_error(
+        lambda tmp: train('a', small_pdae(None), out=tmp / 'out'),
+        'unconditional DPM',
+        'got no model',
+    ),
+    'labels without labels': value_error(
+        lambda tmp: ClassConditionalDPM.build(small(), Images(U8)), 'digits', 'one label per image'
     ),
     'every = 0': value_error(
-        lambda tmp: train(NAME, small(), tmp / 'out', make_task, every=0),
+        lambda tmp: train(NAME, small(), out=tmp / 'out', every=0),
         'every',
         'at least 1',
         'got 0 and',
     ),
     'log_every = 0': value_error(
-        lambda tmp: train(NAME, small(), tmp / 'out', make_task, log_every=0),
+        lambda tmp: train(NAME, small(), out=tmp / 'out', log_every=0),
         'log_every',
         'at least 1',
         'and 0',
@@ -1318,16 +1700,16 @@ BAD_CALLS = {
         'has type torch.int64',
         'wants torch.float32',
     ),
-    'network of another package': value_error(
-        lambda tmp: save_run(tmp / 'r', dict(net=LINEAR), None, {}), 'pdae_nb', 'Linear'
-    ),
-    'name of a part': value_error(
-        lambda tmp: save_run(tmp / 'r', {'../x': tiny()}, None, {}), "'../x'"
+    'network of another package': type_error(
+        lambda tmp: DPM(LINEAR, SCHED, (2,)).save(tmp / 'r'), 'r', 'Linear', '.config'
     ),
     'network without config': type_error(
-        lambda tmp: save_run(tmp / 'r', dict(dpm=tiny().up), None, {}), 'Up', '.config'
+        lambda tmp: DPM(tiny().up, SCHED, (1, 8, 8)).save(tmp / 'r'), 'r', 'Up', '.config'
     ),
-    'no run': not_found(lambda tmp: load_run(tmp / 'nothing'), 'nothing', 'run.json'),
+    'weight too large for float16': value_error(
+        lambda tmp: overflowing().save(tmp / 'r'), 'r', 'net.', '1e+05', 'float16'
+    ),
+    'no run': not_found(lambda tmp: load(tmp / 'nothing'), 'nothing', 'run.json'),
 }
 
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -13,14 +14,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pdae_nb.evaluation import part_of
+from pdae_nb.data import load_images
 from pdae_nb.experiments.critical_stage import shortest_window, stage_grid, unpack_cells
-from pdae_nb.files import fingerprint, load_results, results_path
+from pdae_nb.files import load_results, results_path
 from pdae_nb.forward import Schedule
 from pdae_nb.gap import FIG1_TIMES
-from pdae_nb.methods.classifier import NoisyClassifier, classifier_guided, classifier_loss
-from pdae_nb.methods.dpm import LabelUNet, cdpm_task, dpm_task
-from pdae_nb.model import load_run
+from pdae_nb.hub import load
+from pdae_nb.methods.classifier import NoisyClassifierNet, classifier_guided, classifier_loss
+from pdae_nb.methods.dpm import DPM, ClassConditionalDPM, LabelUNet
+from pdae_nb.model import Draw, model_fingerprint
 from pdae_nb.plot import band, plot_gap, plot_training
 from pdae_nb.recipes import recipe
 from pdae_nb.unet import UNet
@@ -50,24 +52,28 @@ def zero_noise(xt, t):
 # Conditional DPM and noisy classifier
 
 
-def first_step(task, x0, y):
+def built(r):
+    "The untrained model of a recipe, at seed 0."
+    torch.manual_seed(0)
+    return r.method.build(r, load_images(r.data, 'train', r.px))
+
+
+def first_step(model, x0, y):
     "Losses of a training step at seed 5."
-    torch.manual_seed(5)
-    losses, _ = task.loss_fn(x0, y)
+    losses, _ = model.loss(x0, y, Draw(5, 0, len(x0)))
     return losses
 
 
 def test_conditional_dpm_begins_as_the_unconditional_one():
     "Equal weights but for the labels', and equal first losses: these weights start at zero."
-    r = recipe('mnist_cdpm', 'smoke')
-    assert r == recipe('mnist_dpm', 'smoke')
-    assert recipe('mnist_cdpm', 'lesson') == recipe('mnist_dpm', 'lesson')
-    torch.manual_seed(0)
-    unconditional = dpm_task(r)
-    torch.manual_seed(0)
-    conditional = cdpm_task(r)
-    a = unconditional.parts['dpm'].state_dict()
-    b = conditional.parts['dpm'].state_dict()
+    for size in ('smoke', 'lesson'):
+        r = recipe('mnist_cdpm', size)
+        assert r.method is ClassConditionalDPM
+        assert replace(r, method=DPM) == recipe('mnist_dpm', size)
+    unconditional = built(recipe('mnist_dpm', 'smoke'))
+    conditional = built(recipe('mnist_cdpm', 'smoke'))
+    a = unconditional.net.state_dict()
+    b = conditional.net.state_dict()
     assert set(b) - set(a) == {'label.weight'}
     assert all(torch.equal(a[k], b[k]) for k in a)
     x0 = torch.rand(8, 1, 28, 28) * 2 - 1
@@ -97,7 +103,7 @@ def test_label_changes_every_pixel():
 )
 def test_errors_of_wrong_labels(y, error, words):
     net = LabelUNet(10, **TINY)
-    clf = NoisyClassifier(**TINY)
+    clf = NoisyClassifierNet(**TINY)
     x = torch.randn(2, 1, 8, 8)
     t = torch.tensor([5, 900])
     with pytest.raises(error, match=words):
@@ -109,7 +115,7 @@ def test_errors_of_wrong_labels(y, error, words):
 @pytest.mark.parametrize('window', [(700, 400), (400, 400), (-1, 400), (400, 1001)])
 def test_errors_of_wrong_windows(window):
     net = UNet(**TINY)
-    clf = NoisyClassifier(**TINY)
+    clf = NoisyClassifierNet(**TINY)
     with pytest.raises(ValueError, match=r'0 <= t1 < t2 <= 1000'):
         classifier_guided(net, clf, 3, SCHED, window=window)
     with pytest.raises(ValueError, match=r'0 <= t1 < t2 <= 1000'):
@@ -117,17 +123,17 @@ def test_errors_of_wrong_windows(window):
 
 
 def test_classifier_of_another_image_size_is_an_error():
-    larger = NoisyClassifier(**TINY | dict(size=16))
+    larger = NoisyClassifierNet(**TINY | dict(size=16))
     with pytest.raises(ValueError, match='16'):
         classifier_guided(UNet(**TINY), larger, 3, SCHED)
     with pytest.raises(ValueError, match='built for images'):
-        NoisyClassifier(**TINY)(torch.randn(2, 1, 16, 16), torch.tensor([1, 2]))
+        NoisyClassifierNet(**TINY)(torch.randn(2, 1, 16, 16), torch.tensor([1, 2]))
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
 def test_guidance_under_autocast_is_close_to_float64(dtype):
     "The relative error is small, and smaller than the effect of another label."
-    clf = with_random_weights(NoisyClassifier(**TINY))
+    clf = with_random_weights(NoisyClassifierNet(**TINY))
     x = torch.randn(4, 1, 8, 8)
     t = torch.tensor([1, 100, 500, 1000])
     y = torch.tensor([1, 2, 3, 4])
@@ -149,7 +155,7 @@ def test_guidance_under_autocast_is_close_to_float64(dtype):
 @pytest.mark.slow
 def test_compiled_classifier_equals_the_plain_one():
     "Loss, gradients of the weights, and the gradient with respect to the image for guidance."
-    clf = with_random_weights(NoisyClassifier(**TINY))
+    clf = with_random_weights(NoisyClassifierNet(**TINY))
     x0 = torch.randn(4, 1, 8, 8)
     y = torch.tensor([1, 2, 3, 4])
     t = torch.tensor([1, 100, 500, 1000])
@@ -189,23 +195,36 @@ torch.manual_seed(0)
 sched = Schedule.linear()
 mu = torch.tensor([[0.8, 0.6], [-0.9, 0.3], [0.1, -1.0]], dtype=torch.float64)
 mixture = GaussianMixture(mu, 0.15, sched)
+calls = []
 
 
-def judge(x):
+def eval_classifier(x):
+    calls.append(len(x))
     time.sleep(float(pause))
     return -torch.cdist(x, mu)
 
 
 xT = torch.randn(30, 2, dtype=torch.float64)
 y = torch.arange(30) % 3
-stage_grid(mixture, mixture, judge, xT, y, sched, step=100, eta=1.0, clip=None, path=path)
+settings = dict(step=100, eta=1.0, clip=None, path=path)
+stage_grid(mixture, mixture, eval_classifier, xT, y, sched, **settings)
+print(len(calls))
 """
 
 
 def start(path, pause):
     "Start PROGRAM, which writes a grid to `path` and pauses for some seconds before each cell."
     command = [sys.executable, '-c', PROGRAM, str(path), str(pause)]
-    return subprocess.Popen(command, env=os.environ | dict(OMP_NUM_THREADS='1'))
+    env = os.environ | dict(OMP_NUM_THREADS='1')
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+
+
+def computed_cells(path):
+    "Run PROGRAM to its end; return the number of cells that it has computed."
+    process = start(path, 0)
+    printed, _ = process.communicate()
+    assert process.returncode == 0
+    return int(printed)
 
 
 def cells_of(path):
@@ -225,11 +244,11 @@ def test_killed_grid_is_continued(tmp_path):
     while len(cells_of(killed)) < 5 and time.time() < end:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
     kept = cells_of(killed)
     assert 5 <= len(kept) < 56
-    for path in (killed, whole):
-        assert start(path, 0).wait() == 0
+    assert computed_cells(killed) == 56 - len(kept)
+    assert computed_cells(whole) == 56
     assert cells_of(killed) == cells_of(whole)
     assert len(cells_of(whole)) == 56
 
@@ -248,14 +267,14 @@ def test_nan_is_an_error_and_no_cell(tmp_path):
         value = torch.nan if t[0] <= 250 else 0.0
         return torch.full_like(xt, value)
 
-    def judge(x):
+    def eval_classifier(x):
         return F.one_hot(torch.zeros(len(x), dtype=torch.int64), 3).float()
 
     path = tmp_path / 'g.json'
     xT = torch.randn(6, 2)
     y = torch.arange(6) % 3
     with pytest.raises(ValueError, match='NaN'):
-        stage_grid(broken, SquaredNorm(), judge, xT, y, SCHED, step=250, path=path)
+        stage_grid(broken, SquaredNorm(), eval_classifier, xT, y, SCHED, step=250, path=path)
     assert not path.exists()
 
 
@@ -305,6 +324,7 @@ def test_single_repeat_has_no_band():
 
 
 def y_data(line):
+    "The values of a plotted line: float64."
     return torch.as_tensor(line.get_ydata()).double()
 
 
@@ -343,7 +363,6 @@ def cells_with_equal_windows(n, generator):
     return cells
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('n', [60, 200])
 def test_held_out_accuracy_is_unbiased(n):
     """Of 20 equally good windows, the best one has too high an accuracy on the samples themselves.
@@ -398,12 +417,13 @@ def test_there_is_a_grid():
 @pytest.mark.parametrize('name', GRIDS)
 def test_shipped_grid_belongs_to_the_shipped_weights(name):
     settings = load_results(name)['about']
-    for part, key in dict(dpm='dpm', clf='classifier', judge='judge').items():
-        _, net = part_of(settings[key], part, 'cpu')
-        assert settings['weights'][part] == fingerprint(net), f'the grid was of another {key}'
+    names = dict(dpm='dpm', clf='classifier', eval_classifier='eval_classifier')
+    assert settings['weights'].keys() == names.keys()
+    for part, key in names.items():
+        fingerprint = model_fingerprint(load(settings[key]))
+        assert settings['weights'][part] == fingerprint, f'the grid was of another {key}'
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('name', GRIDS)
 def test_shortest_window_of_the_shipped_grid(name):
     "The stored window is the one that the stored samples give."
@@ -427,11 +447,13 @@ def test_shortest_window_of_the_shipped_grid(name):
 
 def test_shipped_dpms_were_trained_alike():
     "Recipe, images and skipped steps of the conditional and the unconditional DPM are equal."
-    unconditional = load_run('mnist_dpm')
-    conditional = load_run('mnist_cdpm')
+    unconditional = load('mnist_dpm').card
+    conditional = load('mnist_cdpm').card
+    methods = (unconditional.recipe.pop('method'), conditional.recipe.pop('method'))
+    assert methods == ('pdae_nb.methods.dpm.DPM', 'pdae_nb.methods.dpm.ClassConditionalDPM')
     assert unconditional.recipe == conditional.recipe
-    assert unconditional.about['images_seen'] == conditional.about['images_seen']
-    assert unconditional.about['steps_skipped'] == conditional.about['steps_skipped'] == 0
+    assert unconditional.images_seen == conditional.images_seen
+    assert unconditional.steps_skipped == conditional.steps_skipped == 0
     d = load_results('mnist_cdpm')
     assert d['t'] == FIG1_TIMES
     assert d['against'] == 'mnist_dpm'
@@ -439,7 +461,7 @@ def test_shipped_dpms_were_trained_alike():
 
 
 def test_accuracy_of_the_shipped_evaluation_classifier():
-    assert load_run('mnist_judge').about['result']['test_accuracy'] >= 0.99
+    assert load('mnist_eval_classifier').card.result['test_accuracy'] >= 0.99
 
 
 @pytest.mark.skipif(

@@ -15,8 +15,7 @@ import torch
 
 import pdae_nb
 import pdae_nb.unet as unet
-from pdae_nb.data import batches
-from pdae_nb.methods.dpm import dpm_task
+from pdae_nb.data import batches, load_images
 from pdae_nb.recipes import recipe
 from pdae_nb.training import fit
 
@@ -51,11 +50,12 @@ def losses(amp=False, steps=30):
     torch.set_num_threads(1)
     try:
         r = recipe('mnist_dpm', 'smoke')
+        images = load_images(r.data, 'train', r.px)
         torch.manual_seed(r.seed)
-        task = dpm_task(r)
-        data = batches(task.images, r.batch, steps, r.flip, r.seed)
-        params = task.parts['dpm'].parameters()
-        return [step.loss.item() for step in fit(task.loss_fn, params, data, r, amp=amp)]
+        model = r.method.build(r, images).train()
+        data = batches(images, r.batch, steps, flip=r.flip, seed=r.seed)
+        steps_done = fit(model, model.trainable(), data, r, amp=amp)
+        return [step.loss.item() for step in steps_done]
     finally:
         torch.set_num_threads(threads)
 
@@ -84,21 +84,33 @@ def test_thirty_steps_in_bf16_give_nearly_the_stored_losses(monkeypatch):
     assert difference.max() > 2e-4, 'the losses were not rounded to bf16'
 
 
+def dtypes_in_training(**settings):
+    "The data types of the output of a layer in one training step."
+    layer = torch.nn.Linear(2, 2)
+    dtypes = []
+
+    def loss_fn(x0, y, draw):
+        out = layer(x0)
+        dtypes.append(out.dtype)
+        return out.square().mean(1), None
+
+    one_batch = [(torch.ones(4, 2), None)]
+    list(fit(loss_fn, layer.parameters(), one_batch, recipe('mnist_dpm', 'smoke'), **settings))
+    return dtypes
+
+
 @pytest.mark.parametrize('pays, dtype', [(False, torch.float32), (True, torch.bfloat16)])
 def test_bf16_only_on_devices_with_bf16_arithmetic(pays, dtype, monkeypatch):
     "On CPUs without bf16 arithmetic, bf16 is many times slower than float32."
     monkeypatch.setattr(unet, 'bf16_pays', lambda device: pays)
-    layer = torch.nn.Linear(2, 2)
-    dtypes = []
+    assert dtypes_in_training() == [dtype]
+    assert dtypes_in_training(amp=True) == [dtype]
 
-    def loss_fn(x0, y):
-        out = layer(x0)
-        dtypes.append(out.dtype)
-        return out.square().mean()
 
-    one_batch = [(torch.ones(4, 2), None)]
-    list(fit(loss_fn, layer.parameters(), one_batch, recipe('mnist_dpm', 'smoke')))
-    assert dtypes == [dtype]
+@pytest.mark.parametrize('pays', [False, True])
+def test_no_bf16_without_amp(pays, monkeypatch):
+    monkeypatch.setattr(unet, 'bf16_pays', lambda device: pays)
+    assert dtypes_in_training(amp=False) == [torch.float32]
 
 
 def test_one_module_calls_autocast():

@@ -109,7 +109,7 @@ class _Sampler:
 def stage_accuracy(
     dpm: Denoiser,  # unconditional: (xt,t) -> eps
     clf,  # has `log_p(xt,t,y)`
-    judge: Callable,  # evaluation classifier: clean images -> logits (B,classes)
+    eval_classifier: Callable,  # clean images -> logits (B,classes)
     xT: Tensor,  # unit Gaussian noise: (B,...)
     y: Tensor,  # class that each sample is guided towards: int64 (B,)
     sched: Schedule,  # noise schedule
@@ -121,14 +121,14 @@ def stage_accuracy(
     eta: float = 0.0,  # 0 is DDIM, 1 is DDPM
     clip: float | None = 1.0,  # limit of the predicted x_0: it is kept within [-clip,clip]
     seed: int = 0,  # of the noise of DDPM
-) -> Tensor:  # bool (B,): does `judge` classify the sample as `y`?
+) -> Tensor:  # bool (B,): does `eval_classifier` classify the sample as `y`?
     "Mixed sampling: guidance in one stage, none elsewhere (PDAE Fig. 3)."
     y = y.to(xT.device)
     denoiser = classifier_guided(dpm, clf, y, sched, scale=scale, window=window)
     grid = _grid(sched, step, substeps)
     sampler = _Sampler(sched, step, substeps, eta, clip, seed)
     x0 = sampler.run(denoiser, xT, grid[0], grid[-1])
-    return judge(x0).argmax(1) == y
+    return eval_classifier(x0).argmax(1) == y
 
 
 # %% ../../nbs/experiments/critical_stage.ipynb #e9894572
@@ -226,7 +226,7 @@ def _guided_down_to(sampler, denoiser, x, t2, last):
 def stage_grid(
     dpm: Denoiser,  # unconditional: (xt,t) -> eps
     clf,  # has `log_p(xt,t,y)`
-    judge: Callable,  # evaluation classifier: clean images -> logits (B,classes)
+    eval_classifier: Callable,  # clean images -> logits (B,classes)
     xT: Tensor,  # unit Gaussian noise: (B,...)
     y: Tensor,  # class that each sample is guided towards: int64 (B,)
     sched: Schedule,  # noise schedule
@@ -267,7 +267,7 @@ def stage_grid(
 
     def finish(window, x, t):
         x0 = sampler.run(dpm, x, t, 0)
-        store.add(window, (judge(x0).argmax(1) == y).cpu())
+        store.add(window, (eval_classifier(x0).argmax(1) == y).cpu())
 
     x = xT  # unguided sample at t2
     for t2 in progress(grid[:-1]):

@@ -6,6 +6,7 @@
 __all__ = [
     'shuffled',
     'ways',
+    'with_bases',
     'Drawn',
     'drawn',
     'fid_kid',
@@ -19,24 +20,26 @@ __all__ = [
 ]
 
 # %% ../../nbs/experiments/generation.ipynb #fda7eae1
+import copy
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data import Images, cache_dir, load_images, to_signed, to_uint8
 from ..edit import fit_probe, oversample, passes
-from ..evaluation import _provenance, coder_of, dpm_of, noise_for, part_of, size_of, where
-from ..files import fingerprint, read_tensors, write_tensors
-from ..hub import decode, kind_of
-from ..methods.latent import ZStats, check_codes, encode_all, sample_z
-from ..methods.scorevae import Posterior, prior_z
-from ..metrics import Feats, features, frechet, frechet_inf, judge_feats, mmd, stats
-from ..model import load_run
+from ..evaluation import _provenance, check_channels, size_of
+from ..files import read_tensors, write_tensors
+from ..methods.classifier import EvalClassifier
+from ..methods.dpm import DPM, ClassConditionalDPM
+from ..methods.latent import LatentDPM, ZStats, encode_all
+from ..methods.pdae import PDAE
+from ..methods.scorevae import CodedModel
+from ..metrics import Feats, eval_feats, features, frechet, frechet_inf, mmd, stats
+from ..model import GenerativeModel, Model, model_fingerprint, noise
 from ..sampling import sample
 from ..unet import autocast, bf16_pays
 
@@ -55,41 +58,49 @@ def shuffled(
 
 
 # %% ../../nbs/experiments/generation.ipynb #3febf884
-def _sample_images(denoiser, net, run, n, seed, steps):
+def _sample_images(model, denoiser, n, seed, steps):
     "Images by DDIM, in bf16 where bf16 arithmetic is faster, as in training."
-    with autocast(where(net)):
-        return sample(denoiser, noise_for(net, n, seed), run.sched, steps, clip=1.0)
+    xT = noise(model.shape, n, seed).to(model.device)
+    with autocast(model.device):
+        return sample(denoiser, xT, model.sched, steps, clip=1.0)
 
 
-def _way_without_codes(run, net):
+def _way_without_codes(dpm):
     "(n, seed, steps) -> samples of an unconditional DPM, and codes of width 0."
 
     def way(n, seed, steps):
-        return _sample_images(net, net, run, n, seed, steps), torch.zeros(n, 0)
+        return _sample_images(dpm, dpm.denoiser(), n, seed, steps), torch.zeros(n, 0)
 
     return way
 
 
-def _way_with_codes(base, net, codes, **kw):
-    "(n, seed, steps) -> decoded codes, and the codes; `codes` takes the same arguments."
+def _way_with_codes(model, codes, denoiser_of):
+    """(n, seed, steps) -> decoded codes, and the codes.
+
+    `codes` takes the same arguments. `denoiser_of`: codes -> denoiser of `model`.
+    """
 
     def way(n, seed, steps):
-        z = codes(n, seed, steps).to(where(net))
-        x = _sample_images(decode(base, z, **kw), net, base, n, seed, steps)
+        z = codes(n, seed, steps).to(model.device)
+        x = _sample_images(model, denoiser_of(z), n, seed, steps)
         return x, z.cpu()
 
     return way
 
 
-def _codes_of_test_images(base, net):
+def _codes_of_test_images(model):
     "(n, seed, steps) -> codes of the test images, continued from the start after the last one."
 
     def codes(n, seed, steps):
-        images = load_images(base.recipe['data'], 'test', net.config['size'])
-        z = encode_all(base.enc, shuffled(images))
+        z = encode_all(model.enc, shuffled(_images_of(model, 'test')))
         return z[(seed * n + torch.arange(n)) % len(z)]
 
     return codes
+
+
+def _images_of(model, split):
+    "The training or test images of a model's data, in its size."
+    return load_images(model.card.recipe['data'], split, model.shape[1])
 
 
 def _codes_in_100_steps(codes):
@@ -101,67 +112,64 @@ def _codes_in_100_steps(codes):
     return in_100_steps
 
 
-def _by_codes(base, net, new, latent=False):
-    """All ways to sample images from an autoencoder `base` with the geometry of `net`.
+# %% ../../nbs/experiments/generation.ipynb #b1af9ba7
+def _ways_by_codes(model, name, codes, more_codes):
+    """Ways to sample from an autoencoder.
 
-    `new`: (n, seed, steps) -> new codes. `latent`: they are samples of a latent DPM.
+    `codes`: (n, seed, steps) -> new codes. `more_codes`: label -> other such functions.
     """
-    kind = kind_of(base)
-    name = kind
-    if latent and isinstance(base.enc, Posterior):
-        name = f'{kind}, latent DPM'
-    window = {}
-    ways = {}
-    if kind == 'PDAE':
-        window = dict(window=(round(0.3 * base.sched.T), base.sched.T))  # PDAE Sec. 4.8
-        ways['DDIM'] = _way_without_codes(base, net)
-    ways[name] = _way_with_codes(base, net, new, **window)
-    if latent:
-        codes = _codes_in_100_steps(new)
-        ways[f'{name} + codes in 100 steps'] = _way_with_codes(base, net, codes, **window)
-    if kind == 'PDAE':
-        ways[f'{name}, shift to the end'] = _way_with_codes(base, net, new)
-    old = _codes_of_test_images(base, net)
-    ways[f'{name} + autoencoding'] = _way_with_codes(base, net, old)
+    ways = {name: _way_with_codes(model, codes, model.prior_denoiser)}
+    for label, other_codes in more_codes.items():
+        ways[f'{name} + {label}'] = _way_with_codes(model, other_codes, model.prior_denoiser)
+    if isinstance(model, PDAE):
+        ways[f'{name}, shift to the end'] = _way_with_codes(model, codes, model.denoiser)
+    old = _codes_of_test_images(model)
+    ways[f'{name} + autoencoding'] = _way_with_codes(model, old, model.denoiser)
     return ways
 
 
-# %% ../../nbs/experiments/generation.ipynb #b1af9ba7
-def _networks(run):
-    "All networks of a run."
-    return [getattr(run, k) for k in run.about['parts']]
-
-
-def _ways_of_latent(run, device):
-    "Ways to sample from a latent run and the autoencoder whose codes it generates."
-    base, net = coder_of(run.recipe['net']['run'], device)
-    check_codes(run, base)
-    run.net.to(where(net))
-    run.stats.to(where(net))
-
-    def codes(n, seed, steps):
-        return sample_z(run, n, steps, seed=seed)
-
-    return _by_codes(base, net, codes, latent=True), _networks(base) + _networks(run)
+def _ways_of_latent(latent):
+    "Ways to sample from a latent DPM and the autoencoder whose codes it generates."
+    model = latent.base
+    name = model.title
+    if isinstance(model, CodedModel):
+        name = f'{name}, latent DPM'
+    more_codes = {'codes in 100 steps': _codes_in_100_steps(latent.codes)}
+    by_codes = _ways_by_codes(model, name, latent.codes, more_codes)
+    if isinstance(model, PDAE):
+        return {'DDIM': _way_without_codes(model.base)} | by_codes
+    return by_codes
 
 
 def ways(
-    name: str | Path,  # a DPM, a latent run, or an autoencoder whose codes have a prior
-    device: str | torch.device | None = None,  # cpu or cuda; None selects the GPU if there is one
-) -> tuple:  # way -> ((n, seed, steps) -> images in [-1,1], codes); and the networks that sample
-    "All ways in which a run samples new images (PDAE Table 2, Diff-AE Table 4)."
-    run = load_run(name)
-    if hasattr(run, 'stats'):
-        return _ways_of_latent(run, device)
-    if isinstance(getattr(run, 'enc', None), Posterior):
-        run, net = coder_of(name, device)
+    model: GenerativeModel,  # a DPM, a latent DPM, or an autoencoder whose codes have a prior
+) -> dict[str, Callable]:  # way -> ((n, seed, steps) -> images in [-1,1], codes)
+    "All ways in which a model samples new images (PDAE Table 2, Diff-AE Table 4)."
+    if isinstance(model, LatentDPM):
+        return _ways_of_latent(model)
+    if isinstance(model, CodedModel):
 
         def codes(n, seed, steps):
-            return prior_z(run.enc, n, seed)
+            return model.codes(n, seed)
 
-        return _by_codes(run, net, codes), _networks(run)
-    run, net = dpm_of(name, device)
-    return {'DDIM': _way_without_codes(run, net)}, [net]
+        return _ways_by_codes(model, model.title, codes, {})
+    if isinstance(model, DPM) and not isinstance(model, ClassConditionalDPM):
+        return {'DDIM': _way_without_codes(model)}
+    raise ValueError(
+        'new images come from an unconditional DPM, a latent DPM or an autoencoder whose codes '
+        f'have a prior; {model.card.name!r} is a {type(model).__name__}'
+    )
+
+
+def with_bases(
+    model: Model,  # a model
+) -> list[Model]:  # the model, its base, the base of that, …
+    "A model and all frozen models underneath: together they determine its samples."
+    models = []
+    while model is not None:
+        models.append(model)
+        model = model.base
+    return models
 
 
 # %% ../../nbs/experiments/generation.ipynb #bca9e672
@@ -182,12 +190,12 @@ def _stored(path):
 
 
 # %% ../../nbs/experiments/generation.ipynb #1c1bac30
-def _sample_file(label, nets, feats, *, steps, chunk, keep):
+def _sample_file(label, models, feats, *, steps, chunk, keep):
     "The file of stored samples. Its name is a hash of all that determines the samples."
-    weights = ' '.join(map(fingerprint, nets))
-    devices = {p.device for p in nn.ModuleList(nets).parameters()}
+    weights = ' '.join(map(model_fingerprint, models))
+    devices = {model.device for model in models}
     bf16 = ' bf16' if any(map(bf16_pays, devices)) else ''
-    key = f'3 {label} {steps} {chunk} {keep} {feats.name} {feats.key} {weights}{bf16}'
+    key = f'4 {label} {steps} {chunk} {keep} {feats.name} {feats.key} {weights}{bf16}'
     return cache_dir() / f'drawn-{hashlib.sha256(key.encode()).hexdigest()[:20]}.safetensors'
 
 
@@ -205,7 +213,7 @@ def _sample_chunk(way, feats, n, seed, steps, *, label):
 
 def drawn(
     way: Callable,  # (n, seed, steps) -> images and codes
-    nets: list,  # networks that determine the samples: their weights enter the file's name
+    models: Sequence[Model],  # determine the samples: their weights enter the file's name
     label: str,  # what else enters the file's name
     feats: Feats,  # feature network
     n: int,  # number of images
@@ -219,7 +227,7 @@ def drawn(
 
     Chunk k is sampled with seed k, so it does not depend on what is stored.
     """
-    path = _sample_file(label, nets, feats, steps=steps, chunk=chunk, keep=keep)
+    path = _sample_file(label, models, feats, steps=steps, chunk=chunk, keep=keep)
     stored = _stored(path)
     count = len(stored.f) if stored else 0
     while count < n:
@@ -455,20 +463,20 @@ def memorisation(
 
 
 # %% ../../nbs/experiments/generation.ipynb #82b63603
-def _real_images(base, net, real, feats):
-    "Training and held-out images as `Drawn`, and the training labels; `real`: training features."
-    images = load_images(base.recipe['data'], 'train', net.config['size'])
-    held = shuffled(load_images(base.recipe['data'], 'test', net.config['size']))
-    train = Drawn(real, encode_all(base.enc, images), images.x)
-    test = Drawn(features(feats, held), encode_all(base.enc, held), held.x)
-    return train, test, images.y
+def _real_images(model, images, real, feats):
+    "Training and held-out images as `Drawn`; `real`: features of the training images."
+    held = shuffled(_images_of(model, 'test'))
+    train = Drawn(real, encode_all(model.enc, images), images.x)
+    test = Drawn(features(feats, held), encode_all(model.enc, held), held.x)
+    return train, test
 
 
-def _about_codes(run, d, train, test, y, ns):
+def _about_codes(latent, d, train, test, y, ns):
     "FIDs of test images, memorisation and few-shot FIDs, for the generated images `d`."
+    stats = copy.deepcopy(latent.stats).cpu()
 
     def normalised(o):
-        return o._replace(z=run.stats.norm(o.z.to(run.stats.mean)).cpu())
+        return o._replace(z=stats.norm(o.z))
 
     out = dict(
         floor={str(n): fid_kid(train.f, test.f[:n]) for n in sorted(ns)},
@@ -476,7 +484,7 @@ def _about_codes(run, d, train, test, y, ns):
     )
     if y is not None and y.ndim == 1 and (y.bincount() >= 100).all():
         classes = range(int(y.max()) + 1)
-        out['few_shot'] = few_shot(d, train.z, train.f, y, run.stats.cpu(), classes)
+        out['few_shot'] = few_shot(d, train.z, train.f, y, stats, classes)
     return out
 
 
@@ -500,51 +508,47 @@ def _best_codes(samples, ways, steps):
 
 
 def evaluate_latent(
-    name: str | Path,  # a latent run, or a DPM
+    model: GenerativeModel,  # a latent DPM, or another model that `ways` accepts
+    eval_classifier: EvalClassifier,  # the feature network
     n: int = 1000,  # images for each row of the table
     steps: tuple[int, ...] = (10, 20, 50, 100),  # DDIM steps, for images and most rows' codes
-    judge: str | Path = 'mnist_judge',  # run of an evaluation classifier: the feature network
-    device: str | torch.device | None = None,  # cpu or cuda; None selects the GPU if there is one
-    log: Callable = print,  # receives messages about the progress
     *,
     chunk: int = 50,  # images at a time; a larger number is slower on a CPU, faster on a GPU
     calls: int = 10**9,  # network calls of a row; the row of the fewest steps is not limited
+    log: Callable = print,  # receives messages about the progress
 ) -> dict:  # numbers, ready for JSON
     """FID of all ways to sample, few-shot FIDs, and memorisation.
 
     See PDAE Tables 2 and 3, and Diff-AE Tables 3 and 4 and Fig. 9. A row of s steps has
     min(n, calls // s) images.
     """
-    ways_, nets = ways(name, device)
-    _, jury = part_of(judge, 'judge', device)
-    run = load_run(name)
     t0 = time.time()
-    feats = judge_feats(jury, Path(judge).name)
-    latent = hasattr(run, 'stats')
-    base, net = coder_of(run.recipe['net']['run'], device) if latent else dpm_of(name, device)
-    if jury.config['c'] != net.config['c']:
-        raise ValueError(
-            f'the evaluation classifier {judge} takes images of {jury.config["c"]} channels, '
-            f'but {name} generates images of {net.config["c"]} channels'
-        )
+    latent = isinstance(model, LatentDPM)
+    decoder = model.base if latent else model
+    check_channels(eval_classifier, decoder)
     _check_row_length(n, steps, calls)
+    feats = eval_feats(eval_classifier)
+    models = with_bases(model)
+    all_ways = ways(model)
     samples = {}
     for s in steps:
         count = n if s == min(steps) else min(n, calls // s)
-        for label, way in ways_.items():
-            row = drawn(way, nets, label, feats, count, s, chunk=chunk, log=log)
+        for label, way in all_ways.items():
+            row = drawn(way, models, label, feats, count, s, chunk=chunk, log=log)
             samples[f'{label} {s}'] = row
-    real = features(feats, load_images(base.recipe['data'], 'train', net.config['size']))
+    images = _images_of(decoder, 'train')
+    real = features(feats, images)
     table = {k: fid_kid(real, o.f) for k, o in samples.items()}
     d = dict(table=table, feats=feats.name, real=len(real))
     if latent:
-        drawing = _best_codes(samples, ways_, steps)
-        train, test, y = _real_images(base, net, real, feats)
+        drawing = _best_codes(samples, all_ways, steps)
+        train, test = _real_images(decoder, images, real, feats)
         ns = {len(o.f) for o in samples.values()}
-        d |= _about_codes(run, samples[drawing], train, test, y, ns) | dict(drawing=drawing)
+        d |= _about_codes(model, samples[drawing], train, test, images.y, ns)
+        d['drawing'] = drawing
     return (
         d
-        | dict(run=run.about['name'], size=size_of(run))
-        | _provenance(where(net), t0)
-        | dict(result=run.about['result'])
+        | dict(run=model.card.name, size=size_of(model))
+        | _provenance(model.device, t0)
+        | dict(result=model.card.result)
     )

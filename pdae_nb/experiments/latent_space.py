@@ -18,22 +18,20 @@ __all__ = [
 # %% ../../nbs/experiments/latent_space.ipynb #40a0a9be
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data import Images, load_images, to_signed
-from ..edit import edit, fit_probe, lerp, slerp, to_median
-from ..evaluation import _provenance, judged, noise_for, part_of, where
+from ..edit import fit_probe, lerp, manipulate, slerp, to_median
+from ..evaluation import _provenance, check_channels
 from ..forward import add_noise
-from ..hub import decode, decoder_of
+from ..methods.classifier import EvalClassifier
 from ..methods.latent import ZStats, encode_all
-from ..methods.pdae import pdae_denoiser
-from ..metrics import Feats, auroc, features, frechet, judge_feats
-from ..model import encode
-from ..sampling import invert, sample
+from ..methods.pdae import LabelPDAE
+from ..metrics import Feats, auroc, eval_feats, features, frechet
+from ..model import GenerativeModel, noise
+from ..sampling import sample
 from ..unet import autocast
 from .generation import _jackknife_error, fid_kid
 
@@ -64,18 +62,18 @@ def ratio(
 
 
 # %% ../../nbs/experiments/latent_space.ipynb #e9ee0b0f
-def _nonlinearity_at(run, z1, z2, xt, t):
+def _nonlinearity_at(model, z1, z2, xt, t):
     "`ratio` of the deviations of the predicted noise, for codes z1 and z2."
 
     def predicted_noise(z):
-        return decode(run, z)(xt, t)
+        return model.denoiser(z)(xt, t)
 
     return ratio(_midpoint_deviation(predicted_noise, z1, z2))
 
 
 @torch.no_grad()
 def nonlinearity(
-    run,  # an autoencoder
+    model: GenerativeModel,  # an autoencoder
     x1: Tensor,  # images, also the ones that are noised: (B,c,size,size)
     x2: Tensor,  # other images, like `x1`
     ts: Sequence[int],  # timesteps
@@ -85,29 +83,31 @@ def nonlinearity(
 
     Mean ‖f((z1+z2)/2) - (f(z1)+f(z2))/2‖² over mean ‖(f(z1)-f(z2))/2‖², f the predicted noise.
     """
-    z1 = run.enc(x1)
-    z2 = run.enc(x2)
+    z1 = model.condition(x1)
+    z2 = model.condition(x2)
     generator = torch.Generator().manual_seed(seed)
     out = []
     for timestep in ts:
         t = torch.full((len(x1),), timestep, device=x1.device)
         eps = torch.randn(x1.shape, generator=generator).to(x1)
-        xt = add_noise(run.sched, x1, t, eps)
-        out.append(_nonlinearity_at(run, z1, z2, xt, t))
+        xt = add_noise(model.sched, x1, t, eps)
+        out.append(_nonlinearity_at(model, z1, z2, xt, t))
     return out
 
 
 # %% ../../nbs/experiments/latent_space.ipynb #9d97642f
 @torch.no_grad()
-def _noise_and_code(run, x, steps):
+def _noise_and_code(model, x, steps):
     "The inferred x_T and the code of each image, joined in one vector. A DPM has codes of width 0."
-    xT = invert(decoder_of(run, x), x, run.sched, steps)
-    z = encode(run.enc, x) if hasattr(run, 'enc') else x.new_zeros(len(x), 0)
+    z = model.condition(x)
+    xT = model.infer_xT(x, z, steps=steps)
+    if z is None:
+        z = x.new_zeros(len(x), 0)
     return torch.cat([xT.flatten(1), z], 1)
 
 
 def walks(
-    run,  # an autoencoder, or a DPM
+    model: GenerativeModel,  # an autoencoder, or a DPM
     x1: Tensor,  # images to interpolate between: (B,c,size,size)
     x2: Tensor,  # other images, like `x1`
     steps: int = 20,  # DDIM steps, for inference and for sampling
@@ -116,7 +116,7 @@ def walks(
 
     Each point is one vector of x_T and the code, if there is one.
     """
-    ends = [_noise_and_code(run, x, steps) for x in (x1, x2)]
+    ends = [_noise_and_code(model, x, steps) for x in (x1, x2)]
     n = x1[0].numel()
     shape = x1.shape[1:]
 
@@ -126,8 +126,8 @@ def walks(
     def draw(v):
         xT = v[:, :n].view(-1, *shape)
         z = v[:, n:]
-        denoiser = decode(run, z if z.shape[1] else None)
-        return sample(denoiser, xT, run.sched, steps, clip=1.0)
+        denoiser = model.denoiser(z if z.shape[1] else None)
+        return sample(denoiser, xT, model.sched, steps, clip=1.0)
 
     return ends, path, draw
 
@@ -193,23 +193,24 @@ def probe_auroc(
 
 
 # %% ../../nbs/experiments/latent_space.ipynb #68e2b405
-def _edited(run, x, probe, s, steps):
+def _edited(model, x, probe, s, steps):
     "Images `x` with their codes moved along the probe's direction, by `s` each."
     parts = zip(x.split(50), s.split(50), strict=True)
     with autocast(x.device):
-        edited = [edit(run, images, probe, [scale], steps)[0] for images, scale in parts]
+        edited = [manipulate(model, images, probe, [scale], steps)[0] for images, scale in parts]
         return torch.cat(edited).float()
 
 
 @torch.no_grad()
 def manipulation_fid(
-    run,  # an autoencoder
-    images: Images,  # training images with classes, for the probe and as real images
+    model: GenerativeModel,  # an autoencoder
+    images: Images,  # training images with classes, for the probe
     held: Images,  # held-out images, which are edited
     a: int,  # class of the images that are edited
     b: int,  # class towards which they are edited
-    feats: Feats,  # feature network
     *,
+    real: Tensor,  # features of the training images: (N,D)
+    feats: Feats,  # feature network of `real`
     n: int = 200,  # images to edit
     steps: int = 20,  # DDIM steps, for inference and for sampling
 ) -> tuple:  # FIDs, n and mean s as a dict; and the edited images
@@ -220,14 +221,14 @@ def manipulation_fid(
     """
     of_either = (images.y == a) | (images.y == b)
     some = images[of_either.nonzero()[:, 0]]
-    x = to_signed(held.x[held.y == a][:n]).to(where(run.enc))
+    x = to_signed(held.x[held.y == a][:n]).to(model.device)
     has = some.y == b
-    z = encode_all(run.enc, some).to(x)
+    z = encode_all(model.enc, some).to(x)
     probe = fit_probe(z, has, ZStats(z), C=1e-3)
-    s = to_median(encode(run.enc, x), probe, z[has])
-    edited = _edited(run, x, probe, s, steps)
-    negative = features(feats, some[~has])
-    positive = features(feats, some[has])
+    s = to_median(model.encode(x), probe, z[has])
+    edited = _edited(model, x, probe, s, steps)
+    negative = real[images.y == a]
+    positive = real[images.y == b]
     of_original = features(feats, x.clamp(-1, 1))
     of_edited = features(feats, edited.clamp(-1, 1))
     return dict(
@@ -241,21 +242,20 @@ def manipulation_fid(
 
 
 # %% ../../nbs/experiments/latent_space.ipynb #4ff56401
-def _samples_of_labels(run, xT, y, scale, steps):
+def _samples_of_labels(model, xT, y, scale, steps):
     "One image for each label, at a guidance scale."
-    z = F.one_hot(y, run.G.z_dim).to(xT)
     images = []
     with autocast(xT.device):
-        for noise, code in zip(xT.split(100), z.split(100), strict=True):
-            denoiser = pdae_denoiser(run.G, code, run.sched, scale=scale)
-            images.append(sample(denoiser, noise, run.sched, steps, clip=1.0))
+        for noises, labels in zip(xT.split(100), y.split(100), strict=True):
+            denoiser = model.denoiser(labels, scale=scale)
+            images.append(sample(denoiser, noises, model.sched, steps, clip=1.0))
         return torch.cat(images).float()
 
 
 @torch.no_grad()
 def truncation(
-    run,  # a run of `label_task`
-    jury: nn.Module,  # evaluation classifier: clean images -> logits
+    model: LabelPDAE,  # a gradient estimator that is conditioned on labels
+    eval_classifier: EvalClassifier,  # classifies the samples
     real: Tensor,  # features of real images: (N,D)
     feats: Feats,  # feature network of `real`
     scales: Sequence[float] = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0),  # guidance scales (PDAE Fig. 9)
@@ -266,12 +266,13 @@ def truncation(
     "Accuracy and FID at each guidance scale: the truncation-like effect (PDAE Fig. 9)."
     if n < 20:
         raise ValueError(f'an FID with its error needs at least 20 samples for each scale, got {n}')
-    y = torch.arange(n, device=where(run.G)) % run.G.z_dim
-    xT = noise_for(run.dpm, n, 0)
+    y = torch.arange(n, device=model.device) % model.classes
+    xT = noise(model.shape, n, 0).to(model.device)
     out = dict(scale=list(scales), accuracy=[], fid=[], fid_error=[], n=n)
     for scale in scales:
-        x = _samples_of_labels(run, xT, y, scale, steps)
-        out['accuracy'].append((judged(jury, x).argmax(1) == y).double().mean().item())
+        x = _samples_of_labels(model, xT, y, scale, steps)
+        predicted = eval_classifier.probabilities(x).argmax(1)
+        out['accuracy'].append((predicted == y).double().mean().item())
         fid, error = fid_kid(real, features(feats, x))['fid']
         out['fid'].append(fid)
         out['fid_error'].append(error)
@@ -280,32 +281,31 @@ def truncation(
 
 # %% ../../nbs/experiments/latent_space.ipynb #be51bf23
 def evaluate_label(
-    name: str | Path,  # a run of `label_task`
+    model: LabelPDAE,  # a gradient estimator that is conditioned on labels
+    eval_classifier: EvalClassifier,  # classifies the samples; also the feature network
     n: int = 500,  # samples for each guidance scale
     steps: int = 20,  # DDIM steps
-    judge: str | Path = 'mnist_judge',  # run of an evaluation classifier, also the feature network
-    device: str | torch.device | None = None,  # cpu or cuda; None selects the GPU if there is one
 ) -> dict:  # numbers, ready for JSON
-    "The truncation-like effect of a run (PDAE Fig. 9)."
-    run, _ = part_of(name, 'G', device)
-    _, jury = part_of(judge, 'judge', device)
+    "The truncation-like effect of a model (PDAE Fig. 9)."
     t0 = time.time()
-    feats = judge_feats(jury, Path(judge).name)
-    images = load_images(run.recipe['data'], 'train', run.dpm.config['size'])
-    sweep = truncation(run, jury, features(feats, images), feats, n=n, steps=steps)
+    check_channels(eval_classifier, model)
+    feats = eval_feats(eval_classifier)
+    images = load_images(model.card.recipe['data'], 'train', model.shape[1])
+    real = features(feats, images)
+    sweep = truncation(model, eval_classifier, real, feats, n=n, steps=steps)
     return dict(
         truncation=sweep,
         feats=feats.name,
         steps=steps,
-        run=run.about['name'],
-        result=run.about['result'],
-    ) | _provenance(where(run.G), t0)
+        run=model.card.name,
+        result=model.card.result,
+    ) | _provenance(model.device, t0)
 
 
 # %% ../../nbs/experiments/latent_space.ipynb #b29d386e
 @torch.no_grad()
 def noise_of(
-    run,  # an autoencoder, or a DPM
+    model: GenerativeModel,  # an autoencoder, or a DPM
     x0: Tensor,  # images: (B,c,size,size)
     steps: int = 100,  # DDIM steps
 ) -> dict:  # xT: (B,c,size,size); neighbours (correlation) and std, means over images
@@ -313,7 +313,7 @@ def noise_of(
 
     The correlation of horizontal neighbours is 0 for noise, and the standard deviation is 1.
     """
-    xT = invert(decoder_of(run, x0), x0, run.sched, steps)
+    xT = model.infer_xT(x0, model.condition(x0), steps=steps)
     centred = xT - xT.mean((1, 2, 3), keepdim=True)
     covariance = (centred[..., 1:] * centred[..., :-1]).mean((1, 2, 3))
     correlation = covariance / centred.square().mean((1, 2, 3))

@@ -7,6 +7,8 @@ __all__ = [
     'VARIANTS',
     'TIMES_HEARD',
     'beta_to_eps',
+    'UnweightedPDAE',
+    'BetaPDAE',
     'heard',
     'restores',
     'train_variant',
@@ -20,25 +22,25 @@ __all__ = [
 
 # %% ../../nbs/experiments/training_efficiency.ipynb #333ae2da
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..data import batches, cache_dir, load_images, to_signed
+from ..data import Images, batches, cache_dir, load_images, to_signed
+from ..denoise import Denoiser
 from ..files import write_json
-from ..forward import Schedule, at, score_to_eps, shift_to_eps
-from ..hub import _run, _task_of, cached_run, coded_mse, train
-from ..methods.pdae import gap_ratio, pdae_denoiser, pdae_task
-from ..model import encode, within
-from ..recipes import recipe
+from ..forward import Schedule, at, score_to_eps
+from ..hub import cached_run, load, train
+from ..methods.pdae import PDAE, PDAESettings, pdae_denoiser
+from ..model import GenerativeModel, Model
+from ..recipes import recipe, size_or_default
 from ..sampling import restored
 from ..speed import _sync, race
-from ..training import EMA, Recipe, fit, hardware, versions
+from ..training import EMA, Recipe, autoencoder_noise_mse, fit, hardware, seeded, versions
 
 
 # %% ../../nbs/experiments/training_efficiency.ipynb #8e5d41bf
@@ -57,11 +59,36 @@ def beta_to_eps(
 
 
 # %% ../../nbs/experiments/training_efficiency.ipynb #5610300b
-VARIANTS = {  # name: weight and coefficient of `pdae_loss` where they differ from the paper's
+class UnweightedPDAE(PDAE):
+    "PDAE with the loss weight λ_t = 1."
+
+    def weight(
+        self,
+        sched: Schedule,  # noise schedule
+        t: Tensor,  # timesteps: int64 (B,)
+    ) -> Tensor:  # ones: float64 (B,)
+        "λ_t = 1."
+        return torch.ones_like(sched(t))
+
+
+class BetaPDAE(PDAE):
+    "PDAE with the variance Σ = β_t of Eq. 7, in the loss and in the denoiser."
+
+    def denoiser(
+        self,
+        condition: Tensor,  # codes: (B,D)
+        **guidance,  # for `guided`: scale, window
+    ) -> Denoiser:
+        "eps_θ(x_t,t) - sqrt(α_t)·sqrt(1-ᾱ_t)·G_ψ(x_t,t,z)."
+        return pdae_denoiser(self.eps_and_score, condition, self.sched, beta_to_eps, **guidance)
+
+
+# %% ../../nbs/experiments/training_efficiency.ipynb #5192f1c2
+VARIANTS = {  # name: changes of the recipe of PDAE
     'paper': {},
-    'λ = 1': dict(weight=None),
-    'Σ = β': dict(to_eps=beta_to_eps),
-    'Eq. 6': dict(to_eps=score_to_eps),
+    'λ = 1': dict(method=UnweightedPDAE),
+    'Σ = β': dict(method=BetaPDAE),
+    'Eq. 6': dict(settings=PDAESettings(coefficient='score')),
 }
 
 # %% ../../nbs/experiments/training_efficiency.ipynb #219f66a2
@@ -70,38 +97,35 @@ TIMES_HEARD = [300, 500, 700]  # timesteps at which `heard` measures the gap
 
 # %% ../../nbs/experiments/training_efficiency.ipynb #d3042397
 def heard(
-    enc: nn.Module,  # encoder
-    G: nn.Module,  # gradient estimator
+    model: PDAE,  # PDAE or a variant
     x0: Tensor,  # clean images: (N,...)
-    sched: Schedule,  # noise schedule
-    to_eps: Callable = shift_to_eps,  # score to noise, as in training
 ) -> dict:  # 'right' and 'wrong': share of the gap left open at each of `TIMES_HEARD`
     "`gap_ratio` with the codes of the images (right), and with those of other images (wrong)."
-    z = encode(enc, x0)
-    right = gap_ratio(G, z, x0, sched, TIMES_HEARD, to_eps)
-    wrong = gap_ratio(G, z.roll(1, 0), x0, sched, TIMES_HEARD, to_eps)
+    z = model.encode(x0)
+    right = model.gap_ratio(x0, z, TIMES_HEARD)
+    wrong = model.gap_ratio(x0, z.roll(1, 0), TIMES_HEARD)
     return dict(right=right.tolist(), wrong=wrong.tolist())
 
 
 # %% ../../nbs/experiments/training_efficiency.ipynb #c6072501
 def restores(
-    enc: nn.Module,  # encoder
-    G: nn.Module,  # gradient estimator
+    model: PDAE,  # PDAE or a variant
     x0: Tensor,  # clean images: (N,...)
-    sched: Schedule,  # noise schedule
-    to_eps: Callable = shift_to_eps,  # score to noise, as in training
     steps: int = 20,  # DDIM steps
 ) -> dict:  # 'own' and 'eq6': {'inferred', 'random'}: MSE, pixels in [0,1]
     """Squared errors of reconstructions from the inferred x_T and from a random x_T.
 
     The sampler uses the coefficient of training ('own'), then that of Eq. 6 as the paper does.
     """
-    z = encode(enc, x0)
+    z = model.encode(x0)
+    denoisers = dict(
+        own=model.denoiser(z),
+        eq6=pdae_denoiser(model.eps_and_score, z, model.sched, score_to_eps),
+    )
     errors = {}
-    for name, coefficient in (('own', to_eps), ('eq6', score_to_eps)):
-        denoiser = pdae_denoiser(G, z, sched, coefficient)
-        inferred = restored(denoiser, x0, sched, steps)
-        random = restored(denoiser, x0, sched, steps, seed=0)
+    for name, denoiser in denoisers.items():
+        inferred = restored(denoiser, x0, model.sched, steps)
+        random = restored(denoiser, x0, model.sched, steps, seed=0)
         errors[name] = dict(
             inferred=(inferred - x0).square().mean().item() / 4,
             random=(random - x0).square().mean().item() / 4,
@@ -110,32 +134,40 @@ def restores(
 
 
 # %% ../../nbs/experiments/training_efficiency.ipynb #121a4906
+def _untrained(r: Recipe, dev: torch.device) -> tuple[Model, Images]:
+    "An untrained model of a recipe on a device, and what its training iterates over."
+    images = load_images(r.data, 'train', r.px)
+    base = r.base
+    if base is not None:
+        base = base if isinstance(base, Model) else load(base)
+        base.to(dev, memory_format=torch.channels_last)
+    with seeded(r.seed, torch.device('cpu')):
+        model = r.method.build(r, images, base)
+    model.to(dev, memory_format=torch.channels_last).train()
+    return model, model.data(images)
+
+
 def train_variant(
-    r: Recipe,  # recipe; its seed is the seed of the run
+    r: Recipe,  # recipe of PDAE; its seed is the seed of the run
     variant: str,  # a key of `VARIANTS`
     every: int = 50,  # training steps between two measurements of the gap
     images: int = 60,  # test images for the measurements
 ) -> dict:  # curves and errors, ready for JSON
     "Train one variant; measure `heard` during the training and `restores` after it."
-    torch.manual_seed(r.seed)
-    settings = VARIANTS[variant]
-    to_eps = settings.get('to_eps', shift_to_eps)
-    task = pdae_task(r, **settings)
-    model = nn.ModuleDict(dict(enc=task.parts['enc'], G=task.parts['G']))
-    model = model.to(memory_format=torch.channels_last).train()
+    r = replace(r, **VARIANTS[variant])
+    model, data = _untrained(r, torch.device('cpu'))
     ema = EMA(model, r.ema)
-    enc = ema.module['enc']
-    G = ema.module['G']
+    average = ema.module
     x0 = to_signed(load_images(r.data, 'test', r.px).x[:images])
     curves = dict(seen=[], right=[], wrong=[], t=TIMES_HEARD)
-    data = batches(task.images, r.batch, r.steps, r.flip, r.seed)
-    for step in fit(task.loss_fn, model.parameters(), data, r, ema):
+    training_batches = batches(data, r.batch, r.steps, r.flip, r.seed)
+    for step in fit(model, model.trainable(), training_batches, r, ema):
         if step.i % every == 0 or step.i == r.steps:
-            ratios = heard(enc, G, x0, task.sched, to_eps)
+            ratios = heard(average, x0)
             curves['seen'].append(step.seen)
             curves['right'].append(ratios['right'])
             curves['wrong'].append(ratios['wrong'])
-    return curves | restores(enc, G, x0, task.sched, to_eps) | dict(images=len(x0))
+    return curves | restores(average, x0) | dict(images=len(x0))
 
 
 # %% ../../nbs/experiments/training_efficiency.ipynb #e363322e
@@ -170,24 +202,24 @@ def study(
 
     Each finished run is written to the file at once, and is not trained again.
     """
+    size = size_or_default(size)
     r = recipe('mnist14_pdae', size)
     path = Path(path)
-    base = cached_run('mnist14_dpm', size=size or os.environ.get('PDAE_NB_SIZE') or 'lesson')
+    base = cached_run('mnist14_dpm', size=size)
     about = dict(
-        recipe=json.loads(json.dumps(asdict(r))),
-        dpm=base.about['result'],
+        recipe=r.as_json(),
+        dpm=base.card.result,
         hardware=hardware(torch.device('cpu')),
         versions=versions(),
     )
     results = _stored_study(path, about)
-    net = r.net | dict(dpm=str(base.path))
     for seed in seeds:
         for variant in variants:
             key = f'{variant} {seed}'
             if key in results['runs']:
                 continue
             start = time.time()
-            row = train_variant(replace(r, seed=seed, net=net), variant)
+            row = train_variant(replace(r, seed=seed, base=base), variant)
             seconds = round(time.time() - start)
             results['runs'][key] = row | dict(variant=variant, seed=seed, seconds=seconds)
             write_json(path, results)
@@ -197,16 +229,23 @@ def study(
 
 
 # %% ../../nbs/experiments/training_efficiency.ipynb #79569756
+def _noise_mse(model: GenerativeModel, x0: Tensor) -> Tensor:
+    "Squared error of the noise, given the codes of the images if the model takes codes: (N,)."
+
+    def denoiser_of(x0):
+        return model.denoiser(model.condition(x0))
+
+    return autoencoder_noise_mse(denoiser_of, x0, model.sched)
+
+
 def held_out(
     path: str | Path,  # file; one line of JSON is appended for each look
     x0: Tensor,  # held-out images in [-1,1]: (N,...)
-) -> Callable:  # (images seen, averaged parts, sched) -> None
-    "A `look` for `train`: `coded_mse` on held-out images, appended to a file."
+) -> Callable:  # (images seen, averaged model) -> None
+    "A `look` for `train`: the squared error of the noise on held-out images, appended to a file."
 
-    def look(seen, parts, sched):
-        first = next(iter(parts.values()))
-        device = next(first.parameters()).device
-        mse = coded_mse(_run(parts, sched), x0.to(device))
+    def look(seen, model):
+        mse = _noise_mse(model, x0.to(model.device))
         line = dict(
             seen=seen,
             noise_mse=mse.mean().item(),
@@ -260,14 +299,11 @@ def images_to_reach(
 
 
 # %% ../../nbs/experiments/training_efficiency.ipynb #94c79596
-def _training_step(name, r, dev):
+def _training_step(r, dev):
     "A function without arguments that makes one training step and waits for the device."
-    task = _task_of(name.split()[0])(r)
-    held = within(task.parts)
-    model = nn.ModuleDict({k: m for k, m in task.parts.items() if k not in held})
-    model = model.to(dev, memory_format=torch.channels_last).train()
-    data = batches(task.images, r.batch, 10**9, device=dev)
-    steps = fit(task.loss_fn, model.parameters(), data, r, EMA(model, r.ema))
+    model, images = _untrained(r, dev)
+    data = batches(images, r.batch, 10**9, device=dev)
+    steps = fit(model, model.trainable(), data, r, EMA(model, r.ema))
 
     def step():
         next(steps)
@@ -277,12 +313,12 @@ def _training_step(name, r, dev):
 
 
 def step_seconds(
-    rows: dict[str, Recipe],  # run name: recipe; words after a space distinguish equal names
+    rows: dict[str, Recipe],  # name: recipe; its base may be a name, a path or a model
     dev: torch.device,  # where to train
-    seconds: float = 3.0,  # approximate time of measurement for each run
-) -> dict[str, float]:  # run name: seconds of a training step
-    "Time the training steps of several runs in turns."
-    return race({name: _training_step(name, r, dev) for name, r in rows.items()}, seconds)
+    seconds: float = 3.0,  # approximate time of measurement for each recipe
+) -> dict[str, float]:  # name: seconds of a training step
+    "Time the training steps of several recipes in turns."
+    return race({name: _training_step(r, dev) for name, r in rows.items()}, seconds)
 
 
 # %% ../../nbs/experiments/training_efficiency.ipynb #ff2c61db
@@ -300,10 +336,9 @@ def _check_race(path, seeds):
 
 def _race_recipes(base, size):
     "Recipes of PDAE and Diff-AE at a constant learning rate, with equally many images in all."
-    pdae = replace(recipe('mnist14_pdae', size), cool=0.0)
-    diffae = replace(recipe('mnist14_diffae', size), cool=0.0)
-    net = pdae.net | dict(dpm=str(base.path))
-    pdae = replace(pdae, net=net, images=diffae.images - base.about['images_seen'])
+    diffae = replace(recipe('mnist14_diffae', size), cooldown=0.0)
+    images = diffae.images - base.card.images_seen
+    pdae = replace(recipe('mnist14_pdae', size), cooldown=0.0, base=base, images=images)
     return dict(mnist14_pdae=pdae, mnist14_diffae=diffae)
 
 
@@ -311,7 +346,7 @@ def _learning_curve(name, r, out, x0):
     "Train a run, or continue it, with 25 looks at held-out images."
     every = max(1, r.steps // 25)
     look = held_out(out / 'looks.jsonl', x0)
-    train(name, r, out, every=every, look=look, log=lambda s: None)
+    train(name, r, out=out, every=every, look=look, log=lambda s: None)
     return looks(out / 'looks.jsonl')
 
 
@@ -326,17 +361,17 @@ def training_race(
 
     After an interruption, the same call continues.
     """
-    size = size or os.environ.get('PDAE_NB_SIZE') or 'lesson'
+    size = size_or_default(size)
     path = Path(path)
     _check_race(path, seeds)
     base = cached_run('mnist14_dpm', size=size)
-    x0 = to_signed(load_images(base.recipe['data'], 'test', 14).x[:images])
+    x0 = to_signed(load_images(base.card.recipe['data'], 'test', 14).x[:images])
     rows = _race_recipes(base, size)
     results = dict(
-        dpm=dict(images=base.about['images_seen'], noise_mse=coded_mse(base, x0).mean().item()),
+        dpm=dict(images=base.card.images_seen, noise_mse=_noise_mse(base, x0).mean().item()),
         runs={},
         images=len(x0),
-        recipes={k: json.loads(json.dumps(asdict(r))) for k, r in rows.items()},
+        recipes={k: r.as_json() for k, r in rows.items()},
     )
     for seed in seeds:
         for name, r in rows.items():

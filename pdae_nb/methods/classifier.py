@@ -4,27 +4,31 @@
 
 # %% auto #0
 __all__ = [
-    'Judge',
-    'judge_task',
-    'NoisyClassifier',
+    'EvalClassifierNet',
+    'NoisyClassifierNet',
+    'log_probability',
     'classifier_loss',
     'classifier_accuracy',
-    'classifier_task',
     'classifier_guided',
+    'AccuracyByTimestep',
+    'NoisyClassifier',
+    'Accuracy',
+    'EvalClassifier',
 ]
 
 # %% ../../nbs/toolbox/classifier.ipynb #2ff62a93
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data import load_images, to_signed
+from ..data import Images
 from ..denoise import Denoiser
 from ..forward import Schedule, add_noise
 from ..guidance import grad_log, guided
-from ..training import Recipe, Task, _device
+from ..model import Draw, Model
 from ..unet import HalfUNet, norm
 from .dpm import as_labels
 
@@ -38,7 +42,7 @@ def _conv_norm_act(c_in, c_out, stride):
     )
 
 
-class Judge(nn.Module):
+class EvalClassifierNet(nn.Module):
     "The evaluation classifier: a small network that classifies clean images."
 
     def __init__(
@@ -66,36 +70,8 @@ class Judge(nn.Module):
         return self.head(self.body(x).amax((2, 3))).to(x.dtype)
 
 
-# %% ../../nbs/toolbox/classifier.ipynb #240ac4c2
-def judge_task(
-    r: Recipe,  # recipe of the run
-) -> Task:
-    "The evaluation classifier, trained on batches that are shifted by up to 2 pixels."
-    images = load_images(r.data, 'train', r.px)
-    test = load_images(r.data, 'test', r.px)
-    net = Judge(images.x.shape[1], classes=len(images.classes), **r.net)
-
-    def loss_fn(x0, y):
-        shift = torch.randint(-2, 3, (2,)).tolist()
-        return F.cross_entropy(net(x0.roll(shift, (2, 3))), y)
-
-    @torch.no_grad()
-    def result(parts):
-        judge = parts['judge']
-        device = _device(judge)
-        pixels = test.x.split(500)
-        p = torch.cat([judge(to_signed(x).to(device)).softmax(1).cpu() for x in pixels])
-        return dict(
-            test_accuracy=(p.argmax(1) == test.y).float().mean().item(),
-            test_sure=(p.amax(1) > 0.9).float().mean().item(),
-            test_images=len(p),
-        )
-
-    return Task(dict(judge=net), images, loss_fn, result)
-
-
 # %% ../../nbs/toolbox/classifier.ipynb #3b0d0943
-class NoisyClassifier(HalfUNet):
+class NoisyClassifierNet(HalfUNet):
     """log p_φ(y|x_t): a classifier of noisy images (PDAE Sec. 2.3).
 
     The first half of a U-Net, the mean of its last feature map over the pixels, a linear layer.
@@ -141,8 +117,24 @@ class NoisyClassifier(HalfUNet):
 
 
 # %% ../../nbs/toolbox/classifier.ipynb #8fd503f3
+def log_probability(
+    clf,  # network (xt,t) -> logits (B,K), or an object with `log_p(xt,t,y)`
+    xt: Tensor,  # noisy images: (B,...)
+    t: Tensor,  # timesteps: int64 (B,)
+    y: Tensor | None = None,  # classes: int64 (B,), or (1,) for all; None: all classes
+) -> Tensor:  # nats: (B,), or (B,K) without `y`
+    "log p(y|x_t) by a network of logits, a `NoisyClassifier` or a `GaussianMixture`."
+    if hasattr(clf, 'log_p'):
+        return clf.log_p(xt, t, y)
+    log_p = clf(xt, t).log_softmax(-1)
+    if y is None:
+        return log_p
+    y = as_labels(y, len(xt), log_p.shape[1], log_p.device)
+    return log_p.gather(1, y[:, None])[:, 0]
+
+
 def classifier_loss(
-    clf,  # has `log_p(xt,t,y)`
+    clf,  # as for `log_probability`
     x0: Tensor,  # clean images: (B,...)
     y: Tensor,  # their classes: int64 (B,)
     sched: Schedule,  # noise schedule
@@ -155,7 +147,7 @@ def classifier_loss(
     t = sched.rand_t(len(x0), x0.device) if t is None else t
     eps = torch.randn_like(x0) if eps is None else eps
     xt = add_noise(sched, x0, t, eps)
-    loss = -clf.log_p(xt, t, y)
+    loss = -log_probability(clf, xt, t, y)
     return loss if reduce is None else reduce(loss)
 
 
@@ -166,13 +158,13 @@ def _accuracy(clf, passes, sched, t):
     for x0, y, eps in passes:
         times = torch.full((len(x0),), t, device=x0.device)
         xt = add_noise(sched, x0, times, eps)
-        right.append(clf.log_p(xt, times).argmax(1) == y)
+        right.append(log_probability(clf, xt, times).argmax(1) == y)
     return torch.cat(right).double().mean()
 
 
 @torch.no_grad()
 def classifier_accuracy(
-    clf,  # has `log_p(xt,t)`
+    clf,  # as for `log_probability`
     x0: Tensor,  # clean images: (N,...)
     y: Tensor,  # their classes: int64 (N,)
     sched: Schedule,  # noise schedule
@@ -188,46 +180,40 @@ def classifier_accuracy(
     return torch.stack([_accuracy(clf, passes, sched, t) for t in ts])
 
 
-# %% ../../nbs/toolbox/classifier.ipynb #3fd23496
-def classifier_task(
-    r: Recipe,  # recipe of the run
-) -> Task:
-    "A classifier of noisy images, trained at all timesteps."
-    images = load_images(r.data, 'train', r.px)
-    test = load_images(r.data, 'test', r.px)
-    sched = Schedule.linear()
-    net = NoisyClassifier(images.x.shape[1], size=r.px, classes=len(images.classes), **r.net)
-
-    def loss_fn(x0, y):
-        t = sched.rand_t(len(x0), x0.device)
-        return classifier_loss(net, x0, y, sched, t=t, reduce=None), t
-
-    def result(parts):
-        clf = parts['clf']
-        device = _device(clf)
-        x0 = to_signed(test.x[:5000]).to(device)
-        y = test.y[:5000].to(device)
-        ts = list(range(0, sched.T + 1, 100))
-        accuracy = classifier_accuracy(clf, x0, y, sched, ts)
-        return dict(t=ts, test_accuracy=accuracy.tolist(), test_images=len(x0))
-
-    return Task(dict(clf=net), images, loss_fn, result, sched)
-
-
 # %% ../../nbs/toolbox/classifier.ipynb #dee808ba
+def _image_size(network):
+    "Channels and pixels of a network's images or of a model's, or None if they are not known."
+    shape = getattr(network, 'shape', None)
+    if shape is not None:
+        return shape[0], shape[-1]
+    config = getattr(network, 'config', None)
+    if isinstance(config, dict) and 'c' in config and 'size' in config:
+        return config['c'], config['size']
+    return None
+
+
 def _check_sizes(dpm, clf):
-    "Raise if both networks name the size of their images, and the sizes differ."
-    sizes = [(m.config['c'], m.config['size']) for m in (dpm, clf) if hasattr(m, 'config')]
-    if len(set(sizes)) > 1:
+    "Raise if the sizes of the images of DPM and classifier are known, and differ."
+    of_dpm = _image_size(dpm)
+    of_clf = _image_size(clf)
+    if None not in (of_dpm, of_clf) and of_dpm != of_clf:
         raise ValueError(
-            f'the DPM makes images of (channels, pixels) {sizes[0]}, '
-            f'the classifier was built for {sizes[1]}'
+            f'the DPM makes images of (channels, pixels) {of_dpm}, '
+            f'the classifier was built for {of_clf}'
         )
+
+
+def _check_classes(y, clf):
+    "Raise if the number of classes is known, and `y` contains others."
+    net = clf.net if isinstance(clf, NoisyClassifier) else clf
+    config = getattr(net, 'config', None)
+    if isinstance(config, dict) and 'classes' in config:
+        as_labels(y, y.numel(), config['classes'])
 
 
 def classifier_guided(
     dpm: Denoiser,  # unconditional: (xt,t) -> eps
-    clf,  # has `log_p(xt,t,y)`
+    clf,  # a `NoisyClassifier`, a network (xt,t) -> logits (B,K), or an object with `log_p(xt,t,y)`
     y,  # class to guide towards: one for all samples, or one per sample
     sched: Schedule,  # noise schedule
     **kw,  # for `guided`: scale, window, to_eps
@@ -236,12 +222,145 @@ def classifier_guided(
     _check_sizes(dpm, clf)
     with torch.inference_mode(False):
         y = torch.as_tensor(y).clone()  # autograd cannot save a tensor made in inference mode
-    if hasattr(clf, 'config'):
-        as_labels(y, y.numel(), clf.config['classes'])
+    _check_classes(y, clf)
 
     def eps_and_score(xt, t):
         eps = dpm(xt, t)
-        score = grad_log(lambda x: clf.log_p(x, t, y.to(x.device)), xt)
+        score = grad_log(lambda x: log_probability(clf, x, t, y.to(x.device)), xt)
         return eps, score
 
     return guided(eps_and_score, sched, unguided=dpm, **kw)
+
+
+# %% ../../nbs/toolbox/classifier.ipynb #cb0c3802
+@dataclass
+class AccuracyByTimestep:
+    "Accuracy of a classifier of noisy images on test images."
+
+    t: list[int]  # timesteps
+    test_accuracy: list[float]  # at each timestep
+    test_images: int  # number of images
+
+
+class NoisyClassifier(Model):
+    "A classifier of noisy images, log p_φ(y|x_t), for guidance (PDAE Section 2.3)."
+
+    title = 'classifier of noisy images'
+
+    def __init__(
+        self,
+        net: nn.Module,  # (xt,t) -> logits (B,classes)
+        sched: Schedule,  # noise schedule
+        shape: tuple[int, ...],  # of one image: (c,size,size)
+    ):
+        super().__init__()
+        self.net = net
+        self.sched = sched
+        self.shape = tuple(shape)
+
+    @classmethod
+    def build(
+        cls,
+        recipe,  # a `Recipe`; `net` has the arguments of `NoisyClassifierNet`
+        images: Images,  # training images with one label each
+        base: None = None,  # a classifier has no base
+    ) -> 'NoisyClassifier':
+        "An untrained classifier for these images."
+        c, size, _ = images.x.shape[1:]
+        net = NoisyClassifierNet(c, size=size, classes=len(images.classes), **recipe.net)
+        return cls(net, Schedule.linear(), (c, size, size))
+
+    def log_p(
+        self,
+        xt: Tensor,  # noisy images: (B,c,size,size)
+        t: Tensor,  # timesteps: int64 (B,)
+        y: Tensor | None = None,  # classes: int64 (B,), or (1,) for all; None: all classes
+    ) -> Tensor:  # nats: (B,), or (B,classes) without `y`
+        "log p_φ(y|x_t)."
+        return log_probability(self.net, xt, t, y)
+
+    def loss(
+        self,
+        x0: Tensor,  # clean images: (B,c,size,size)
+        y: Tensor,  # classes: int64 (B,)
+        draw: Draw,  # random numbers of the step
+    ) -> tuple[Tensor, Tensor]:  # losses (B,) and timesteps (B,)
+        "Cross-entropy -log p_φ(y|x_t), nats."
+        t = draw.times(self.sched)
+        eps = draw.normal(*self.shape)
+        return classifier_loss(self, x0, y, self.sched, t=t, eps=eps, reduce=None), t
+
+    def test_result(
+        self,
+        x0: Tensor,  # test images: (N,c,size,size)
+        y: Tensor,  # classes: int64 (N,)
+    ) -> AccuracyByTimestep:
+        "Accuracy at t = 0, 100, …, T on the first 5,000 images."
+        ts = range(0, self.sched.T + 1, 100)
+        x0 = x0[:5000]
+        accuracy = classifier_accuracy(self, x0, y[:5000], self.sched, ts)
+        return AccuracyByTimestep(list(ts), accuracy.tolist(), len(x0))
+
+
+@dataclass
+class Accuracy:
+    "Accuracy of the evaluation classifier on test images."
+
+    test_accuracy: float  # share of the images that are classified correctly
+    test_sure: float  # share of the images with a class of probability above 0.9
+    test_images: int  # number of images
+
+
+class EvalClassifier(Model):
+    "The evaluation classifier: it classifies clean images and is trained apart from all DPMs."
+
+    title = 'evaluation classifier'
+
+    def __init__(
+        self,
+        net: nn.Module,  # clean images -> logits (B,classes)
+        shape: tuple[int, ...],  # of one image: (c,size,size)
+    ):
+        super().__init__()
+        self.net = net
+        self.shape = tuple(shape)
+
+    @classmethod
+    def build(
+        cls,
+        recipe,  # a `Recipe`; `net` has the arguments of `EvalClassifierNet`
+        images: Images,  # training images with one label each
+        base: None = None,  # a classifier has no base
+    ) -> 'EvalClassifier':
+        "An untrained classifier for these images."
+        c, size, _ = images.x.shape[1:]
+        return cls(EvalClassifierNet(c, classes=len(images.classes), **recipe.net), (c, size, size))
+
+    def loss(
+        self,
+        x0: Tensor,  # clean images: (B,c,size,size)
+        y: Tensor,  # classes: int64 (B,)
+        draw: Draw,  # random numbers of the step
+    ) -> tuple[Tensor, None]:  # losses (B,), nats; no timesteps
+        "Cross-entropy. The images of a batch are shifted together by up to 2 pixels."
+        shift = draw.integers(-2, 3, (2,), per_batch=True).tolist()
+        return F.cross_entropy(self.net(x0.roll(shift, (2, 3))), y, reduction='none'), None
+
+    @torch.no_grad()
+    def probabilities(
+        self,
+        x: Tensor,  # images in [-1,1]: (N,c,size,size)
+    ) -> Tensor:  # (N,classes)
+        "Probabilities of the classes, computed in parts of 500 images."
+        return torch.cat([self.net(part).softmax(1) for part in x.split(500)])
+
+    def test_result(
+        self,
+        x0: Tensor,  # test images: (N,c,size,size)
+        y: Tensor,  # classes: int64 (N,)
+    ) -> Accuracy:
+        "Accuracy on the test images."
+        p = self.probabilities(x0)
+        correct = (p.argmax(1) == y).float().mean().item()
+        sure = (p.amax(1) > 0.9).float().mean().item()
+        return Accuracy(correct, sure, len(p))

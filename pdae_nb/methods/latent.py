@@ -9,29 +9,27 @@ __all__ = [
     'MLPLayer',
     'MLPSkipNet',
     'latent_loss',
-    'latent_task',
-    'sample_z',
-    'check_codes',
+    'LatentResult',
+    'LatentDPM',
     'Probe',
 ]
 
 # %% ../../nbs/course/12_latent.ipynb #52e47994
 import hashlib
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data import Images, cache_dir, load_images, to_signed
-from ..denoise import denoising_loss
+from ..data import Images, cache_dir, to_signed
+from ..denoise import Denoiser, denoising_loss
 from ..files import fingerprint, read_tensors, write_tensors
 from ..forward import Schedule
-from ..model import load_run
-from ..sampling import sample
-from ..training import Recipe, Task
+from ..model import Draw, GenerativeModel
+from ..sampling import ddim_step, sample
 from ..unet import timestep_embedding
 from .scorevae import code_noise
 
@@ -196,89 +194,128 @@ def latent_loss(
 
 
 # %% ../../nbs/course/12_latent.ipynb #51865a6c
-def _codes_of(enc, data):
-    "Codes of the training and test images of a data set, computed on the GPU if there is one."
-    enc.to('cuda' if torch.cuda.is_available() else 'cpu')
-    size = enc.config['size']
-    train = encode_all(enc, load_images(data, 'train', size))
-    test = encode_all(enc, load_images(data, 'test', size))
-    enc.cpu()
-    return train, test
+@dataclass
+class LatentResult:
+    "Error of the predicted noise on the codes of the test images (Diff-AE Eq. 9)."
+
+    test_l1: float  # mean absolute error
+    standard_error: float  # of the mean over codes
+    test_codes: int  # number of codes
 
 
-def latent_task(
-    r: Recipe,  # its `net` names the run with the encoder (`run`), and has `hidden` and `layers`
-) -> Task:
-    "Training task: a DPM of the normalised codes of another run (Diff-AE Section 4, PDAE 4.8)."
-    net = dict(r.net)
-    sched = Schedule.constant()
-    name = net.pop('run')
-    base = load_run(name)
-    if not hasattr(base, 'enc'):
-        held = sorted(base.about['parts'])
-        raise ValueError(f'{name!r} holds {held}, no encoder whose codes could be learnt')
-    train, test = _codes_of(base.enc, r.data)
-    stats = ZStats(train)
-    parts = dict(net=MLPSkipNet(train.shape[1], **net), stats=stats)
+class LatentDPM(GenerativeModel):
+    "A DPM of another model's normalised codes (Diff-AE Section 4, PDAE Section 4.8)."
 
-    def loss_fn(zn, y):
-        t = sched.rand_t(len(zn), zn.device)
-        return latent_loss(parts['net'], zn, sched, t=t, reduce=None), t
+    title = 'latent DPM'
+
+    def __init__(
+        self,
+        net: nn.Module,  # (zt,t) -> eps
+        stats: ZStats,  # mean and standard deviation of each number of a code
+        base: GenerativeModel,  # the autoencoder
+        sched: Schedule | None = None,  # noise schedule; None: `Schedule.constant()`
+    ):
+        shape = tuple(stats.mean.shape)
+        super().__init__(sched or Schedule.constant(), shape, base)
+        self.net = net
+        self.stats = stats
+
+    @classmethod
+    def build(
+        cls,
+        recipe,  # a `Recipe`; `net` has `hidden` and `layers`
+        images: Images,  # training images of the base
+        base: GenerativeModel,  # the autoencoder
+    ) -> 'LatentDPM':
+        "An untrained DPM of this model's codes. The statistics are those of the images' codes."
+        if base is None or not base.is_autoencoder:
+            kind = 'no model' if base is None else type(base).__name__
+            raise ValueError(f'the base must be an autoencoder, got {kind}')
+        stats = ZStats(encode_all(base.enc, images))
+        return cls(MLPSkipNet(len(stats.mean), **recipe.net), stats, base)
+
+    def data(
+        self,
+        images: Images,  # images of the base
+    ) -> Images:  # normalised codes as data: float32 (N,D)
+        "The normalised codes, computed once and cached."
+        codes = encode_all(self.base.enc, images).to(self.stats.mean.device)
+        return Images(self.stats.norm(codes).cpu())
+
+    def denoiser(
+        self,
+        condition: None = None,  # a latent DPM is unconditional
+    ) -> Denoiser:
+        "eps_ω(z_t,t)."
+        self._check_unconditional(condition)
+        return self.net
+
+    def _check_unconditional(self, condition):
+        if condition is not None:
+            raise ValueError('a latent DPM is unconditional: it takes neither codes nor labels')
+
+    def loss(
+        self,
+        x0: Tensor,  # normalised codes: (B,D)
+        y: Tensor | None,  # ignored
+        draw: Draw,  # random numbers of the step
+    ) -> tuple[Tensor, Tensor]:  # losses (B,) and timesteps (B,)
+        "|eps - eps_ω(z_t,t)|, mean over the numbers of a code (Diff-AE Eq. 9)."
+        t = draw.times(self.sched)
+        eps = draw.normal(*self.shape)
+        return latent_loss(self.net, x0, self.sched, t=t, eps=eps, reduce=None), t
+
+    def decode(
+        self,
+        condition: None,  # a latent DPM is unconditional
+        xT: Tensor,  # noise: (B,D)
+        *,
+        steps: int | Sequence[int] = 100,  # number of steps, or falling timesteps
+        solver: Callable = ddim_step,  # one step
+        clip: float | None = None,  # codes are not clamped: their range is not [-1,1]
+    ) -> Tensor:  # codes: (B,D)
+        "Codes from noise, in the units of the base's codes."
+        with torch.no_grad():
+            normalised = sample(self.net, xT, self.sched, steps, clip=clip, solver=solver)
+            return self.stats.denorm(normalised)
+
+    def codes(
+        self,
+        n: int,  # number of codes
+        seed: int,  # of the noise, which is independent of the noise of images with this seed
+        steps: int | Sequence[int] = 100,  # number of steps, or falling timesteps
+    ) -> Tensor:  # codes: (n,D)
+        "Codes for the base: the latent DPM is its prior."
+        return self.sample(n, seed=seed, steps=steps)
+
+    def sample(
+        self,
+        n: int,  # number of codes
+        *,
+        prior: None = None,  # a latent DPM is unconditional
+        seed: int = 0,  # of the noise
+        steps: int | Sequence[int] = 100,  # number of steps, or falling timesteps
+        solver: Callable = ddim_step,  # one step
+        clip: float | None = None,  # codes are not clamped: their range is not [-1,1]
+    ) -> Tensor:  # codes: (n,D)
+        "New codes. With the defaults, those of `codes`."
+        self._check_unconditional(prior)
+        zT = code_noise(n, *self.shape, seed).to(self.device)
+        return self.decode(None, zT, steps=steps, solver=solver, clip=clip)
 
     @torch.no_grad()
-    def result(parts):
-        stats = parts['stats']
-        zn = stats.norm(test.to(stats.mean.device))
+    def test_result(
+        self,
+        x0: Tensor,  # normalised codes of test images: (N,D)
+        y: Tensor | None,  # labels: int64 (N,)
+    ) -> LatentResult:
+        "Mean absolute error of the predicted noise, at stratified timesteps with fixed noise."
+        n = len(x0)
         generator = torch.Generator().manual_seed(0)
-        t = torch.randperm(len(zn), generator=generator) * sched.T // len(zn) + 1
-        eps = torch.randn(zn.shape, generator=generator)
-        loss = latent_loss(parts['net'], zn, sched, t=t.to(zn.device), eps=eps.to(zn), reduce=None)
-        return dict(
-            test_l1=loss.mean().item(),
-            standard_error=(loss.std() / len(loss) ** 0.5).item(),
-            test_codes=len(loss),
-            encoder=fingerprint(base.enc),
-        )
-
-    return Task(parts, Images(stats.norm(train)), loss_fn, result, sched)
-
-
-# %% ../../nbs/course/12_latent.ipynb #91781587
-@torch.no_grad()
-def sample_z(
-    run,  # a latent run: `.net`, `.stats`, `.sched`
-    n: int,  # number of codes
-    steps: int = 100,  # DDIM steps
-    *,
-    clip: float | None = None,  # 1.0 clamps like the official PDAE sampler; None does not clamp
-    seed: int = 0,  # of the noise, which is independent of the noise of images with this seed
-) -> Tensor:  # codes, the condition of the decoder: (n,D)
-    "New codes (Diff-AE Section 4, PDAE Section 4.8)."
-    zT = code_noise(n, len(run.stats.mean), seed).to(run.stats.mean)
-    if clip is not None:
-        zT = zT.clamp(-clip, clip)
-    zn = sample(run.net, zT, run.sched, steps, clip=clip)
-    return run.stats.denorm(zn)
-
-
-# %% ../../nbs/course/12_latent.ipynb #ed732025
-def check_codes(
-    run,  # a latent run
-    base,  # the autoencoder whose decoder takes the codes
-) -> None:
-    "Raise unless the latent run was trained on the codes of this encoder, with these weights."
-    trained_on = Path(run.recipe['net']['run']).name
-    if trained_on != base.about['name']:
-        raise ValueError(
-            f'the latent run has learnt the codes of {trained_on}, not of {base.about["name"]}'
-        )
-    result = run.about.get('result') or {}
-    weights = result.get('encoder')  # fingerprint; runs without a result have none
-    if weights is not None and weights != fingerprint(base.enc):
-        raise ValueError(
-            f'the latent run has learnt the codes of {trained_on} with encoder weights {weights}, '
-            f'got {fingerprint(base.enc)}: train {run.about["name"]} again'
-        )
+        t = torch.randperm(n, generator=generator) * self.sched.T // n + 1
+        eps = torch.randn(x0.shape, generator=generator)
+        loss = latent_loss(self.net, x0, self.sched, t=t.to(x0.device), eps=eps.to(x0), reduce=None)
+        return LatentResult(loss.mean().item(), (loss.std() / n**0.5).item(), n)
 
 
 # %% ../../nbs/course/12_latent.ipynb #80fbe53f

@@ -5,38 +5,38 @@
 # %% auto #0
 __all__ = [
     'ENCODERS',
+    'COEFFICIENTS',
     'ConvEncoder',
     'GradientEstimator',
+    'EpsAndScore',
+    'check_base',
     'pdae_denoiser',
     'pdae_loss',
-    'with_codes',
-    'gap_ratio',
-    'pdae_result',
-    'stand_on',
-    'pdae_task',
+    'PDAESettings',
+    'PDAEResult',
+    'PDAE',
+    'LabelPDAE',
     'lerp_trajectories',
-    'label_task',
 ]
 
 # %% ../../nbs/course/09_pdae.ipynb #3ad1e392
-from collections.abc import Callable
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data import Images, load_images, to_signed
+from ..data import Images
 from ..denoise import Denoiser, denoising_loss
-from ..forward import Schedule, shift_to_eps
+from ..forward import Schedule, score_to_eps, shift_to_eps
 from ..gap import gap_curve
 from ..guidance import guided
-from ..model import build, encode, load_run, spec_of
-from ..sampling import sample
-from ..training import Recipe, Task, noise_mse
+from ..model import Draw, GenerativeModel, Model
+from ..training import noise_mse
 from ..unet import Attention, Up, norm
 from ..weighting import w_pdae
+from .dpm import DPM, ClassConditionalDPM, NoiseResult, as_labels
 
 # %% ../../nbs/course/09_pdae.ipynb #9fb69f05
 ENCODERS = {  # image size in pixels: (channels after each halving, halvings before the attention)
@@ -111,81 +111,100 @@ def _check_frozen_dpm(dpm):
 
 
 class GradientEstimator(nn.Module):
-    """The gradient estimator G_ψ(x_t,t,z) in place of ∇log p(z|x_t) (PDAE Section 3.3, Figure 2).
+    """The gradient estimator G_ψ(x_t,t,z) in place of ∇log p(z|x_t) (PDAE Section 3.3, Fig. 2).
 
-    The first half is shared with a frozen DPM. The second half is new and takes the code z.
+    It is a second half for a frozen U-Net: it takes the feature maps of the first half, the
+    embedding of t and the code.
     """
 
     def __init__(
         self,
-        dpm: nn.Module | dict,  # trained unconditional U-Net, or its spec for `build`; gets frozen
-        z_dim: int = 512,  # width of the code
-        drop: float = 0.0,  # dropout probability in the new half
+        z_dim: int,  # width of the code
+        dt: int,  # width of the timestep embedding
+        chs: Sequence[int],  # channels of the feature maps
+        drop: float = 0.0,  # dropout probability
+        **geometry,  # for `Up`: c, ch, mult, size, n_res, attn, groups, heads
     ):
         super().__init__()
-        if isinstance(dpm, dict):
-            dpm = build(dpm, 'a gradient estimator')
-        _check_frozen_dpm(dpm)
-        self.z_dim = z_dim
-        self.drop = drop
-        self.dpm = dpm.eval().requires_grad_(False)
-        self.label = nn.Linear(z_dim, dpm.dt)
-        self.up = Up(chs=dpm.down.chs, dt=dpm.dt, dz=dpm.dt, drop=drop, **dpm.geometry)
+        self.config = dict(z_dim=z_dim, dt=dt, chs=list(chs), drop=drop, **geometry)
+        self.label = nn.Linear(z_dim, dt)
+        self.up = Up(chs=chs, dt=dt, dz=dt, drop=drop, **geometry)
 
-    @property
-    def config(self) -> dict:
-        "Keyword arguments that build this network again, with the spec of the DPM."
-        return dict(dpm=spec_of(self.dpm, 'the frozen DPM'), z_dim=self.z_dim, drop=self.drop)
-
-    def train(
-        self,
-        mode: bool = True,  # mode of the new half
+    @classmethod
+    def on(
+        cls,
+        net: nn.Module,  # the frozen U-Net, unconditional
+        z_dim: int,  # width of the code
+        drop: float = 0.0,  # dropout probability
     ) -> 'GradientEstimator':
-        "Set the mode of the new half; the frozen DPM stays in evaluation mode."
-        super().train(mode)
-        self.dpm.eval()
-        return self
-
-    def shared(
-        self,
-        xt: Tensor,  # noisy images: (B,c,size,size)
-        t: Tensor,  # timesteps: (B,)
-    ) -> tuple[list[Tensor], Tensor]:  # feature maps; embedding of t: (B,dt)
-        "Run the frozen first half, whose output both second halves take."
-        self.dpm._check(xt, t, None)
-        e = self.dpm.embed(t)
-        return self.dpm.down(xt, e), e
-
-    def score(
-        self,
-        hs: list[Tensor],  # feature maps, from `shared`
-        e: Tensor,  # embedding of t, from `shared`: (B,dt)
-        z: Tensor,  # codes: (B,z_dim), or (1,z_dim) for all images
-    ) -> Tensor:  # G_ψ(x_t,t,z), in units of 1/x: (B,c,size,size)
-        "Run the new second half alone."
-        batch = len(hs[0])
-        if z.ndim != 2 or z.shape[1] != self.z_dim or len(z) not in (1, batch):
-            raise ValueError(
-                f'this gradient estimator wants codes ({batch},{self.z_dim}), got {tuple(z.shape)}'
-            )
-        return self.up(hs, e, self.label(z))
+        "A gradient estimator for the feature maps of this U-Net."
+        _check_frozen_dpm(net)
+        return cls(z_dim, net.dt, net.down.chs, drop, **net.geometry)
 
     def forward(
+        self,
+        features: list[Tensor],  # feature maps of the first half
+        e: Tensor,  # embedding of t: (B,dt)
+        z: Tensor,  # codes: (B,z_dim), or (1,z_dim) for all images
+    ) -> Tensor:  # score, in units of 1/x: (B,c,size,size)
+        "G_ψ(x_t,t,z)."
+        batch = len(features[0])
+        z_dim = self.config['z_dim']
+        if z.ndim != 2 or z.shape[1] != z_dim or len(z) not in (1, batch):
+            raise ValueError(
+                f'this gradient estimator wants codes ({batch},{z_dim}), got {tuple(z.shape)}'
+            )
+        return self.up(features, e, self.label(z))
+
+
+class EpsAndScore:
+    """eps_θ(x_t,t) of a frozen DPM and G_ψ(x_t,t,z), from one pass of the shared first half.
+
+    The object is a function (xt, t, z) -> noise, score. Its attribute `dpm` is the denoiser of the
+    DPM alone.
+    """
+
+    def __init__(
+        self,
+        base: DPM,  # the frozen DPM
+        G: GradientEstimator,  # the new second half
+    ):
+        self.base = base
+        self.G = G
+        self.dpm = base.denoiser()
+
+    def __call__(
         self,
         xt: Tensor,  # noisy images: float (B,c,size,size)
         t: Tensor,  # timesteps: (B,), or (1,) for all images
         z: Tensor,  # codes: (B,z_dim), or (1,z_dim) for all images
-    ) -> tuple[Tensor, Tensor]:  # ε_θ(x_t,t) and G_ψ(x_t,t,z), both like `xt`
-        "Predict noise and score with one pass through the shared first half."
-        hs, e = self.shared(xt, t)
-        eps = self.dpm.up(hs, e).to(xt.dtype)
-        score = self.score(hs, e, z).to(xt.dtype)
-        return eps, score
+    ) -> tuple[Tensor, Tensor]:  # eps_θ(x_t,t) and G_ψ(x_t,t,z), both like `xt`
+        "Predict noise and score."
+        features, e = self.base.features(xt, t)
+        score = self.G(features, e, z).to(xt.dtype)
+        return self.base.eps_of_features(features, e, xt, t), score
+
+
+# %% ../../nbs/course/09_pdae.ipynb #b0545365
+def check_base(
+    base: Model | None,  # model that should be the frozen DPM
+    images: Images,  # training images
+) -> None:
+    "Raise unless `base` is an unconditional DPM for images of this shape."
+    if not isinstance(base, DPM) or isinstance(base, ClassConditionalDPM):
+        kind = 'no model' if base is None else type(base).__name__
+        raise ValueError(f'the base must be an unconditional DPM, got {kind}')
+    shape = tuple(images.x.shape[1:])
+    if base.shape != shape:
+        raise ValueError(
+            f'the frozen DPM is for images of shape {base.shape}, the data have {shape}; '
+            'train one for these images first, and name it as the base'
+        )
 
 
 # %% ../../nbs/course/09_pdae.ipynb #b76e23ea
 def pdae_denoiser(
-    G: GradientEstimator,  # (xt, t, z) -> noise, score; `G.dpm` is the frozen DPM
+    G: EpsAndScore,  # (xt, t, z) -> noise, score; `G.dpm` is the denoiser of the frozen DPM
     z: Tensor,  # codes: (B,z_dim), or (1,z_dim) for all images
     sched: Schedule,  # noise schedule
     to_eps: Callable = shift_to_eps,  # score to noise: `shift_to_eps` (Eq. 7) or `score_to_eps`
@@ -205,7 +224,7 @@ def pdae_denoiser(
 # %% ../../nbs/course/09_pdae.ipynb #6e9cef5d
 def pdae_loss(
     enc: nn.Module,  # encoder E_φ: x_0 -> z
-    G: GradientEstimator,  # gradient estimator G_ψ
+    G: EpsAndScore,  # frozen DPM and gradient estimator: (xt, t, z) -> noise, score
     x0: Tensor,  # clean images in [-1,1]: (B,c,size,size)
     sched: Schedule,  # noise schedule
     weight: Callable | None = w_pdae,  # (sched, t) -> λ_t (B,); None is λ_t = 1
@@ -217,124 +236,256 @@ def pdae_loss(
     return denoising_loss(denoiser, x0, sched, weight, **kw)
 
 
-# %% ../../nbs/course/09_pdae.ipynb #cff4371a
-def with_codes(
-    G: GradientEstimator,  # gradient estimator
-    sched: Schedule,  # noise schedule
-    to_eps: Callable = shift_to_eps,  # score to noise, as in training
-) -> Callable:  # (xt, t, z) -> noise
-    "PDAE as a denoiser with the codes as third argument, for `noise_mse` and `gap_curve`."
-
-    def denoiser(xt, t, z):
-        return pdae_denoiser(G, z, sched, to_eps)(xt, t)
-
-    return denoiser
+# %% ../../nbs/course/09_pdae.ipynb #f6ec86f5
+COEFFICIENTS = {'shift': shift_to_eps, 'score': score_to_eps}  # PDAE Eqs 7 and 6
 
 
-# %% ../../nbs/course/09_pdae.ipynb #c1f88a36
-def gap_ratio(
-    G: GradientEstimator,  # gradient estimator
-    z: Tensor,  # codes: (N,z_dim)
-    x0: Tensor,  # clean images: (N,...)
-    sched: Schedule,  # noise schedule
-    ts: list[int],  # timesteps in 2…T
-    to_eps: Callable = shift_to_eps,  # score to noise, as in training
-    *,
-    seed: int = 0,  # of the noise
-) -> Tensor:  # share of the gap that the codes leave open at each timestep: (len(ts),)
-    """Mean posterior mean gap with the codes over the mean gap of the DPM alone (PDAE Figure 5).
+@dataclass(frozen=True)
+class PDAESettings:
+    "What loss and denoiser of PDAE must agree on."
 
-    The ratio is 1 if the codes close nothing of the gap and 0 if they close all of it.
-    """
-    gap = gap_curve(with_codes(G, sched, to_eps), x0, sched, ts, seed=seed, y=z).mean(1)
-    dpm_gap = gap_curve(G.dpm, x0, sched, ts, seed=seed).mean(1)
-    return gap / dpm_gap
+    gamma: float = 0.1  # exponent γ of the loss weight (PDAE Eq. 10)
+    coefficient: str = 'shift'  # how a score becomes a change of eps: a key of `COEFFICIENTS`
+
+    def __post_init__(self):
+        if self.coefficient not in COEFFICIENTS:
+            known = ', '.join(COEFFICIENTS)
+            raise ValueError(f'coefficient must be one of {known}, got {self.coefficient!r}')
 
 
-# %% ../../nbs/course/09_pdae.ipynb #51a0f551
-def pdae_result(
-    enc: nn.Module,  # encoder
-    G: GradientEstimator,  # gradient estimator
-    x0: Tensor,  # held-out images: (N,...)
-    sched: Schedule,  # noise schedule
-    to_eps: Callable = shift_to_eps,  # score to noise, as in training
-) -> dict:  # numbers, ready for JSON
-    """Noise MSE on held-out images, with the codes and by the DPM alone, and `gap_ratio`.
+@dataclass
+class PDAEResult(NoiseResult):
+    "`NoiseResult` with the codes and by the base alone, and the part of the gap that stays open."
 
-    The gap is measured at t = 100, 200, …, 900 on the first 200 images.
-    """
-    x0 = x0.to(next(G.parameters()).device)
-    z = encode(enc, x0)
-    ts = list(range(100, min(sched.T, 901), 100))
-    mse, _ = noise_mse(with_codes(G, sched, to_eps), x0, sched, y=z)
-    dpm_mse, _ = noise_mse(G.dpm, x0, sched)
-    return dict(
-        test_noise_mse=mse.mean().item(),
-        standard_error=(mse.std() / len(mse) ** 0.5).item(),
-        dpm_noise_mse=dpm_mse.mean().item(),
-        test_images=len(mse),
-        t=ts,
-        gap_ratio=gap_ratio(G, z[:200], x0[:200], sched, ts, to_eps).tolist(),
-        gap_images=min(200, len(x0)),
-    )
+    dpm_noise_mse: float  # of the base
+    t: list[int]  # timesteps of `gap_ratio`
+    gap_ratio: list[float]  # gap with the codes over gap of the base (PDAE Fig. 5)
+    gap_images: int  # number of images of `gap_ratio`
 
 
-# %% ../../nbs/course/09_pdae.ipynb #2cd24b26
-def stand_on(
-    dpm: str | Path,  # a run with the part `dpm`: its name or path
-    images: Images,  # the data
-    px: int,  # height and width of the images, pixels
-) -> tuple:  # the run; number of channels `c` and pixels `size` of the images, as a dict
-    "Load the run of a frozen DPM, and check that the images have its channels and size."
-    base = load_run(dpm)
-    if not hasattr(base, 'dpm'):
-        raise ValueError(f'{dpm!r} holds {sorted(base.about["parts"])}, no `dpm` to stand on')
-    have = {k: base.dpm.config[k] for k in ('c', 'size')}
-    want = dict(c=images.x.shape[1], size=px)
-    if have != want:
-        raise ValueError(
-            f'the frozen DPM is for images of {have}, the data are {want}; '
-            'train one for these first, and name its folder as the DPM'
+# %% ../../nbs/course/09_pdae.ipynb #cb2f1bb5
+class _OnDPM(GenerativeModel):
+    "A gradient estimator on a frozen DPM, conditioned on a vector of each image (PDAE Eq. 7)."
+
+    is_conditional = True
+    Settings = PDAESettings
+    G: GradientEstimator
+
+    def vector(self, condition: Tensor) -> Tensor:
+        "The vector (B,z_dim) that G takes."
+        raise NotImplementedError
+
+    def denoiser(
+        self,
+        condition: Tensor,  # codes (B,D) or labels (B,)
+        **guidance,  # for `guided`: scale, window
+    ) -> Denoiser:
+        "eps_θ(x_t,t) + to_eps(G_ψ(x_t,t,z)) (PDAE Eq. 7)."
+        to_eps = COEFFICIENTS[self.settings.coefficient]
+        z = self.vector(condition)
+        return pdae_denoiser(self.eps_and_score, z, self.sched, to_eps, **guidance)
+
+    @property
+    def eps_and_score(self) -> EpsAndScore:
+        "The frozen DPM and G as one function (xt, t, z) -> noise, score."
+        return EpsAndScore(self.base, self.G)
+
+    def prior_denoiser(self, condition: Tensor) -> Denoiser:
+        "The denoiser without the shift for t ≤ 0.3·T (PDAE Section 4.8)."
+        T = self.sched.T
+        return self.denoiser(condition, window=(round(0.3 * T), T))
+
+    def loss(
+        self,
+        x0: Tensor,  # clean images: (B,c,size,size)
+        y: Tensor | None,  # labels: int64 (B,)
+        draw: Draw,  # random numbers of the step
+    ) -> tuple[Tensor, Tensor]:  # losses (B,) and timesteps (B,)
+        "λ_t·‖eps - denoiser(x_t,t)‖², mean over pixels (PDAE Eqs 7 and 10)."
+        t = draw.times(self.sched)
+        eps = draw.normal(*self.shape)
+        denoiser = self.denoiser(self.condition(x0, y))
+        return denoising_loss(denoiser, x0, self.sched, self.weight, t=t, eps=eps, reduce=None), t
+
+    def weight(
+        self,
+        sched: Schedule,  # noise schedule
+        t: Tensor,  # timesteps: int64 (B,)
+    ) -> Tensor:  # λ_t: (B,)
+        "The loss weight λ_t (PDAE Eq. 10)."
+        return w_pdae(sched, t, self.settings.gamma)
+
+
+class PDAE(_OnDPM):
+    "An encoder and a gradient estimator on a frozen DPM (PDAE Section 3)."
+
+    title = 'PDAE'
+    is_autoencoder = True
+
+    def __init__(
+        self,
+        enc: nn.Module,  # encoder: x_0 -> z
+        G: GradientEstimator,  # the new second half
+        base: DPM,  # the frozen DPM
+        settings: PDAESettings = PDAESettings(),  # noqa: B008 (frozen)
+    ):
+        super().__init__(base.sched, base.shape, base, settings)
+        self.enc = enc
+        self.G = G
+
+    @classmethod
+    def build(
+        cls,
+        recipe,  # a `Recipe`; `encoder` has z_dim and groups, `net` has drop
+        images: Images,  # training images
+        base: DPM,  # the frozen DPM
+    ) -> 'PDAE':
+        "An untrained PDAE on this DPM."
+        check_base(base, images)
+        c, size, _ = base.shape
+        enc = ConvEncoder(c=c, size=size, **recipe.encoder)
+        G = GradientEstimator.on(base.net, recipe.encoder['z_dim'], **recipe.net)
+        return cls(enc, G, base, recipe.settings or PDAESettings())
+
+    def condition(
+        self,
+        x0: Tensor,  # clean images: (B,c,size,size)
+        y: Tensor | None = None,  # ignored
+    ) -> Tensor:  # codes: (B,D)
+        "z = E_φ(x_0)."
+        return self.enc(x0)
+
+    def vector(self, condition: Tensor) -> Tensor:
+        "The codes themselves."
+        return condition
+
+    def test_result(
+        self,
+        x0: Tensor,  # test images: (N,c,size,size)
+        y: Tensor | None,  # labels: int64 (N,)
+    ) -> PDAEResult:
+        "`noise_mse` with the codes and by the base, and the gap at t = 100, 200, …, 900."
+        codes = self.encode(x0)
+        mse, _ = noise_mse(self.with_codes, x0, self.sched, y=codes)
+        base_mse, _ = noise_mse(self.base.denoiser(), x0, self.sched)
+        ts = list(range(100, min(self.sched.T, 901), 100))
+        ratio = self.gap_ratio(x0[:200], codes[:200], ts)
+        n = NoiseResult.of(mse)
+        return PDAEResult(
+            n.test_noise_mse,
+            n.standard_error,
+            n.test_images,
+            dpm_noise_mse=base_mse.mean().item(),
+            t=ts,
+            gap_ratio=ratio.tolist(),
+            gap_images=min(200, len(x0)),
         )
-    return base, want
+
+    def with_codes(
+        self,
+        xt: Tensor,  # noisy images: (B,c,size,size)
+        t: Tensor,  # timesteps: int64 (B,)
+        z: Tensor,  # codes: (B,D)
+    ) -> Tensor:  # eps, like `xt`
+        "The denoiser with the codes as third argument, for `noise_mse` and `gap_curve`."
+        return self.denoiser(z)(xt, t)
+
+    def gap_ratio(
+        self,
+        x0: Tensor,  # clean images: (N,c,size,size)
+        codes: Tensor,  # (N,D)
+        ts: Sequence[int],  # timesteps in 2…T
+        seed: int = 0,  # of the noise
+    ) -> Tensor:  # (len(ts),)
+        "Mean posterior-mean gap with the codes over the gap of the base (PDAE Figure 5)."
+        gap = gap_curve(self.with_codes, x0, self.sched, ts, seed=seed, y=codes).mean(1)
+        base_gap = gap_curve(self.base.denoiser(), x0, self.sched, ts, seed=seed).mean(1)
+        return gap / base_gap
+
+    def preview(
+        self,
+        x0: Tensor,  # test images: (N,c,size,size)
+        y: Tensor | None,  # labels: int64 (N,)
+    ) -> Tensor:  # images in [-1,1]: (2M,c,size,size)
+        "Up to 32 images, and samples of their codes in 20 steps."
+        x0 = x0[:32]
+        return torch.cat([x0, self.sample_codes(self.encode(x0), steps=20)])
 
 
-# %% ../../nbs/course/09_pdae.ipynb #bc584ce2
-def pdae_task(
-    r: Recipe,  # its `net` names the DPM (`dpm`) and the width of the code (`z_dim`)
-    weight: Callable | None = w_pdae,  # loss weight, as in `pdae_loss`
-    to_eps: Callable = shift_to_eps,  # score to noise, as in `pdae_loss`
-) -> Task:
-    "Training task: an encoder and a gradient estimator on a frozen DPM (PDAE Section 3.2)."
-    images = load_images(r.data, 'train', r.px)
-    test = load_images(r.data, 'test', r.px)
-    net = dict(r.net)
-    base, shape = stand_on(net.pop('dpm'), images, r.px)
-    sched = base.sched
-    enc = ConvEncoder(**shape, z_dim=net['z_dim'], groups=net.pop('groups', 32))
-    G = GradientEstimator(base.dpm, **net)
-    noise = torch.randn(32, *images.x.shape[1:], generator=torch.Generator().manual_seed(r.seed))
+# %% ../../nbs/course/09_pdae.ipynb #642dc617
+class LabelPDAE(_OnDPM):
+    "A gradient estimator that is conditioned on the class of an image (PDAE Section 4.6)."
 
-    def loss_fn(x0, y):
-        t = sched.rand_t(len(x0), x0.device)
-        return pdae_loss(enc, G, x0, sched, weight, to_eps, t=t, reduce=None), t
+    title = 'PDAE, labels'
 
-    def result(parts):
-        x0 = to_signed(test.x[:10_000])
-        return pdae_result(parts['enc'], parts['G'], x0, sched, to_eps)
+    def __init__(
+        self,
+        G: GradientEstimator,  # the new second half; z_dim is the number of classes
+        base: DPM,  # the frozen DPM
+        settings: PDAESettings = PDAESettings(),  # noqa: B008 (frozen)
+    ):
+        super().__init__(base.sched, base.shape, base, settings)
+        self.G = G
 
-    def preview(parts):
-        x0 = to_signed(test.x[:32]).to(next(parts['G'].parameters()).device)
-        denoiser = pdae_denoiser(parts['G'], encode(parts['enc'], x0), sched, to_eps)
-        xT = noise[: len(x0)].to(x0)
-        return torch.cat([x0, sample(denoiser, xT, sched, 20, clip=1.0)])
+    @classmethod
+    def build(
+        cls,
+        recipe,  # a `Recipe`; `net` has drop
+        images: Images,  # training images with one label each
+        base: DPM,  # the frozen DPM
+    ) -> 'LabelPDAE':
+        "An untrained gradient estimator on this DPM."
+        check_base(base, images)
+        if images.y is None or images.y.ndim > 1:
+            raise ValueError(f'{recipe.data} has no classes; this method needs one label per image')
+        G = GradientEstimator.on(base.net, len(images.classes), **recipe.net)
+        return cls(G, base, recipe.settings or PDAESettings())
 
-    return Task(dict(enc=enc, G=G, dpm=G.dpm), images, loss_fn, result, sched, preview)
+    @property
+    def classes(self) -> int:
+        "Number of classes."
+        return self.G.config['z_dim']
+
+    def condition(
+        self,
+        x0: Tensor,  # images: (B,c,size,size)
+        y: Tensor | None = None,  # labels: int64 (B,)
+    ) -> Tensor:  # the labels
+        "The labels."
+        if y is None:
+            raise ValueError('this model is conditioned on labels: it needs those of the images')
+        return y
+
+    def vector(self, condition: Tensor) -> Tensor:
+        "The labels as one-hot vectors."
+        labels = as_labels(condition, len(condition), self.classes, self.device)
+        return F.one_hot(labels, self.classes).to(self.G.label.weight.dtype)
+
+    def test_result(
+        self,
+        x0: Tensor,  # test images: (N,c,size,size)
+        y: Tensor | None,  # labels: int64 (N,)
+    ) -> NoiseResult:
+        "`noise_mse` on the test images, given their labels."
+
+        def denoiser(xt, t, y):
+            return self.denoiser(y)(xt, t)
+
+        mse, _ = noise_mse(denoiser, x0, self.sched, y=y)
+        return NoiseResult.of(mse)
+
+    def preview(
+        self,
+        x0: Tensor,  # test images: (N,c,size,size)
+        y: Tensor | None,  # labels: int64 (N,)
+    ) -> Tensor:  # images in [-1,1]: (64,c,size,size)
+        "64 samples of all classes in turn, in 20 steps."
+        return self.sample_codes(torch.arange(64) % self.classes, steps=20)
 
 
 # %% ../../nbs/course/09_pdae.ipynb #00f8b6a4
 def lerp_trajectories(
-    G: GradientEstimator,  # gradient estimator
+    G: EpsAndScore,  # frozen DPM and gradient estimator
     z1: Tensor,  # codes at λ=0: (B,z_dim)
     z2: Tensor,  # codes at λ=1, like `z1`
     lam: float,  # λ in 0…1
@@ -345,48 +496,10 @@ def lerp_trajectories(
     "Denoiser guided by Lerp(G(x_t,z_1,t), G(x_t,z_2,t); λ) (PDAE Section 4.4, Figure 7)."
 
     def eps_and_score(xt, t):
-        hs, e = G.shared(xt, t)
-        score1 = G.score(hs, e, z1)
-        score2 = G.score(hs, e, z2)
+        features, e = G.base.features(xt, t)
+        score1 = G.G(features, e, z1)
+        score2 = G.G(features, e, z2)
         score = torch.lerp(score1, score2, lam)
-        return G.dpm.up(hs, e).to(xt.dtype), score.to(xt.dtype)
+        return G.base.eps_of_features(features, e, xt, t), score.to(xt.dtype)
 
     return guided(eps_and_score, sched, to_eps=to_eps, unguided=G.dpm, **kw)
-
-
-# %% ../../nbs/course/09_pdae.ipynb #6d3ddfb8
-def label_task(
-    r: Recipe,  # its recipe; `net` names the DPM
-) -> Task:
-    "A gradient estimator that is conditioned on the class label (PDAE Sec. 4.6)."
-    images = load_images(r.data, 'train', r.px)
-    test = load_images(r.data, 'test', r.px)
-    base, _ = stand_on(r.net['dpm'], images, r.px)
-    if images.y is None or images.y.ndim > 1:
-        raise ValueError(f'{r.data} has no classes to condition on')
-    classes = len(images.classes)
-    G = GradientEstimator(base.dpm, classes)
-    sched = base.sched
-
-    def denoiser_of(G):
-        def denoiser(xt, t, y):
-            return pdae_denoiser(G, F.one_hot(y, classes).to(xt), sched)(xt, t)
-
-        return denoiser
-
-    def loss_fn(x0, y):
-        t = sched.rand_t(len(x0), x0.device)
-        denoiser = partial(denoiser_of(G), y=y)
-        return denoising_loss(denoiser, x0, sched, w_pdae, t=t, reduce=None), t
-
-    def result(parts):
-        x0 = to_signed(test.x[:10_000]).to(next(parts['G'].parameters()).device)
-        y = test.y[:10_000].to(x0.device)
-        loss, _ = noise_mse(denoiser_of(parts['G']), x0, sched, y=y)
-        return dict(
-            test_noise_mse=loss.mean().item(),
-            standard_error=(loss.std() / len(loss) ** 0.5).item(),
-            test_images=len(loss),
-        )
-
-    return Task(dict(G=G, dpm=G.dpm), images, loss_fn, result, sched)

@@ -14,14 +14,17 @@ __all__ = [
     'scorevae_loss',
     'TimeEncoder',
     'conditional_loss',
-    'scorevae_task',
-    'conditional_task',
-    'prior_z',
+    'ScoreVAESettings',
+    'CodeResult',
+    'CodedModel',
+    'ScoreVAE',
+    'ConditionalDecoder',
 ]
 
 # %% ../../nbs/course/11_scorevae.ipynb #da537aa0
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -29,18 +32,19 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
-from ..data import Images, load_images, to_signed
+from ..data import Images
 from ..denoise import Denoiser, denoising_loss
 from ..forward import Schedule
 from ..guidance import guided
-from ..model import encode
+from ..model import Draw, GenerativeModel
 from ..sampling import restored, sample
 from ..solvers import em_step, heun, karras_times
-from ..training import Recipe, Task, autoencoder_noise_mse
+from ..training import autoencoder_noise_mse
 from ..unet import HalfUNet, UNet, norm
 from ..weighting import w_bound, w_half, w_pdae
 from .diffae import diffae_denoiser
-from .pdae import stand_on
+from .dpm import DPM
+from .pdae import check_base
 
 
 # %% ../../nbs/course/11_scorevae.ipynb #3650a944
@@ -301,11 +305,6 @@ def conditional_loss(
 
 
 # %% ../../nbs/course/11_scorevae.ipynb #d4be9047
-def _held_out(enc: Posterior, images: Images, n: int) -> Tensor:
-    "The first n images in [-1,1], on the device of the encoder"
-    return to_signed(images.x[:n]).to(next(enc.parameters()).device)
-
-
 def _estimate(key: str, values: Tensor, se_key: str | None = None) -> dict[str, float]:
     "Mean and standard error of values (N,), ready for JSON"
     se = values.std() / len(values) ** 0.5
@@ -354,23 +353,21 @@ def _bound_in_nats(
 
 
 @torch.no_grad()
-def _judged(
+def _code_result(
     enc: Posterior,  # encoder
     decode: Callable,  # codes (B,D) -> denoiser
-    images: Images,  # held-out images
+    x0: Tensor,  # held-out images: (N,c,size,size)
     sched: Schedule,  # noise schedule
     *,
     predicts_eps: bool = True,  # False for a VAE
-    n: int = 10_000,  # images at most
     few: int | None = None,  # images to decode; None: a tenth, at most 100
-) -> dict:  # numbers, ready for JSON
+) -> dict[str, float]:  # fields of `CodeResult`
     """Evaluation of an autoencoder with a random code, on held-out images.
 
     It has the Kullback–Leibler divergence in nats, and the quality of decoded images with mean
     codes (`random`, for the random x_T) and with sampled codes (`drawn`). Methods that predict
     eps add the squared eps error and the bound in nats. A VAE does not predict eps.
     """
-    x0 = _held_out(enc, images, n)
     few = few or min(100, len(x0) // 10)
     mu, lv = _moments_at_zero(enc, x0)
     sampled = mu + (lv / 2).exp() * code_noise(*mu.shape).to(mu)
@@ -388,103 +385,218 @@ def _judged(
     return result | _estimate('bound', _bound_in_nats(decode, enc, x0, sched, mu.shape[1]))
 
 
-# %% ../../nbs/course/11_scorevae.ipynb #1411369a
-@torch.no_grad()
-def _preview(enc: Posterior, decode: Callable, images: Images, sched: Schedule) -> Tensor:
-    "Up to 32 images, followed by their reconstructions from random x_T: (2B,c,H,W)"
-    x0 = _held_out(enc, images, 32)
-    denoiser = decode(encode(enc, x0))
-    return torch.cat([x0, restored(denoiser, x0, sched, 20, seed=0)])
+# %% ../../nbs/course/11_scorevae.ipynb #4fb93b90
+def _loss_of_bound(decoder, enc, x0, draw, sched, settings):
+    "`bound` of each image, and its timestep. Random numbers: t, ξ, eps, in this order."
+    t = draw.times(sched)
+    xi = draw.normal(enc.config['z_dim'])
+    eps = draw.normal(*x0.shape[1:])
+    terms = dict(beta=settings.kl_weight, weight=settings.weight, xi=xi, reduce=None)
+    return _denoising_bound(decoder, enc, x0, sched, **terms, t=t, eps=eps), t
 
 
-def _priced(net: dict) -> tuple[Callable, float]:
-    "Take preset and beta out of a recipe's `net`; return the loss weight and β"
-    name = net.pop('preset', 'release')
-    if name not in PRESETS:
-        raise ValueError(f'preset must be one of {", ".join(PRESETS)}, got {name!r}')
-    preset = PRESETS[name]
-    return preset['weight'], net.pop('beta', preset['beta'])
+# %% ../../nbs/course/11_scorevae.ipynb #a351d586
+@dataclass(frozen=True)
+class ScoreVAESettings:
+    "Loss and sampler of a ScoreVAE."
+
+    preset: str = 'release'  # a key of `PRESETS`: loss weight, β and sampler
+    beta: float | None = None  # weight β of the Kullback–Leibler term; None: that of the preset
+
+    def __post_init__(self):
+        if self.preset not in PRESETS:
+            raise ValueError(f'preset must be one of {", ".join(PRESETS)}, got {self.preset!r}')
+
+    @property
+    def kl_weight(self) -> float:
+        "The weight β of the Kullback–Leibler term."
+        return PRESETS[self.preset]['beta'] if self.beta is None else self.beta
+
+    @property
+    def weight(self) -> Callable:
+        "The loss weight: (sched,t) -> (B,)."
+        return PRESETS[self.preset]['weight']
 
 
-def _images(r: Recipe) -> tuple[Images, Images]:
-    "Training and test images of a recipe"
-    images = load_images(r.data, 'train', r.px)
-    test = load_images(r.data, 'test', r.px)
-    if len(test) < 20:
-        raise ValueError(
-            f'{r.data} has {len(test)} test images; at least 20 are needed for the evaluation'
+@dataclass
+class CodeResult:
+    "Evaluation of an autoencoder with a random code. `_se` is a standard error over images."
+
+    kl: float  # Kullback–Leibler divergence of the codes from N(0,I), nats
+    kl_se: float
+    test_images: int
+    mse_images: int  # number of decoded images
+    mse_random: float  # squared error of images decoded from mean codes and random x_T
+    mse_random_se: float
+    edges_random: float  # edge contrast of these images, relative to the input
+    mse_drawn: float  # the same for sampled codes
+    mse_drawn_se: float
+    edges_drawn: float
+    test_noise_mse: float | None = None  # squared error of eps; None for a VAE
+    standard_error: float | None = None
+    bound: float | None = None  # loss with β = 1 in nats; None for a VAE
+    bound_se: float | None = None
+
+
+class CodedModel(GenerativeModel):
+    "An autoencoder whose encoder is a `Posterior`, and whose prior is N(0,I)."
+
+    enc: Posterior
+    is_autoencoder = True
+    is_conditional = True
+    predicts_eps = True  # False for a VAE
+
+    def condition(
+        self,
+        x0: Tensor,  # clean images: (B,c,size,size)
+        y: Tensor | None = None,  # ignored
+    ) -> Tensor:  # mean codes: (B,D)
+        "The mean codes μ(x_0, 0)."
+        return self.enc(x0)
+
+    def codes(
+        self,
+        n: int,  # number of codes
+        seed: int,  # of the noise
+    ) -> Tensor:  # (n,D)
+        "Codes from the prior N(0,I): the model is its own prior."
+        return code_noise(n, self.enc.config['z_dim'], seed).to(self.device)
+
+    def check_test(
+        self,
+        n: int,  # number of test images
+    ):
+        "Refuse fewer than 20 test images."
+        if n < 20:
+            raise ValueError(f'at least 20 test images are needed, got {n}')
+
+    def test_result(
+        self,
+        x0: Tensor,  # test images: (N,c,size,size)
+        y: Tensor | None,  # labels: int64 (N,)
+    ) -> CodeResult:
+        "Kullback–Leibler divergence, quality of decoded images, noise MSE and bound."
+        self.check_test(len(x0))
+        numbers = _code_result(
+            self.enc, self.denoiser, x0, self.sched, predicts_eps=self.predicts_eps
         )
-    return images, test
+        return CodeResult(**numbers)
+
+    def preview(
+        self,
+        x0: Tensor,  # test images: (N,c,size,size)
+        y: Tensor | None,  # labels: int64 (N,)
+    ) -> Tensor:  # images in [-1,1]: (2M,c,size,size)
+        "Up to 32 images, and samples of their codes in 20 steps."
+        x0 = x0[:32]
+        return torch.cat([x0, self.sample_codes(self.encode(x0), steps=20)])
 
 
-def _task(parts, images, test, loss_fn, *, decoder, sched, twice=(), predicts_eps=True) -> Task:
-    "A training task whose result and previews are computed on the test images"
+# %% ../../nbs/course/11_scorevae.ipynb #cccd245b
+class ScoreVAE(CodedModel):
+    "An encoder of noisy images on a frozen DPM, joined by Bayes' rule (ScoreVAE Section 3)."
 
-    def result(averaged):
-        decode = decoder(averaged)
-        enc = averaged['enc']
-        return _judged(enc, decode, test, sched, predicts_eps=predicts_eps)
+    title = 'ScoreVAE'
 
-    def preview(averaged):
-        return _preview(averaged['enc'], decoder(averaged), test, sched)
+    Settings = ScoreVAESettings
 
-    return Task(parts, images, loss_fn, result, sched, preview, twice)
+    def __init__(
+        self,
+        enc: Posterior,  # encoder of noisy images
+        base: DPM,  # the frozen DPM
+        settings: ScoreVAESettings = ScoreVAESettings(),  # noqa: B008 (frozen)
+    ):
+        super().__init__(base.sched, base.shape, base, settings)
+        self.enc = enc
 
+    @classmethod
+    def build(
+        cls,
+        recipe,  # a `Recipe`; `encoder` has the arguments of `TimeEncoder`
+        images: Images,  # training images
+        base: DPM,  # the frozen DPM
+    ) -> 'ScoreVAE':
+        "An untrained encoder on this DPM."
+        check_base(base, images)
+        c, size, _ = base.shape
+        enc = TimeEncoder(c=c, size=size, T=base.sched.T, **recipe.encoder)
+        return cls(enc, base, recipe.settings or ScoreVAESettings())
 
-# %% ../../nbs/course/11_scorevae.ipynb #07c3f16a
-def scorevae_task(
-    r: Recipe,  # `net` has dpm (a run), preset, perhaps beta, and arguments of `TimeEncoder`
-) -> Task:
-    "Training of an encoder of noisy images on a frozen DPM (ScoreVAE Sec. 3.5)"
-    images, test = _images(r)
-    net = dict(r.net)
-    base, shape = stand_on(net.pop('dpm'), images, r.px)
-    weight, beta = _priced(net)
-    sched = base.sched
-    dpm = base.dpm.eval().requires_grad_(False)
-    enc = TimeEncoder(**shape, T=sched.T, **net)
+    def denoiser(
+        self,
+        condition: Tensor,  # codes: (B,D), or (1,D) for all images
+        **guidance,  # for `guided`: scale, window
+    ) -> Denoiser:
+        "eps_θ(x_t,t) - sqrt(1-ᾱ_t)·∇log q_t(z|x_t) (ScoreVAE Section 3.4)."
+        dpm = self.base.denoiser()
+        return scorevae_denoiser(dpm, self.enc, condition, self.sched, **guidance)
 
-    def loss_fn(x0, y):
-        t = sched.rand_t(len(x0), x0.device)
-        return scorevae_loss(dpm, enc, x0, sched, beta, weight, t=t, reduce=None), t
+    def loss(
+        self,
+        x0: Tensor,  # clean images: (B,c,size,size)
+        y: Tensor | None,  # ignored
+        draw: Draw,  # random numbers of the step
+    ) -> tuple[Tensor, Tensor]:  # losses (B,) and timesteps (B,)
+        "weight·‖eps - denoiser(x_t,t)‖² + β·KL (ScoreVAE L_β)."
+        return _loss_of_bound(self.denoiser, self.enc, x0, draw, self.sched, self.settings)
 
-    def decoder(parts):
-        return lambda z: scorevae_denoiser(parts['dpm'], parts['enc'], z, sched)
-
-    parts = dict(dpm=dpm, enc=enc)
-    return _task(parts, images, test, loss_fn, decoder=decoder, sched=sched, twice=('enc',))
-
-
-# %% ../../nbs/course/11_scorevae.ipynb #2ec73a9e
-def conditional_task(
-    r: Recipe,  # `net` has preset, perhaps beta, and arguments of both `UNet` and `TimeEncoder`
-) -> Task:
-    "Training of an encoder and a conditional decoder, from scratch (ScoreVAE Sec. 3.2)"
-    images, test = _images(r)
-    sched = Schedule.linear()
-    net = dict(r.net)
-    weight, beta = _priced(net)
-    z_dim = net.pop('z_dim')
-    shape = dict(c=images.x.shape[1], size=r.px)
-    enc = TimeEncoder(**shape, z_dim=z_dim, **net)
-    unet = UNet(**shape, dz=z_dim, z_shift=False, **net)
-
-    def loss_fn(x0, y):
-        t = sched.rand_t(len(x0), x0.device)
-        return conditional_loss(unet, enc, x0, sched, beta, weight, t=t, reduce=None), t
-
-    def decoder(parts):
-        return partial(diffae_denoiser, parts['decoder'])
-
-    parts = dict(enc=enc, decoder=unet)
-    return _task(parts, images, test, loss_fn, decoder=decoder, sched=sched)
+    def decode_as_published(
+        self,
+        codes: Tensor,  # (B,D)
+        xT: Tensor,  # noise: (B,c,size,size)
+    ) -> Tensor:  # images: (B,c,size,size)
+        "Images from codes and noise with the sampler of the preset."
+        with torch.no_grad():
+            return PRESETS[self.settings.preset]['decode'](self.denoiser(codes), xT, self.sched)
 
 
-# %% ../../nbs/course/11_scorevae.ipynb #66000b5f
-def prior_z(
-    enc: nn.Module,  # has `config['z_dim']`; trained with a Kullback–Leibler term
-    n: int,  # number of codes
-    seed: int = 0,  # of the noise
-) -> Tensor:  # on the device and in the dtype of the encoder: (n,z_dim)
-    "Codes sampled from the prior N(0,I)"
-    return code_noise(n, enc.config['z_dim'], seed).to(next(enc.parameters()))
+# %% ../../nbs/course/11_scorevae.ipynb #99d84fd4
+class ConditionalDecoder(CodedModel):
+    "ScoreVAE's baseline: a `Posterior` encoder and a conditional DPM (ScoreVAE Section 3.2)."
+
+    title = 'conditional decoder'
+
+    Settings = ScoreVAESettings
+
+    def __init__(
+        self,
+        enc: Posterior,  # encoder
+        net: nn.Module,  # conditional decoder: (xt,t,z) -> eps
+        sched: Schedule,  # noise schedule
+        shape: tuple[int, ...],  # of one image: (c,size,size)
+        settings: ScoreVAESettings = ScoreVAESettings(),  # noqa: B008 (frozen)
+    ):
+        super().__init__(sched, shape, settings=settings)
+        self.enc = enc
+        self.net = net
+
+    @classmethod
+    def build(
+        cls,
+        recipe,  # a `Recipe`; `encoder` and `net` have the arguments of `TimeEncoder` and `UNet`
+        images: Images,  # training images
+        base: None = None,  # this model has no base
+    ) -> 'ConditionalDecoder':
+        "An untrained encoder and decoder for these images."
+        c, size, _ = images.x.shape[1:]
+        enc = TimeEncoder(c=c, size=size, **recipe.encoder)
+        z_dim = recipe.encoder['z_dim']
+        net = UNet(c=c, size=size, dz=z_dim, z_shift=False, **recipe.net)
+        settings = recipe.settings or ScoreVAESettings()
+        return cls(enc, net, Schedule.linear(), (c, size, size), settings)
+
+    def denoiser(
+        self,
+        condition: Tensor,  # codes: (B,D), or (1,D) for all images
+    ) -> Denoiser:
+        "eps_θ(x_t,t,z)."
+        return diffae_denoiser(self.net, condition)
+
+    def loss(
+        self,
+        x0: Tensor,  # clean images: (B,c,size,size)
+        y: Tensor | None,  # ignored
+        draw: Draw,  # random numbers of the step
+    ) -> tuple[Tensor, Tensor]:  # losses (B,) and timesteps (B,)
+        "weight·‖eps - eps_θ(x_t,t,z)‖² + β·KL."
+        return _loss_of_bound(self.denoiser, self.enc, x0, draw, self.sched, self.settings)
