@@ -52,7 +52,7 @@ from .sampling import ddim_step, invert, sample
 def seed_of(
     *words: int,  # seed and indices, each at least 0
 ) -> int:  # 0 … 2^63 - 1
-    "One seed from several integers. Different integers give unrelated seeds."
+    "One seed from several integers below 2^32. Equally many other integers give another seed."
     state = np.random.SeedSequence(words).generate_state(1, np.uint64)
     return int(state[0] >> 1)
 
@@ -140,6 +140,8 @@ class Model(nn.Module):
     title: ClassVar[str] = 'model'  # name of the method in tables
     is_autoencoder: ClassVar[bool] = False  # True: `enc` makes codes of data, `decode` takes them
     Settings: ClassVar[type | None] = None  # dataclass of the settings, if the class has any
+    sched: Schedule | None = None  # noise schedule, if the model has one
+    shape: tuple[int, ...]  # of one sample; every class sets it
 
     def __init__(
         self,
@@ -268,8 +270,14 @@ class Model(nn.Module):
         A base that lies in the folder to be replaced is stored there again.
         """
         path = Path(path).expanduser()
+        name = path.name
+        path = path.resolve()  # a link to the folder stays a link
+        if path.exists() and any(path.iterdir()) and not (path / 'run.json').exists():
+            raise FileExistsError(f'{path} holds something else than a model')
+        if dtype not in (torch.float16, torch.float32):
+            raise ValueError(f'weights are stored as float16 or float32, got {dtype}')
         tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-        self.card.name = path.name
+        self.card.name = name
         models = self._chain() if bundle or self._base_is_in(path.resolve()) else [self]
         depths = [('base',) * depth for depth in range(len(models))]
         paths = [model.path for model in models]
@@ -288,9 +296,9 @@ class Model(nn.Module):
         return [self] if self.base is None else [self, *self.base._chain()]
 
     def _base_is_in(self, folder: Path) -> bool:
-        "Whether a base lies in this folder."
+        "Whether a base lies in this folder, or is this folder."
         paths = [model.path for model in self._chain()[1:]]
-        return any(path is not None and folder in path.parents for path in paths)
+        return any(path is not None and folder in (path, *path.parents) for path in paths)
 
     def compile_networks(self) -> None:
         "Apply `torch.compile` to the networks that are differentiated once."
@@ -401,7 +409,10 @@ class GenerativeModel(Model):
         bs: int = 100,  # samples per forward pass
     ) -> Tensor:  # codes: (N,D)
         "The codes of data, computed in parts and without gradients."
-        return torch.cat([self.condition(part) for part in x0.split(bs)])
+        codes = [self.condition(part) for part in x0.split(bs)]
+        if codes[0] is None:
+            raise TypeError(f'{type(self).__name__} is unconditional: it has no codes')
+        return torch.cat(codes)
 
     @torch.no_grad()
     def decode(
@@ -426,7 +437,7 @@ class GenerativeModel(Model):
         steps: int | Sequence[int] = 50,  # number of steps, or the sampler's timesteps
         solver: Callable = ddim_step,  # one step
     ) -> Tensor:  # (B, *shape)
-        "The x_T from which `decode` returns the data (PDAE Eq. 8)."
+        "The x_T from which `decode` with clip=None nearly returns the data (PDAE Eq. 8)."
         return invert(self.denoiser(condition), x0, self.sched, steps, solver=solver)
 
     def reconstruct(
@@ -458,7 +469,8 @@ class GenerativeModel(Model):
         "New data: a code from the prior, if the model takes codes, then a sample from noise."
         if prior is None and self.is_conditional:
             raise ValueError(
-                f'{type(self).__name__}.sample needs prior=, a source of codes such as a latent DPM'
+                f'{type(self).__name__}.sample needs prior=, a source of codes; '
+                'for given codes or labels, see sample_codes'
             )
         codes = None if prior is None else prior.codes(n, seed).to(self.device)
         return self._from_noise(
@@ -483,17 +495,14 @@ class GenerativeModel(Model):
             codes, self.denoiser, n, seed=seed, bs=bs, steps=steps, clip=clip, solver=solver
         )
 
-    def _from_noise(self, codes, denoiser_of, n, *, seed, bs, **kw):
+    def _from_noise(self, codes, denoiser_of, n, *, seed, bs, steps, **sampler):
         "Samples in parts of `bs`. The noise of a sample depends on the seed and its index only."
         samples = []
         for first in range(0, n, bs):
             rows = min(bs, n - first)
             xT = noise(self.shape, rows, seed, first).to(self.device)
             part = None if codes is None else codes[first : first + rows]
-            steps = kw['steps']
-            denoiser = denoiser_of(part)
-            x0 = sample(denoiser, xT, self.sched, steps, clip=kw['clip'], solver=kw['solver'])
-            samples.append(x0)
+            samples.append(sample(denoiser_of(part), xT, self.sched, steps, **sampler))
         return torch.cat(samples)
 
 
@@ -527,9 +536,14 @@ def _module_of(cls):
     if cls.__module__ == '__main__':
         modules = importlib.import_module('pdae_nb._modidx').d['syms']
         for module, names in modules.items():
-            if f'{module}.{cls.__name__}' in names:
+            if f'{module}.{cls.__name__}' in names and not _extends(cls, module):
                 return module
     return cls.__module__
+
+
+def _extends(cls, module):
+    "Whether a class is a user's own subclass of the class of the same name in a module."
+    return issubclass(cls, getattr(importlib.import_module(module), cls.__name__))
 
 
 def spec_of(
@@ -600,7 +614,6 @@ _FORMAT = 2  # of run folders; version 1 wrote no number
 def _record(model: Model, folder: Path, dtype: torch.dtype) -> dict:
     "What `run.json` says about a model."
     networks = {k: spec_of(m, f'{folder}: {k}') for k, m in model.named_children()}
-    sched = getattr(model, 'sched', None)
     record = dict(
         format=_FORMAT,
         name=model.card.name,
@@ -608,7 +621,7 @@ def _record(model: Model, folder: Path, dtype: torch.dtype) -> dict:
         networks=networks,
         settings=None if model.settings is None else asdict(model.settings),
         shape=list(model.shape),
-        sched=None if sched is None else repr(sched),
+        sched=None if model.sched is None else repr(model.sched),
         base=_base_record(model.base, folder),
         weights=str(dtype),
     )
@@ -634,7 +647,7 @@ def model_fingerprint(
     disk have the same fingerprint. -0 counts as 0, because a moving average turns -0 into +0.
     """
     tensors = {k: _as_stored(v.detach().cpu()) for k, v in model.state_dict().items()}
-    if getattr(model, 'sched', None) is not None:
+    if model.sched is not None:
         tensors['sched.beta'] = model.sched.beta
     settings = None if model.settings is None else asdict(model.settings)
     note = json.dumps([type(model).__name__, settings], sort_keys=True)
@@ -662,7 +675,7 @@ def write_model(
         state = network.state_dict()
         weights = {k: cast(v, dtype, f'{folder}: {name}.{k}') for k, v in state.items()}
         write_tensors(folder / f'{name}.safetensors', weights)
-    if getattr(model, 'sched', None) is not None:
+    if model.sched is not None:
         write_tensors(folder / 'sched.safetensors', dict(beta=model.sched.beta))
     text = json.dumps(record, indent=1, ensure_ascii=False) + '\n'
     write_bytes(folder / 'run.json', text.encode())
@@ -712,7 +725,7 @@ def read_model(
     "The model of a folder that `write_model` wrote."
     folder = Path(folder).resolve()
     record = read_record(folder)
-    cls = _model_class(record, folder)
+    cls = _model_class(record, folder, trust)
     networks = {}
     for name, spec in record['networks'].items():
         networks[name] = read_network(spec, folder, name, network=network, trust=trust)
@@ -737,7 +750,8 @@ def card_of(
     record: dict,  # contents of `run.json`
 ) -> Card:
     "The card that a record holds."
-    return Card(**{field.name: record.get(field.name) for field in fields(Card)})
+    names = [field.name for field in fields(Card) if field.name in record]
+    return Card(**{name: record[name] for name in names})
 
 
 def read_network(
@@ -775,7 +789,7 @@ def _named(name, what):
     return name
 
 
-def _model_class(record, folder):
+def _model_class(record, folder, trust):
     "The class of the model that a record describes."
     match record:
         case {'format': 2, 'method': str(path), 'networks': dict(), 'shape': list()}:
@@ -785,7 +799,7 @@ def _model_class(record, folder):
                 f'{folder}/run.json needs format 2, a method, networks and a shape, '
                 f'got {sorted(record)}'
             )
-    if not _is_own(module):
+    if not _is_own(module) and not trust:
         raise ValueError(f'{folder}: the class of a model must come from pdae_nb, got {path!r}')
     cls = _imported(module, name, folder)
     if not isinstance(cls, type) or not issubclass(cls, Model):

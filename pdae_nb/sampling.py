@@ -47,7 +47,7 @@ def ddim_step(  # noqa: PLR0917
 ) -> tuple[Tensor, Tensor]:  # x_s and x̂_0, like `xt`
     """x_s = √ᾱ_s·x̂_0 + √(1-ᾱ_s-σ_t²)·ε_θ + σ_t·ε_t (PDAE Eqs 4 and 8, Diff-AE Eqs 1 and 8).
 
-    x̂_0 is the clean data that ε_θ implies. ε_t is new Gaussian noise from torch's global generator.
+    x̂_0 is the clean data that ε_θ implies. ε_t is Gaussian noise of torch's global generator.
     """
     x0 = eps_to_x0(sched, xt, t, eps)
     if clip is not None:

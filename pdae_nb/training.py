@@ -267,7 +267,7 @@ def fit(
             seconds=time.perf_counter() - begin,
         )
         begin = time.perf_counter()
-        if bad == patience:
+        if bad and bad >= patience:
             raise NonFinite(
                 f'{bad} steps in a row were not finite, the last one step {i + 1}'
                 f'{_nonfinite_timesteps(losses, t)}'
@@ -422,7 +422,8 @@ class _Log:
         "Means over the steps since the last line, and numbers of the newest step."
         newest = self.recent[-1]
         losses = [float(s.loss) for s in self.recent if s.ok]
-        images = len(self.recent) * newest.seen // newest.i
+        batch = newest.seen // newest.i
+        images = len(self.recent) * batch
         seconds = sum(s.seconds for s in self.recent)
         line = dict(
             step=newest.i,
@@ -523,7 +524,8 @@ def _resume(run, log):
             )
 
     for leftover in run.out.glob('.*.tmp'):
-        leftover.unlink()  # of a process that was killed
+        if leftover.is_file():
+            leftover.unlink()  # of a process that was killed
     folder = run.out / 'checkpoints'
     meta = load_checkpoint(folder, run.model, run.ema, run.opt, check=check, log=log)
     if meta:
@@ -667,7 +669,7 @@ def train_model(
     """Train a model. The same call resumes a run that was interrupted.
 
     On a CPU, a resumed run ends with the same weights as an uninterrupted one, bit for bit. `look`
-    is called at every checkpoint and after the last step.
+    is called every `every` steps and after the last step.
     """
     out = Path(out)
     device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
@@ -682,13 +684,11 @@ def train_model(
         if compile:
             model.compile_networks()
         _cache_on_gpu(run)
-        sched = getattr(model, 'sched', None)
-        T = None if sched is None else sched.T
+        T = None if model.sched is None else model.sched.T
         lines = _Log(out / 'log.jsonl', log_every, recipe.steps, T, log)
         _train_all_steps(run, lines, every, look)
         _round(run)
-        if look:
-            look(run.seen, run.average)
+        _look(run, look)
         average = _finish(run, name or out.name)
         log(f'{out} is done')
     return average

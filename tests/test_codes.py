@@ -270,6 +270,21 @@ def test_cached_codes_belong_to_the_weights_and_the_images(base, cache):
     assert len(cached_codes(cache)) == 3
 
 
+def test_codes_of_a_network_in_training_mode_are_refused(base, cache):
+    base.enc.train()
+    with pytest.raises(ValueError, match='the encoder is in training mode'):
+        encode_all(base.enc, digits('test', 28)[slice(5)])
+    assert not cached_codes(cache)
+
+
+def test_networks_of_equal_weights_and_other_configurations_have_codes_of_their_own(base, cache):
+    images = digits('test', 28)[slice(5)]
+    encode_all(base.enc, images)
+    base.enc.config = base.enc.config | dict(heads=2)
+    encode_all(base.enc, images)
+    assert len(cached_codes(cache)) == 2
+
+
 def test_damaged_file_of_codes_is_replaced(base, cache):
     images = digits('test', 28)[slice(5)]
     z = encode_all(base.enc, images)

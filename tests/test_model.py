@@ -18,7 +18,7 @@ from pdae_nb.methods.latent import LatentDPM, MLPSkipNet, ZStats
 from pdae_nb.methods.pdae import PDAE, ConvEncoder, GradientEstimator, LabelPDAE
 from pdae_nb.methods.scorevae import ScoreVAE, TimeEncoder
 from pdae_nb.methods.vae import VAE, BetaVAE
-from pdae_nb.model import Draw, model_fingerprint, noise
+from pdae_nb.model import Draw, model_fingerprint, noise, spec_of
 from pdae_nb.training import EMA, Recipe, fit
 from pdae_nb.unet import UNet
 
@@ -326,7 +326,7 @@ def test_every_shipped_model_is_the_same_after_save_and_load(name, tmp_path):
     assert again.card == model.card
     assert again.settings == model.settings
     assert again.shape == model.shape
-    if hasattr(model, 'sched'):
+    if model.sched is not None:
         assert torch.equal(again.sched.beta, model.sched.beta)
     if model.base is not None:
         assert again.base.path == model.base.path
@@ -429,6 +429,77 @@ def test_a_base_in_the_folder_of_its_model_survives_another_save(tmp_path):
     model.save(tmp_path / 'pdae')
     again = load(tmp_path / 'pdae')
     assert model_fingerprint(again.base) == model_fingerprint(model.base)
+
+
+def test_a_model_saved_onto_its_own_base_keeps_the_base(tmp_path):
+    new_dpm().save(tmp_path / 'model')
+    base = load(tmp_path / 'model')
+    before = copy_of_weights(base)
+    new_pdae(base).save(tmp_path / 'model')
+    again = load(tmp_path / 'model')
+    assert isinstance(again, PDAE)
+    assert_same_weights(again.base.state_dict(), before)
+
+
+def test_a_folder_that_holds_something_else_is_not_replaced(tmp_path):
+    (tmp_path / 'notes').mkdir()
+    (tmp_path / 'notes/thesis.txt').write_text('text')
+    with pytest.raises(FileExistsError, match='holds something else than a model'):
+        new_dpm().save(tmp_path / 'notes')
+    assert (tmp_path / 'notes/thesis.txt').read_text() == 'text'
+
+
+def test_a_model_can_be_saved_twice_through_a_link(tmp_path):
+    new_dpm().save(tmp_path / 'model')
+    (tmp_path / 'link').symlink_to(tmp_path / 'model')
+    second = new_dpm(seed=5)
+    second.save(tmp_path / 'link')
+    second.save(tmp_path / 'link')
+    assert (tmp_path / 'link').is_symlink()
+    assert model_fingerprint(load(tmp_path / 'model')) == model_fingerprint(second)
+
+
+def test_bfloat16_weights_are_refused(tmp_path):
+    with pytest.raises(ValueError, match='stored as float16 or float32, got torch.bfloat16'):
+        new_dpm().save(tmp_path / 'model', dtype=torch.bfloat16)
+    assert not (tmp_path / 'model').exists()
+
+
+def test_sampling_a_conditional_model_without_a_prior_is_refused():
+    with pytest.raises(ValueError, match='PDAE.sample needs prior='):
+        new_pdae().sample(2)
+
+
+def test_an_unconditional_model_has_no_codes():
+    with pytest.raises(TypeError, match='DPM is unconditional: it has no codes'):
+        new_dpm().encode(torch.zeros(2, *SHAPE))
+
+
+def test_a_latent_dpm_inverts_what_it_decodes():
+    "`infer_xT` takes codes in the units of the base's codes, which `decode` returns."
+    torch.manual_seed(3)
+    stats = ZStats(5 + 3 * torch.randn(100, 4))
+    model = LatentDPM(MLPSkipNet(4, 16, 2), stats, None).eval()
+    model.net.out.weight.data *= 0.1  # a smooth ODE, whose inversion is accurate
+    codes = 5 + 3 * torch.randn(8, 4)
+    back = model.reconstruct(codes, steps=1000)
+    torch.testing.assert_close(back, codes, atol=0.2, rtol=0)
+    with pytest.raises(ValueError, match='a latent DPM is unconditional'):
+        model.decode(codes, codes)
+
+
+class UnetOfTheUser(UNet):
+    "A network of the user with the name of one of the package."
+
+
+UnetOfTheUser.__name__ = 'UNet'
+UnetOfTheUser.__module__ = '__main__'
+
+
+def test_a_users_subclass_is_not_taken_for_the_class_of_the_same_name():
+    spec = spec_of(UnetOfTheUser(**SMALL), 'test')
+    assert spec['module'] == '__main__'
+    assert spec_of(UNet(**SMALL), 'test')['module'] == 'pdae_nb.unet'
 
 
 def test_a_failed_save_leaves_the_old_model_in_place(tmp_path):

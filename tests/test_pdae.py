@@ -374,3 +374,8 @@ def test_a_class_conditional_base_is_refused():
 def test_images_of_another_size_are_refused():
     with pytest.raises(ValueError, match=r'images \(B,3,64,64\), got \(2, 3, 128, 128\)'):
         ConvEncoder(3, 64)(torch.zeros(2, 3, 128, 128))
+
+
+def test_settings_outside_their_range_are_refused():
+    with pytest.raises(ValueError, match='gamma must be in 0…1, got 1.5'):
+        PDAESettings(gamma=1.5)

@@ -246,7 +246,7 @@ class ClassConditionalDPM(DPM):
         network: Callable = LabelUNet,  # (classes=, c=, size=, **recipe.net) -> network
     ) -> 'ClassConditionalDPM':
         "An untrained class-conditional DPM for these images."
-        if images.y is None or images.y.ndim > 1:
+        if images.y is None or images.y.ndim > 1 or not images.classes:
             raise ValueError(
                 f'{recipe.data} has no classes; a class-conditional DPM needs one label per image'
             )

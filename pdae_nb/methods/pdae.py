@@ -98,15 +98,15 @@ class ConvEncoder(nn.Module):
 
 
 # %% ../../nbs/course/09_pdae.ipynb #d8e953ff
-def _check_frozen_dpm(dpm):
-    "Raise unless `dpm` is an unconditional U-Net made of `Down` and `Up`."
-    for part in ('config', 'embed', 'down', 'up', 'geometry'):
-        if not hasattr(dpm, part):
+def _check_frozen_dpm(net):
+    "Raise unless `net` is an unconditional U-Net made of `Down` and `Up`."
+    for part in ('config', 'dt', 'embed', 'down', 'up', 'geometry'):
+        if not hasattr(net, part):
             raise TypeError(
                 'the DPM must be made of `Down` and `Up` as `UNet` is; '
-                f'{type(dpm).__name__} has no `{part}`'
+                f'{type(net).__name__} has no `{part}`'
             )
-    if dpm.config.get('dz') or 'classes' in dpm.config:
+    if net.config.get('dz') or 'classes' in net.config:
         raise ValueError('the DPM must be unconditional, but this one takes a code or a label')
 
 
@@ -123,11 +123,11 @@ class GradientEstimator(nn.Module):
         dt: int,  # width of the timestep embedding
         chs: Sequence[int],  # channels of the feature maps
         drop: float = 0.0,  # dropout probability
-        **geometry,  # for `Up`: c, ch, mult, size, n_res, attn, groups, heads
+        **geometry,  # for `Up`: c, ch, mult, size, n_res, attn, groups, heads, twice, head_channels
     ):
         super().__init__()
         self.config = dict(z_dim=z_dim, dt=dt, chs=list(chs), drop=drop, **geometry)
-        self.label = nn.Linear(z_dim, dt)
+        self.label = nn.Linear(z_dim, dt)  # of the code; the official name is `label_emb`
         self.up = Up(chs=chs, dt=dt, dz=dt, drop=drop, **geometry)
 
     @classmethod
@@ -204,7 +204,7 @@ def check_base(
 
 # %% ../../nbs/course/09_pdae.ipynb #b76e23ea
 def pdae_denoiser(
-    G: EpsAndScore,  # (xt, t, z) -> noise, score; `G.dpm` is the denoiser of the frozen DPM
+    pair: EpsAndScore,  # (xt, t, z) -> noise, score; `pair.dpm` is the denoiser of the frozen DPM
     z: Tensor,  # codes: (B,z_dim), or (1,z_dim) for all images
     sched: Schedule,  # noise schedule
     to_eps: Callable = shift_to_eps,  # score to noise: `shift_to_eps` (Eq. 7) or `score_to_eps`
@@ -216,15 +216,15 @@ def pdae_denoiser(
     """
 
     def eps_and_score(xt, t):
-        return G(xt, t, z)
+        return pair(xt, t, z)
 
-    return guided(eps_and_score, sched, to_eps=to_eps, unguided=G.dpm, **kw)
+    return guided(eps_and_score, sched, to_eps=to_eps, unguided=pair.dpm, **kw)
 
 
 # %% ../../nbs/course/09_pdae.ipynb #6e9cef5d
 def pdae_loss(
     enc: nn.Module,  # encoder E_φ: x_0 -> z
-    G: EpsAndScore,  # frozen DPM and gradient estimator: (xt, t, z) -> noise, score
+    pair: EpsAndScore,  # frozen DPM and gradient estimator: (xt, t, z) -> noise, score
     x0: Tensor,  # clean images in [-1,1]: (B,c,size,size)
     sched: Schedule,  # noise schedule
     weight: Callable | None = w_pdae,  # (sched, t) -> λ_t (B,); None is λ_t = 1
@@ -232,7 +232,7 @@ def pdae_loss(
     **kw,  # for `denoising_loss`: t, eps, reduce
 ) -> Tensor:  # scalar, or (B,) with reduce=None
     "λ_t·‖ε - ε_θ(x_t,t) - to_eps(G_ψ(x_t,E_φ(x_0),t))‖², mean over pixels (PDAE Eqs 7 and 10)."
-    denoiser = pdae_denoiser(G, enc(x0), sched, to_eps)
+    denoiser = pdae_denoiser(pair, enc(x0), sched, to_eps)
     return denoising_loss(denoiser, x0, sched, weight, **kw)
 
 
@@ -251,11 +251,13 @@ class PDAESettings:
         if self.coefficient not in COEFFICIENTS:
             known = ', '.join(COEFFICIENTS)
             raise ValueError(f'coefficient must be one of {known}, got {self.coefficient!r}')
+        if not 0 <= self.gamma <= 1:
+            raise ValueError(f'gamma must be in 0…1, got {self.gamma}')
 
 
 @dataclass
 class PDAEResult(NoiseResult):
-    "`NoiseResult` with the codes and by the base alone, and the part of the gap that stays open."
+    "`NoiseResult` of the decoder, that of its base, and the share of the gap that stays open."
 
     dpm_noise_mse: float  # of the base
     t: list[int]  # timesteps of `gap_ratio`
@@ -289,11 +291,6 @@ class _OnDPM(GenerativeModel):
     def eps_and_score(self) -> EpsAndScore:
         "The frozen DPM and G as one function (xt, t, z) -> noise, score."
         return EpsAndScore(self.base, self.G)
-
-    def prior_denoiser(self, condition: Tensor) -> Denoiser:
-        "The denoiser without the shift for t ≤ 0.3·T (PDAE Section 4.8)."
-        T = self.sched.T
-        return self.denoiser(condition, window=(round(0.3 * T), T))
 
     def loss(
         self,
@@ -344,7 +341,7 @@ class PDAE(_OnDPM):
         check_base(base, images)
         c, size, _ = base.shape
         enc = ConvEncoder(c=c, size=size, **recipe.encoder)
-        G = GradientEstimator.on(base.net, recipe.encoder['z_dim'], **recipe.net)
+        G = GradientEstimator.on(base.net, enc.config['z_dim'], **recipe.net)
         return cls(enc, G, base, recipe.settings or PDAESettings())
 
     def condition(
@@ -359,22 +356,27 @@ class PDAE(_OnDPM):
         "The codes themselves."
         return condition
 
+    def prior_denoiser(self, condition: Tensor) -> Denoiser:
+        "The denoiser without the shift for t ≤ 0.3·T (PDAE Section 4.8)."
+        T = self.sched.T
+        return self.denoiser(condition, window=(round(0.3 * T), T))
+
     def test_result(
         self,
         x0: Tensor,  # test images: (N,c,size,size)
         y: Tensor | None,  # labels: int64 (N,)
     ) -> PDAEResult:
-        "`noise_mse` with the codes and by the base, and the gap at t = 100, 200, …, 900."
+        "`noise_mse` with the codes and by the base, and the gap at t = T/10, 2·T/10, …, 9·T/10."
         codes = self.encode(x0)
         mse, _ = noise_mse(self.with_codes, x0, self.sched, y=codes)
         base_mse, _ = noise_mse(self.base.denoiser(), x0, self.sched)
-        ts = list(range(100, min(self.sched.T, 901), 100))
+        ts = [max(1, k * self.sched.T // 10) for k in range(1, 10)]
         ratio = self.gap_ratio(x0[:200], codes[:200], ts)
-        n = NoiseResult.of(mse)
+        noise = NoiseResult.of(mse)
         return PDAEResult(
-            n.test_noise_mse,
-            n.standard_error,
-            n.test_images,
+            noise.test_noise_mse,
+            noise.standard_error,
+            noise.test_images,
             dpm_noise_mse=base_mse.mean().item(),
             t=ts,
             gap_ratio=ratio.tolist(),
@@ -394,7 +396,7 @@ class PDAE(_OnDPM):
         self,
         x0: Tensor,  # clean images: (N,c,size,size)
         codes: Tensor,  # (N,D)
-        ts: Sequence[int],  # timesteps in 2…T
+        ts: Sequence[int],  # timesteps in 1…T
         seed: int = 0,  # of the noise
     ) -> Tensor:  # (len(ts),)
         "Mean posterior-mean gap with the codes over the gap of the base (PDAE Figure 5)."
@@ -436,7 +438,7 @@ class LabelPDAE(_OnDPM):
     ) -> 'LabelPDAE':
         "An untrained gradient estimator on this DPM."
         check_base(base, images)
-        if images.y is None or images.y.ndim > 1:
+        if images.y is None or images.y.ndim > 1 or not images.classes:
             raise ValueError(f'{recipe.data} has no classes; this method needs one label per image')
         G = GradientEstimator.on(base.net, len(images.classes), **recipe.net)
         return cls(G, base, recipe.settings or PDAESettings())
@@ -485,7 +487,7 @@ class LabelPDAE(_OnDPM):
 
 # %% ../../nbs/course/09_pdae.ipynb #00f8b6a4
 def lerp_trajectories(
-    G: EpsAndScore,  # frozen DPM and gradient estimator
+    pair: EpsAndScore,  # frozen DPM and gradient estimator
     z1: Tensor,  # codes at λ=0: (B,z_dim)
     z2: Tensor,  # codes at λ=1, like `z1`
     lam: float,  # λ in 0…1
@@ -496,10 +498,10 @@ def lerp_trajectories(
     "Denoiser guided by Lerp(G(x_t,z_1,t), G(x_t,z_2,t); λ) (PDAE Section 4.4, Figure 7)."
 
     def eps_and_score(xt, t):
-        features, e = G.base.features(xt, t)
-        score1 = G.G(features, e, z1)
-        score2 = G.G(features, e, z2)
-        score = torch.lerp(score1, score2, lam)
-        return G.base.eps_of_features(features, e, xt, t), score.to(xt.dtype)
+        features, e = pair.base.features(xt, t)
+        score1 = pair.G(features, e, z1)
+        score2 = pair.G(features, e, z2)
+        score = torch.lerp(score1, score2, lam).to(xt.dtype)
+        return pair.base.eps_of_features(features, e, xt, t), score
 
-    return guided(eps_and_score, sched, to_eps=to_eps, unguided=G.dpm, **kw)
+    return guided(eps_and_score, sched, to_eps=to_eps, unguided=pair.dpm, **kw)

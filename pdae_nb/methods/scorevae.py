@@ -214,6 +214,8 @@ def scorevae_loss(
 class TimeEncoder(HalfUNet, Posterior):
     "Encoder (x_t,t) → μ, log σ²: first half of a U-Net, flattened (ScoreVAE Secs 3.4, B.1)"
 
+    twice = True  # the loss differentiates the gradient of log q: `torch.compile` cannot
+
     def __init__(
         self,
         c: int = 1,  # channels of the image
