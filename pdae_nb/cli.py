@@ -235,7 +235,7 @@ def cmd_sample(
         _check_only_ddim(name, solver, eta, label, classifier)
         base = model.base if isinstance(model, LatentDPM) else model
         x = base.sample(n, prior=model, seed=seed, steps=steps)
-    elif isinstance(model, DPM):
+    elif isinstance(model, GenerativeModel) and _takes_no_codes(model):
         clf = _load(classifier, device, NoisyClassifier) if classifier else None
         torch.manual_seed(seed)
         y = _labels(name, label, n, model if clf is None else clf)
@@ -287,6 +287,11 @@ def _labels(name, label, n, model):
     classes = model.net.config['classes']
     labels = torch.arange(n) % classes if label is None else label
     return as_labels(labels, n, classes, model.device)
+
+
+def _takes_no_codes(model):
+    "Whether the denoiser of a model needs nothing, or the labels of a DPM."
+    return isinstance(model, DPM) or not model.is_conditional
 
 
 def _class_denoiser(model, clf, y, scale):
@@ -442,10 +447,11 @@ def evaluator_of(
         (NoisyClassifier, evaluate_classifier),
         (LatentDPM, evaluate_latent),
         (LabelPDAE, evaluate_label),
-        (GenerativeModel, evaluate_coder),
     ):
         if isinstance(model, cls):
             return evaluate
+    if isinstance(model, GenerativeModel):
+        return evaluate_coder if model.is_autoencoder else evaluate_dpm
     raise ValueError(f'no function evaluates a model of the class {type(model).__name__}')
 
 

@@ -283,7 +283,8 @@ def check_unconditional(
             f'the model {model.card.name!r} is class-conditional; '
             'an unconditional DPM is required here'
         )
-    if not isinstance(model, DPM):
+    is_unconditional = isinstance(model, GenerativeModel) and not model.is_conditional
+    if not is_unconditional or len(model.shape) != 3:
         raise ValueError(
             'an unconditional DPM is required here, '
             f'{model.card.name!r} is a {type(model).__name__}'
