@@ -17,7 +17,7 @@ _MODULES = {  # public name: module that defines it
     'guided': 'guidance',
     'interpolate': 'edit',
     'manipulate': 'edit',
-    'evaluate': 'evaluation',
+    'evaluate': 'cli',
     'show': 'plot',
     'Schedule': 'forward',
     'Model': 'model',

@@ -14,6 +14,7 @@ __all__ = [
     'cmd_interpolate',
     'cmd_manipulate',
     'evaluator_of',
+    'evaluate',
     'cmd_evaluate',
     'cmd_convert',
     'cmd_bench',
@@ -455,6 +456,21 @@ def evaluator_of(
     raise ValueError(f'no function evaluates a model of the class {type(model).__name__}')
 
 
+def evaluate(
+    model: Model,  # a trained model
+    *,
+    eval_classifier: EvalClassifier | None = None,  # reads samples and reconstructions
+    base: DPM | None = None,  # DPM that a class-conditional DPM or a classifier is compared with
+    **counts,  # for the function of `evaluator_of`: n, steps, test_images, gap_images, calls
+) -> dict:  # results, ready for JSON
+    "Evaluate a model on the test images of its data set."
+    function = evaluator_of(model)
+    parameters = inspect.signature(function).parameters
+    others = dict(eval_classifier=eval_classifier, against=base, dpm=base)
+    given = {name: value for name, value in others.items() if name in parameters}
+    return function(model, **given, **counts)
+
+
 # %% ../nbs/toolbox/cli.ipynb #00b6b6d0
 def cmd_evaluate(
     name: str,  # name of a run in data/models, or path of a run folder
@@ -479,9 +495,8 @@ def cmd_evaluate(
 ) -> dict:  # results, and the path of the file
     "Evaluate a run: a DPM, a class-conditional DPM, a classifier, an autoencoder or a latent DPM"
     model = _load(name, device)
-    evaluate = evaluator_of(model)
+    parameters = inspect.signature(evaluator_of(model)).parameters
     path = Path(out or results_path(model.card.name, size_of(model)))
-    parameters = inspect.signature(evaluate).parameters
     options = dict(n=n, steps=steps, test_images=test_images, gap_images=gap_images, calls=calls)
     given = {}
     for option, value in options.items():
@@ -493,7 +508,7 @@ def cmd_evaluate(
     given |= _other_models(parameters, base, eval_classifier, device)
     if 'path' in parameters:
         given['path'] = path.with_name(f'{path.stem}-sums.json')
-    result = evaluate(model, **given) | dict(counts=counts)
+    result = evaluator_of(model)(model, **given) | dict(counts=counts)
     return result | dict(written=write_json(path, result))
 
 

@@ -30,6 +30,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from .data import as_x0, cache_dir, load_images
 from .files import fill, models_dir, read_tensors
@@ -55,8 +56,8 @@ from .model import (
     write_model,
 )
 from .pretrained import load_dpm
+from .recipes import RECIPES, size_or_default
 from .recipes import recipe as recipe_of
-from .recipes import size_or_default
 from .training import Recipe, _check_same, seeded, train_model
 
 
@@ -140,9 +141,12 @@ def find_run(
             return folder
     names = [path.parent.name for folder in models_dirs() for path in folder.glob('*/run.json')]
     have = ', '.join(sorted(k for k in names if k[0] != '.')) or 'none'
+    makes = ''
+    if str(name) in {run for run, _ in RECIPES}:
+        makes = f'; `pdae train {name}` makes this one'
     raise FileNotFoundError(
         f'no run {str(name)!r}: {models_dir() / str(name)}/run.json is missing. '
-        f'Runs here: {have}; `pdae train {Path(name).name}` makes one'
+        f'Runs here: {have}{makes}'
     )
 
 
@@ -420,6 +424,8 @@ def train(
         record = read_record(out)
         _check_same(record['recipe'], recipe, out)
         if record.get('result') is not None:  # None: stopped before the evaluation was stored
+            _check_same_base(record, recipe, out)
+            options.get('log', tqdm.write)(f'{out} is finished')
             return load(out, network=build, trust=build is not None)
     images = load_images(recipe.data, 'train', recipe.px)
     test = load_images(recipe.data, 'test', recipe.px)
@@ -428,6 +434,20 @@ def train(
         model = _build_model(recipe, images, below, build)
     check_storable(model, build)
     return train_model(model, recipe, out, images, test, name=name, **options)
+
+
+def _check_same_base(record: dict, recipe: Recipe, out: Path) -> None:
+    "Raise if a finished run stands on another base than the recipe's, perhaps one of its name."
+    if recipe.base is None:
+        return
+    base = recipe.base if isinstance(recipe.base, Model) else load(recipe.base)
+    stored = record['base']['fingerprint']
+    wanted = model_fingerprint(base)
+    if wanted != stored:
+        raise ValueError(
+            f'{out} holds a run on a base with fingerprint {stored}, not {wanted}. '
+            'Choose another folder, or delete that one'
+        )
 
 
 def _base_of(recipe: Recipe, out: Path) -> Model | None:

@@ -689,6 +689,7 @@ def train_model(
         _train_all_steps(run, lines, every, look)
         _round(run)
         _look(run, look)
+        log(f'evaluating {out.name} on {min(len(test), 10_000):,} test images')
         average = _finish(run, name or out.name)
         log(f'{out} is done')
     return average

@@ -2,11 +2,13 @@
 
 import copy
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
+import pdae_nb
 import pdae_nb.hub as hub
 from pdae_nb.data import load_images, to_signed
 from pdae_nb.files import models_dir, read_tensors
@@ -634,3 +636,47 @@ def test_the_text_of_a_model_names_networks_base_and_settings():
     assert lines[3] == "  PDAESettings(gamma=0.1, coefficient='shift')"
     assert lines[4] == "  on DPM 'untrained', frozen"
     assert len(lines) == 5
+
+
+# ---------------------------------------------------------------- the public names
+
+
+@pytest.mark.parametrize('name', pdae_nb.__all__)
+def test_public_names_exist(name):
+    assert callable(getattr(pdae_nb, name))
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    "A DPM and a PDAE on it, trained for two steps on digits."
+    folder = tmp_path_factory.mktemp('runs')
+    short = dict(data='digits', px=14, images=16, batch=8)
+    net = dict(ch=8, mult=(1, 2), n_res=1, groups=8)
+    dpm = train('dpm', Recipe(DPM, **short, net=net), out=folder / 'dpm', log=no_log)
+    recipe = Recipe(PDAE, **short, base=dpm, encoder=dict(z_dim=4, groups=8))
+    return dpm, recipe, train('pdae', recipe, out=folder / 'pdae', log=no_log)
+
+
+@pytest.mark.slow
+def test_evaluate_measures_a_model_on_its_data(trained):
+    dpm, _, _ = trained
+    numbers = pdae_nb.evaluate(dpm, n=4, steps=2, test_images=4)
+    assert numbers['test_images'] == 4
+    assert numbers['test_noise_mse'] > 0
+
+
+def test_a_finished_run_on_another_base_of_the_same_name_is_refused(trained, tmp_path):
+    dpm, recipe, pdae = trained
+    again = train('pdae', recipe, out=pdae.path, log=no_log)
+    assert_same_weights(again.state_dict(), copy_of_weights(pdae))
+    other = copy.deepcopy(dpm)
+    perturb(other.net)
+    other.save(tmp_path / 'dpm')
+    with pytest.raises(ValueError, match='holds a run on a base with fingerprint'):
+        train('pdae', replace(recipe, base=other), out=pdae.path, log=no_log)
+
+
+def test_a_name_without_recipe_is_not_advised(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no run 'mnist_dmp'") as e:
+        load('mnist_dmp')
+    assert 'pdae train' not in str(e.value)

@@ -874,7 +874,7 @@ def test_another_recipe_is_refused(server, resumed, ref, tmp_path):
 
     # The same recipe loads the finished run. No step is done, and no file is written.
     kept = files_with_times(done)
-    assert server.run(out=done) == (0, '')
+    assert server.run(out=done) == (0, f'{done} is finished')
     assert files_with_times(done) == kept
 
 
