@@ -495,6 +495,20 @@ class GenerativeModel(Model):
             codes, self.denoiser, n, seed=seed, bs=bs, steps=steps, clip=clip, solver=solver
         )
 
+    def preview(
+        self,
+        x0: Tensor,  # test data: (N, *shape)
+        y: Tensor | None,  # ignored
+    ) -> Tensor | None:  # images in [-1,1]: (M,c,size,size)
+        """Images that training stores at each checkpoint.
+
+        64 samples in 20 steps; of an autoencoder, up to 32 images and samples of their codes.
+        """
+        if self.is_autoencoder:
+            x0 = x0[:32]
+            return torch.cat([x0, self.sample_codes(self.encode(x0), steps=20)])
+        return self.sample(64, steps=20)
+
     def _from_noise(self, codes, denoiser_of, n, *, seed, bs, steps, **sampler):
         "Samples in parts of `bs`. The noise of a sample depends on the seed and its index only."
         samples = []

@@ -8,7 +8,6 @@ __all__ = ['EncoderBlock', 'SemanticEncoder', 'diffae_denoiser', 'diffae_loss', 
 # %% ../../nbs/course/10_diffae.ipynb #a56b88ed
 from collections.abc import Callable, Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -199,12 +198,3 @@ class DiffAE(GenerativeModel):
             return self.denoiser(self.condition(x0))
 
         return NoiseResult.of(autoencoder_noise_mse(denoiser_of, x0, self.sched))
-
-    def preview(
-        self,
-        x0: Tensor,  # test images: (N,c,size,size)
-        y: Tensor | None,  # labels: int64 (N,)
-    ) -> Tensor:  # images in [-1,1]: (2M,c,size,size)
-        "Up to 32 images, and samples of their codes in 20 steps."
-        x0 = x0[:32]
-        return torch.cat([x0, self.sample_codes(self.encode(x0), steps=20)])

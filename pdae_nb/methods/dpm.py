@@ -8,6 +8,8 @@ __all__ = [
     'LabelUNet',
     'DPMSettings',
     'NoiseResult',
+    'LabelConditioned',
+    'check_labels',
     'DPM',
     'squared_error_of_v',
     'ClassConditionalDPM',
@@ -116,6 +118,57 @@ class NoiseResult:
         return cls(mse.mean().item(), se.item(), len(mse))
 
 
+class LabelConditioned(GenerativeModel):
+    "A model whose condition is the label of an image."
+
+    is_conditional = True
+
+    @property
+    def classes(self) -> int:
+        "Number of classes."
+        raise NotImplementedError
+
+    def condition(
+        self,
+        x0: Tensor,  # images: (B,c,size,size)
+        y: Tensor | None = None,  # labels: int64 (B,)
+    ) -> Tensor:  # the labels
+        "The labels."
+        if y is None:
+            raise ValueError(f'this {self.title} needs the labels of the images')
+        return y
+
+    def test_result(
+        self,
+        x0: Tensor,  # test images: (N,c,size,size)
+        y: Tensor | None,  # labels: int64 (N,)
+    ) -> NoiseResult:
+        "`noise_mse` on the test images, given their labels."
+
+        def denoiser(xt, t, y):
+            return self.denoiser(y)(xt, t)
+
+        mse, _ = noise_mse(denoiser, x0, self.sched, y=y)
+        return NoiseResult.of(mse)
+
+    def preview(
+        self,
+        x0: Tensor,  # test images: (N,c,size,size)
+        y: Tensor | None,  # labels: int64 (N,)
+    ) -> Tensor:  # images in [-1,1]: (64,c,size,size)
+        "64 samples of all classes in turn, in 20 steps."
+        return self.sample_codes(torch.arange(64) % self.classes, steps=20)
+
+
+def check_labels(
+    recipe,  # a `Recipe`; the error names its data
+    images: Images,  # training images
+) -> None:
+    "Raise unless the images have one label each, and the classes have names."
+    if images.y is None or images.y.ndim > 1 or not images.classes:
+        raise ValueError(f'{recipe.data} has no classes; this method needs one label per image')
+
+
 class DPM(GenerativeModel):
     "A diffusion probabilistic model: a U-Net that predicts eps or v from x_t and t (PDAE Eq. 3)."
 
@@ -214,14 +267,6 @@ class DPM(GenerativeModel):
         mse, _ = noise_mse(self.denoiser(), x0, self.sched)
         return NoiseResult.of(mse)
 
-    def preview(
-        self,
-        x0: Tensor,  # test images: (N,c,size,size)
-        y: Tensor | None,  # labels: int64 (N,)
-    ) -> Tensor:  # images in [-1,1]: (64,c,size,size)
-        "64 samples in 20 steps."
-        return self.sample(64, steps=20)
-
 
 def squared_error_of_v(
     sched: Schedule,  # noise schedule
@@ -231,11 +276,10 @@ def squared_error_of_v(
     return 1 / sched(t)
 
 
-class ClassConditionalDPM(DPM):
+class ClassConditionalDPM(LabelConditioned, DPM):
     "A class-conditional DPM (PDAE Fig. 1): the network takes the label of each image, too."
 
     title = 'class-conditional DPM'
-    is_conditional = True
 
     @classmethod
     def build(
@@ -246,10 +290,7 @@ class ClassConditionalDPM(DPM):
         network: Callable = LabelUNet,  # (classes=, c=, size=, **recipe.net) -> network
     ) -> 'ClassConditionalDPM':
         "An untrained class-conditional DPM for these images."
-        if images.y is None or images.y.ndim > 1 or not images.classes:
-            raise ValueError(
-                f'{recipe.data} has no classes; a class-conditional DPM needs one label per image'
-            )
+        check_labels(recipe, images)
         c, size, _ = images.x.shape[1:]
         net = network(classes=len(images.classes), c=c, size=size, **recipe.net)
         return cls(net, Schedule.linear(), (c, size, size), recipe.settings or DPMSettings())
@@ -258,16 +299,6 @@ class ClassConditionalDPM(DPM):
     def classes(self) -> int:
         "Number of classes."
         return self.net.config['classes']
-
-    def condition(
-        self,
-        x0: Tensor,  # images: (B,c,size,size)
-        y: Tensor | None = None,  # labels: int64 (B,)
-    ) -> Tensor:  # the labels
-        "The labels."
-        if y is None:
-            raise ValueError('this DPM is class-conditional: it needs the labels of the images')
-        return y
 
     def denoiser(
         self,
@@ -281,24 +312,3 @@ class ClassConditionalDPM(DPM):
             return self.to_eps(self.net(xt, t, condition), xt, t)
 
         return denoiser
-
-    def test_result(
-        self,
-        x0: Tensor,  # test images: (N,c,size,size)
-        y: Tensor | None,  # labels: int64 (N,)
-    ) -> NoiseResult:
-        "`noise_mse` on the test images, given their labels."
-
-        def denoiser(xt, t, y):
-            return self.denoiser(y)(xt, t)
-
-        mse, _ = noise_mse(denoiser, x0, self.sched, y=y)
-        return NoiseResult.of(mse)
-
-    def preview(
-        self,
-        x0: Tensor,  # test images: (N,c,size,size)
-        y: Tensor | None,  # labels: int64 (N,)
-    ) -> Tensor:  # images in [-1,1]: (64,c,size,size)
-        "64 samples of all classes in turn, in 20 steps."
-        return self.sample_codes(torch.arange(64) % self.classes, steps=20)

@@ -319,6 +319,13 @@ class LatentDPM(GenerativeModel):
         parts = [self.decode(None, z, steps=steps, solver=solver, clip=clip) for z in zT.split(bs)]
         return torch.cat(parts)
 
+    def preview(
+        self,
+        x0: Tensor,  # normalised codes: (N,D)
+        y: Tensor | None,  # labels: int64 (N,)
+    ) -> None:
+        "None: codes are no images."
+
     @torch.no_grad()
     def test_result(
         self,

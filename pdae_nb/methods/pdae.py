@@ -32,11 +32,18 @@ from ..denoise import Denoiser, denoising_loss
 from ..forward import Schedule, score_to_eps, shift_to_eps
 from ..gap import gap_curve
 from ..guidance import guided
+from ..methods.dpm import (
+    DPM,
+    ClassConditionalDPM,
+    LabelConditioned,
+    NoiseResult,
+    as_labels,
+    check_labels,
+)
 from ..model import Draw, GenerativeModel, Model
 from ..training import noise_mse
 from ..unet import Attention, Up, norm
 from ..weighting import w_pdae
-from .dpm import DPM, ClassConditionalDPM, NoiseResult, as_labels
 
 # %% ../../nbs/course/09_pdae.ipynb #9fb69f05
 ENCODERS = {  # image size in pixels: (channels after each halving, halvings before the attention)
@@ -404,18 +411,9 @@ class PDAE(_OnDPM):
         base_gap = gap_curve(self.base.denoiser(), x0, self.sched, ts, seed=seed).mean(1)
         return gap / base_gap
 
-    def preview(
-        self,
-        x0: Tensor,  # test images: (N,c,size,size)
-        y: Tensor | None,  # labels: int64 (N,)
-    ) -> Tensor:  # images in [-1,1]: (2M,c,size,size)
-        "Up to 32 images, and samples of their codes in 20 steps."
-        x0 = x0[:32]
-        return torch.cat([x0, self.sample_codes(self.encode(x0), steps=20)])
-
 
 # %% ../../nbs/course/09_pdae.ipynb #642dc617
-class LabelPDAE(_OnDPM):
+class LabelPDAE(LabelConditioned, _OnDPM):
     "A gradient estimator that is conditioned on the class of an image (PDAE Section 4.6)."
 
     title = 'PDAE, labels'
@@ -438,8 +436,7 @@ class LabelPDAE(_OnDPM):
     ) -> 'LabelPDAE':
         "An untrained gradient estimator on this DPM."
         check_base(base, images)
-        if images.y is None or images.y.ndim > 1 or not images.classes:
-            raise ValueError(f'{recipe.data} has no classes; this method needs one label per image')
+        check_labels(recipe, images)
         G = GradientEstimator.on(base.net, len(images.classes), **recipe.net)
         return cls(G, base, recipe.settings or PDAESettings())
 
@@ -448,41 +445,10 @@ class LabelPDAE(_OnDPM):
         "Number of classes."
         return self.G.config['z_dim']
 
-    def condition(
-        self,
-        x0: Tensor,  # images: (B,c,size,size)
-        y: Tensor | None = None,  # labels: int64 (B,)
-    ) -> Tensor:  # the labels
-        "The labels."
-        if y is None:
-            raise ValueError('this model is conditioned on labels: it needs those of the images')
-        return y
-
     def vector(self, condition: Tensor) -> Tensor:
         "The labels as one-hot vectors."
         labels = as_labels(condition, len(condition), self.classes, self.device)
         return F.one_hot(labels, self.classes).to(self.G.label.weight.dtype)
-
-    def test_result(
-        self,
-        x0: Tensor,  # test images: (N,c,size,size)
-        y: Tensor | None,  # labels: int64 (N,)
-    ) -> NoiseResult:
-        "`noise_mse` on the test images, given their labels."
-
-        def denoiser(xt, t, y):
-            return self.denoiser(y)(xt, t)
-
-        mse, _ = noise_mse(denoiser, x0, self.sched, y=y)
-        return NoiseResult.of(mse)
-
-    def preview(
-        self,
-        x0: Tensor,  # test images: (N,c,size,size)
-        y: Tensor | None,  # labels: int64 (N,)
-    ) -> Tensor:  # images in [-1,1]: (64,c,size,size)
-        "64 samples of all classes in turn, in 20 steps."
-        return self.sample_codes(torch.arange(64) % self.classes, steps=20)
 
 
 # %% ../../nbs/course/09_pdae.ipynb #00f8b6a4

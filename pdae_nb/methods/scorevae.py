@@ -484,15 +484,6 @@ class CodedModel(GenerativeModel):
         )
         return CodeResult(**numbers)
 
-    def preview(
-        self,
-        x0: Tensor,  # test images: (N,c,size,size)
-        y: Tensor | None,  # labels: int64 (N,)
-    ) -> Tensor:  # images in [-1,1]: (2M,c,size,size)
-        "Up to 32 images, and samples of their codes in 20 steps."
-        x0 = x0[:32]
-        return torch.cat([x0, self.sample_codes(self.encode(x0), steps=20)])
-
 
 # %% ../../nbs/course/11_scorevae.ipynb #cccd245b
 class ScoreVAE(CodedModel):
