@@ -143,7 +143,7 @@ def find_run(
     have = ', '.join(sorted(k for k in names if k[0] != '.')) or 'none'
     makes = ''
     if str(name) in {run for run, _ in RECIPES}:
-        makes = f'; `pdae train {name}` makes this one'
+        makes = f'; `pdae train {name} --out {models_dir() / str(name)}` makes this one'
     raise FileNotFoundError(
         f'no run {str(name)!r}: {models_dir() / str(name)}/run.json is missing. '
         f'Runs here: {have}{makes}'
@@ -422,6 +422,8 @@ def train(
         recipe = replace(recipe, base=base)
     if (out / 'run.json').exists():
         record = read_record(out)
+        if not record.get('recipe'):
+            raise ValueError(f'{out} holds a model without a recipe. Choose another folder')
         _check_same(record['recipe'], recipe, out)
         if record.get('result') is not None:  # None: stopped before the evaluation was stored
             _check_same_base(record, recipe, out)
@@ -440,7 +442,11 @@ def _check_same_base(record: dict, recipe: Recipe, out: Path) -> None:
     "Raise if a finished run stands on another base than the recipe's, perhaps one of its name."
     if recipe.base is None:
         return
-    base = recipe.base if isinstance(recipe.base, Model) else load(recipe.base)
+    base = recipe.base
+    if not isinstance(base, Model):
+        if _local_run(base) is None:
+            return  # the names are equal, and `load` checks the fingerprint of the stored base
+        base = load(base)
     stored = record['base']['fingerprint']
     wanted = model_fingerprint(base)
     if wanted != stored:
@@ -517,6 +523,8 @@ def images(
     log: Callable = print,  # receives a message about each conversion
 ) -> Tensor:  # on the model's device, in [-1,1]: (B,c,size,size)
     "Any images in the form that a model takes."
+    if len(model.shape) != 3:
+        raise ValueError(f'{type(model).__name__} is a model of {model.shape}, not of images')
     c, size, _ = model.shape
     sources = source if isinstance(source, (list, tuple)) else [source]
     return torch.cat([as_x0(item, size, c, log) for item in sources]).to(model.device)
@@ -536,6 +544,8 @@ def model_card(
         raise ValueError(f'these weights come from {card.source}: say under which licence')
     recipe = card.recipe or {}
     data = recipe.get('data')
+    if data and not re.fullmatch(r'\w+', data):
+        data = Path(data).name  # a folder of images: only its name is published
     size = 'x'.join(str(n) for n in model.shape[1:]) or 'no'
     weights = sum(p.numel() for p in model.parameters())
     networks = dict(model.named_children())
@@ -544,7 +554,7 @@ def model_card(
         f'license: {licence or "apache-2.0"}',
         'library_name: pdae_nb',
         'tags: [diffusion, autoencoder]',
-        *([f'datasets: [{data}]'] if data else []),
+        *([f'datasets: [{json.dumps(data)}]'] if data else []),
         '---',
         f'# {card.name}: {type(model).__name__}',
         '',
@@ -592,7 +602,7 @@ def _result_table(result: dict) -> list[str]:
 def push_run(
     name: str,  # name of a run in `data/models`, or path of a run folder
     repo: str,  # user/name on the Hugging Face Hub
-    licence: str | None = None,  # of the weights, as in `card`
+    licence: str | None = None,  # of the weights, as in `model_card`
     api=None,  # client of the Hub; None: huggingface_hub's `HfApi()`, with your login
     **kw,  # further arguments of `create_repo`, e.g. private=True
 ):  # result of `upload_folder`
@@ -602,9 +612,9 @@ def push_run(
     if not re.fullmatch(r'[\w.-]+/[\w.-]+', repo):
         raise ValueError(f'a place on the Hub is called user/name, got {repo!r}')
     model = load(name)
+    text = model_card(model, licence).replace('USER/' + model.card.name, repo)
     api = api or HfApi()
     api.create_repo(repo, exist_ok=True, **kw)
-    text = model_card(model, licence).replace('USER/' + model.card.name, repo)
     with tempfile.TemporaryDirectory() as d:
         folder = Path(d) / model.card.name
         model.save(folder, bundle=True)

@@ -202,8 +202,8 @@ class Model(nn.Module):
         n: int,  # number of test samples
     ):
         "Refuse, before a training, test data from which `test_result` cannot be computed."
-        if n < 1:
-            raise ValueError(f'at least 1 test sample is needed, got {n}')
+        if n < 2:  # a standard error needs two
+            raise ValueError(f'at least 2 test samples are needed, got {n}')
 
     def preview(
         self,
@@ -358,7 +358,8 @@ def noise(
     "Unit Gaussian noise. Row i is a function of the seed and of first + i, whatever n is."
     rows = []
     for i in range(first, first + n):
-        words = np.random.SeedSequence([seed, i]).generate_state(1)  # 32 bits, as CPUs use
+        # 4 separates these numbers from those of codes, which use [seed, 1].
+        words = np.random.SeedSequence([seed, i, 4]).generate_state(1)  # 32 bits, as CPUs use
         generator = torch.Generator().manual_seed(int(words[0]))
         rows.append(torch.randn(shape, generator=generator))
     return torch.stack(rows)

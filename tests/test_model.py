@@ -18,8 +18,8 @@ from pdae_nb.methods.classifier import EvalClassifier, EvalClassifierNet
 from pdae_nb.methods.dpm import DPM
 from pdae_nb.methods.latent import LatentDPM, MLPSkipNet, ZStats
 from pdae_nb.methods.pdae import PDAE, ConvEncoder, GradientEstimator, LabelPDAE
-from pdae_nb.methods.scorevae import ScoreVAE, TimeEncoder
-from pdae_nb.methods.vae import VAE, BetaVAE
+from pdae_nb.methods.scorevae import ScoreVAE, ScoreVAESettings, TimeEncoder, code_noise
+from pdae_nb.methods.vae import VAE, BetaVAE, VAESettings
 from pdae_nb.model import Draw, model_fingerprint, noise, spec_of
 from pdae_nb.training import EMA, Recipe, fit
 from pdae_nb.unet import UNet
@@ -680,3 +680,36 @@ def test_a_name_without_recipe_is_not_advised(tmp_path):
     with pytest.raises(FileNotFoundError, match="no run 'mnist_dmp'") as e:
         load('mnist_dmp')
     assert 'pdae train' not in str(e.value)
+
+
+@pytest.mark.parametrize('seed', [0, 1, 7])
+def test_noise_of_codes_and_of_images_are_different_numbers(seed):
+    codes = code_noise(2, 64, seed).flatten()
+    images = noise((1, 28, 28), 8, seed).flatten(1)
+    for image in images:
+        assert not torch.equal(image[:64], codes[:64])
+
+
+@pytest.mark.parametrize('settings', [VAESettings, ScoreVAESettings])
+@pytest.mark.parametrize('beta', [-1.0, float('nan')])
+def test_an_impossible_weight_of_the_kl_term_is_refused(settings, beta):
+    with pytest.raises(ValueError, match='beta must be at least 0'):
+        settings(beta=beta)
+
+
+def test_one_test_image_is_too_few():
+    with pytest.raises(ValueError, match='at least 2 test samples are needed, got 1'):
+        new_dpm().check_test(1)
+
+
+def test_training_into_the_folder_of_a_model_without_recipe_is_refused(trained, tmp_path):
+    new_dpm().save(tmp_path / 'mine')
+    _, recipe, _ = trained
+    with pytest.raises(ValueError, match='holds a model without a recipe'):
+        train('mine', recipe, out=tmp_path / 'mine', log=no_log)
+
+
+def test_codes_are_not_images():
+    latent = new_latent(new_pdae())
+    with pytest.raises(ValueError, match='LatentDPM is a model of .*, not of images'):
+        pdae_nb.images(torch.zeros(1, 1, 14, 14), latent)

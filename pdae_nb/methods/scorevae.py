@@ -408,6 +408,8 @@ class ScoreVAESettings:
     def __post_init__(self):
         if self.preset not in PRESETS:
             raise ValueError(f'preset must be one of {", ".join(PRESETS)}, got {self.preset!r}')
+        if not self.kl_weight >= 0:
+            raise ValueError(f'beta must be at least 0, got {self.kl_weight}')
 
     @property
     def kl_weight(self) -> float:

@@ -130,6 +130,10 @@ class VAESettings:
 
     beta: float = 0.01  # weight β of the Kullback–Leibler term
 
+    def __post_init__(self):
+        if not self.beta >= 0:
+            raise ValueError(f'beta must be at least 0, got {self.beta}')
+
 
 class VAE(CodedModel):
     "A beta-VAE with a Gaussian likelihood (ScoreVAE Eq. 2, App. B.2)."
