@@ -193,6 +193,8 @@ def _check_weights(state, tensors, what):
             )
         if want.is_floating_point() != got.is_floating_point():
             raise ValueError(f'{what}: {name} has type {got.dtype}, the network wants {want.dtype}')
+        if not got.isfinite().all():
+            raise ValueError(f'{what}: {name} holds NaN or infinite numbers')
 
 
 # %% ../nbs/toolbox/files.ipynb #a020caff
@@ -263,7 +265,7 @@ def _newest(folder, log):
     for path in sorted(Path(folder).glob('step_*.safetensors'), reverse=True):
         try:
             tensors, meta = read_tensors(path)
-            if 'i' not in meta:
+            if not isinstance(meta, dict) or 'i' not in meta:
                 raise ValueError(f'{path} is not a checkpoint')
             return path, tensors, meta
         except ValueError as e:

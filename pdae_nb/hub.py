@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .data import as_x0, cache_dir, load_images
-from .files import fill, models_dir, read_tensors
+from .files import fill, locked, models_dir, read_tensors
 from .methods.classifier import EvalClassifier, NoisyClassifier
 from .methods.diffae import DiffAE
 from .methods.dpm import DPM, ClassConditionalDPM, LabelUNet
@@ -173,7 +173,7 @@ def _find_base(record: dict, folder: Path, **classes) -> Model:
     places += [models / name for models in models_dirs()]
     found = []
     for place in dict.fromkeys(place.resolve() for place in places):
-        if not (place / 'run.json').exists():
+        if place == folder or not (place / 'run.json').exists():
             continue
         base = load(place, **classes)
         if model_fingerprint(base) == wanted:
@@ -422,7 +422,7 @@ def train(
         recipe = replace(recipe, base=base)
     if (out / 'run.json').exists():
         record = read_record(out)
-        if not record.get('recipe'):
+        if not isinstance(record.get('recipe'), dict) or not record['recipe']:
             raise ValueError(f'{out} holds a model without a recipe. Choose another folder')
         _check_same(record['recipe'], recipe, out)
         if record.get('result') is not None:  # None: stopped before the evaluation was stored
@@ -431,10 +431,13 @@ def train(
             return load(out, network=build, trust=build is not None)
     images = load_images(recipe.data, 'train', recipe.px)
     test = load_images(recipe.data, 'test', recipe.px)
-    below = _base_of(recipe, out)
+    below = load(recipe.base) if isinstance(recipe.base, (str, Path)) else recipe.base
     with seeded(recipe.seed, torch.device('cpu')):
         model = _build_model(recipe, images, below, build)
     check_storable(model, build)
+    if below is not None and (below.path is None or not (below.path / 'run.json').exists()):
+        with locked(out):
+            _keep_base(below, out)
     return train_model(model, recipe, out, images, test, name=name, **options)
 
 
@@ -447,7 +450,11 @@ def _check_same_base(record: dict, recipe: Recipe, out: Path) -> None:
         if _local_run(base) is None:
             return  # the names are equal, and `load` checks the fingerprint of the stored base
         base = load(base)
-    stored = record['base']['fingerprint']
+    _check_fingerprint(record['base']['fingerprint'], base, out)
+
+
+def _check_fingerprint(stored: str, base: Model, out: Path) -> None:
+    "Raise unless `stored` is the fingerprint of a base."
     wanted = model_fingerprint(base)
     if wanted != stored:
         raise ValueError(
@@ -456,14 +463,14 @@ def _check_same_base(record: dict, recipe: Recipe, out: Path) -> None:
         )
 
 
-def _base_of(recipe: Recipe, out: Path) -> Model | None:
-    "The base of a recipe. A base without a folder is written into OUT/base."
-    if recipe.base is None:
-        return None
-    base = recipe.base if isinstance(recipe.base, Model) else load(recipe.base)
-    if base.path is None:
-        write_model(base, out / 'base', torch.float32)
-    return base
+def _keep_base(base: Model, out: Path) -> None:
+    "Write a base that has no folder, or no longer has one, into OUT/base."
+    folder = (out / 'base').resolve()
+    if (folder / 'run.json').exists():
+        _check_fingerprint(model_fingerprint(load(folder)), base, out)
+    else:
+        write_model(base, folder, torch.float32)
+    base.path = folder
 
 
 def _build_model(recipe, images, base, build):

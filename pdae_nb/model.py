@@ -272,20 +272,24 @@ class Model(nn.Module):
         path = Path(path).expanduser()
         name = path.name
         path = path.resolve()  # a link to the folder stays a link
-        if path.exists() and any(path.iterdir()) and not (path / 'run.json').exists():
-            raise FileExistsError(f'{path} holds something else than a model')
+        _check_replaceable(path)
         if dtype not in (torch.float16, torch.float32):
             raise ValueError(f'weights are stored as float16 or float32, got {dtype}')
         tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+        old_name = self.card.name
         self.card.name = name
-        models = self._chain() if bundle or self._base_is_in(path.resolve()) else [self]
+        stores_base = bundle or self._base_is_in(path) or self._base_is_deleted()
+        models = self._chain() if stores_base else [self]
         depths = [('base',) * depth for depth in range(len(models))]
         paths = [model.path for model in models]
         try:
             for model, depth in reversed([*zip(models, depths, strict=True)]):
                 write_model(model, tmp.joinpath(*depth), dtype)
             replace_folder(path, tmp)
-            paths = [path.resolve().joinpath(*depth) for depth in depths]
+            paths = [path.joinpath(*depth) for depth in depths]
+        except BaseException:
+            self.card.name = old_name
+            raise
         finally:
             shutil.rmtree(tmp, ignore_errors=True)
             for model, its_path in zip(models, paths, strict=True):
@@ -299,6 +303,11 @@ class Model(nn.Module):
         "Whether a base lies in this folder, or is this folder."
         paths = [model.path for model in self._chain()[1:]]
         return any(path is not None and folder in (path, *path.parents) for path in paths)
+
+    def _base_is_deleted(self) -> bool:
+        "Whether the folder of a base no longer exists."
+        paths = [model.path for model in self._chain()[1:]]
+        return any(path is not None and not (path / 'run.json').exists() for path in paths)
 
     def compile_networks(self) -> None:
         "Apply `torch.compile` to the networks that are differentiated once."
@@ -697,6 +706,18 @@ def write_model(
     model.path = folder.resolve()
 
 
+def _check_replaceable(path):
+    "Raise unless a folder is new, or holds nothing but a model."
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f'{path} is a file, not the folder of a model')
+    names = {file.name for file in path.iterdir()} if path.exists() else set()
+    others = {name for name in names if not name.endswith('.safetensors')}
+    others -= {'run.json', 'base', 'README.md'}
+    if others or (names and 'run.json' not in names):
+        example = min(others or names)
+        raise FileExistsError(f'{path} holds something else than a model, e.g. {example!r}')
+
+
 def replace_folder(
     path: Path,  # folder to replace or make
     new: Path,  # complete folder beside it
@@ -720,7 +741,7 @@ def read_record(
     folder = Path(folder)
     try:
         record = json.loads((folder / 'run.json').read_text('utf-8'))
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f'{folder}/run.json is not JSON ({e})') from e
     if not isinstance(record, dict):
         raise ValueError(f'{folder}/run.json must hold an object, got {type(record).__name__}')
@@ -748,10 +769,15 @@ def read_model(
     if record.get('base') is not None:
         base = find_base(record['base'], folder)
     sched = read_sched(folder)
-    if sched is None and record.get('sched') is not None:
+    stated = record.get('sched')
+    if sched is None and stated is not None:
         raise FileNotFoundError(f'{folder}/sched.safetensors is missing')
+    if stated is not None and repr(sched) != stated:
+        raise ValueError(f'{folder}/sched.safetensors holds {sched!r}, run.json says {stated}')
     settings = _settings(cls, record, folder)
     shape = tuple(record['shape'])
+    if not all(type(n) is int and n > 0 for n in shape):
+        raise ValueError(f'{folder}/run.json: {record["shape"]!r} is not the shape of a sample')
     try:
         model = cls.restore(networks, sched=sched, shape=shape, settings=settings, base=base)
     except (TypeError, AttributeError) as e:

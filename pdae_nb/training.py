@@ -442,8 +442,16 @@ class _Log:
 
 # %% ../nbs/toolbox/training.ipynb #006c2dac
 def _whole_lines(path):
-    "The lines of a log, without a last line that was cut off."
-    return [line for line in Path(path).read_text('utf-8').splitlines(True) if line.endswith('\n')]
+    "The lines of a log, without those that were cut off or damaged."
+    kept = []
+    for line in Path(path).read_text('utf-8', errors='replace').splitlines(True):
+        try:
+            is_whole = line.endswith('\n') and 'step' in json.loads(line)
+        except (ValueError, TypeError):
+            is_whole = False
+        if is_whole:
+            kept.append(line)
+    return kept
 
 
 def _trim_log(path, i):
@@ -515,7 +523,7 @@ def _resume(run, log):
     base = run.model.base
 
     def check(meta):
-        _check_same(meta['recipe'], run.recipe, run.out)
+        _check_same(meta.get('recipe') or {}, run.recipe, run.out)
         now = None if base is None else model_fingerprint(base)
         if meta.get('base') != now:
             raise ValueError(

@@ -1,6 +1,7 @@
 """Models: the frozen base, the random numbers of a step, files, and a user's own network."""
 
 import copy
+import json
 import shutil
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from torch import nn
 import pdae_nb
 import pdae_nb.hub as hub
 from pdae_nb.data import load_images, to_signed
-from pdae_nb.files import models_dir, read_tensors
+from pdae_nb.files import models_dir, read_tensors, write_tensors
 from pdae_nb.forward import Schedule
 from pdae_nb.hub import load, train
 from pdae_nb.methods.classifier import EvalClassifier, EvalClassifierNet
@@ -713,3 +714,72 @@ def test_codes_are_not_images():
     latent = new_latent(new_pdae())
     with pytest.raises(ValueError, match='LatentDPM is a model of .*, not of images'):
         pdae_nb.images(torch.zeros(1, 1, 14, 14), latent)
+
+
+def short_pdae_recipe(base):
+    "A PDAE on a DPM, two steps."
+    encoder = dict(z_dim=4, groups=8)
+    return Recipe(PDAE, 'digits', 14, images=16, base=base, encoder=encoder, batch=8)
+
+
+def test_a_refused_base_does_not_replace_the_base_of_a_run(tmp_path):
+    "Both bases have no folder: the first one is kept in the folder of the run."
+    first, second = new_dpm(), new_dpm(seed=5)
+    out = tmp_path / 'run'
+    train('run', short_pdae_recipe(first), out=out, log=no_log)
+    (out / 'run.json').unlink()  # as if the training had been killed before its end
+    with pytest.raises(ValueError, match='holds a run on a base with fingerprint'):
+        train('run', short_pdae_recipe(second), out=out, log=no_log)
+    assert model_fingerprint(load(out / 'base')) == model_fingerprint(first)
+
+
+def test_a_base_whose_folder_was_deleted_is_stored_with_the_run(tmp_path):
+    base = new_dpm()
+    base.save(tmp_path / 'base')
+    shutil.rmtree(tmp_path / 'base')
+    model = train('run', short_pdae_recipe(base), out=tmp_path / 'run', log=no_log)
+    assert model_fingerprint(load(model.path).base) == model_fingerprint(base)
+    base.path = tmp_path / 'base'  # deleted: a saved model, too, holds the base then
+    model.save(tmp_path / 'saved')
+    assert model_fingerprint(load(tmp_path / 'saved').base) == model_fingerprint(base)
+
+
+def test_a_run_folder_is_not_replaced_by_save(trained):
+    dpm, _, _ = trained
+    with pytest.raises(FileExistsError, match="holds something else than a model, e.g. '"):
+        load(dpm.path).save(dpm.path)
+    assert (dpm.path / 'checkpoints').is_dir()
+
+
+def rewritten(folder, **changes):
+    "A saved DPM with changes in `run.json`."
+    new_dpm().save(folder)
+    record = json.loads((folder / 'run.json').read_text())
+    (folder / 'run.json').write_text(json.dumps(record | changes))
+    return folder
+
+
+@pytest.mark.parametrize(
+    'changes, message',
+    [
+        (dict(shape=['a']), 'is not the shape of a sample'),
+        (dict(shape=[1, 0, 14]), 'is not the shape of a sample'),
+        (dict(sched='Schedule(T=7)'), r'run.json says Schedule\(T=7\)'),
+        (dict(networks={}), 'does not describe a DPM'),
+    ],
+)
+def test_a_record_that_does_not_fit_is_refused(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        load(rewritten(tmp_path / 'model', **changes))
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_weights_that_are_not_finite_are_refused(value, tmp_path):
+    new_dpm().save(tmp_path / 'model')
+    file = tmp_path / 'model/net.safetensors'
+    tensors, _ = read_tensors(file)
+    name = next(iter(tensors))
+    tensors[name] = torch.full_like(tensors[name], value)
+    write_tensors(file, tensors)
+    with pytest.raises(ValueError, match=f'{name} holds NaN or infinite numbers'):
+        load(tmp_path / 'model')
