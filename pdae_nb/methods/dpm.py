@@ -135,7 +135,8 @@ class LabelConditioned(GenerativeModel):
     ) -> Tensor:  # the labels
         "The labels."
         if y is None:
-            raise ValueError(f'this {self.title} needs the labels of the images')
+            kind = type(self).__name__
+            raise ValueError(f'a {kind} is conditioned on labels: it needs those of the images')
         return y
 
     def test_result(
