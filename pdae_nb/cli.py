@@ -5,7 +5,6 @@
 # %% auto #0
 __all__ = [
     'SOLVERS',
-    'METHODS',
     'STAGES',
     'COMMANDS',
     'cmd_train',
@@ -56,8 +55,9 @@ from .hub import load, load_base, train
 from .methods.classifier import EvalClassifier, NoisyClassifier, classifier_guided
 from .methods.diffae import DiffAE
 from .methods.dpm import DPM, ClassConditionalDPM, as_labels
+from .methods.label_pdae import LabelPDAE
 from .methods.latent import LatentDPM, encode_all
-from .methods.pdae import PDAE, LabelPDAE
+from .methods.pdae import PDAE
 from .methods.scorevae import CodedModel, ConditionalDecoder, ScoreVAE
 from .model import GenerativeModel, Model, model_fingerprint, noise
 from .plot import plot_gap, show
@@ -195,23 +195,10 @@ def _test_error_log(r, file):
     return held_out(file, to_signed(load_images(r.data, 'test', r.px).x[:2000]))
 
 
-# %% ../nbs/toolbox/cli.ipynb #3139f1e1
-METHODS = dict(  # argument `method` of `cmd_sample` -> name of the run, behind that of its data set
-    ddim='dpm',
-    cddim='cdpm',
-    pdae='pdae_latent',
-    diffae='diffae_latent',
-    scorevae='scorevae',
-    vae='vae',
-)
-
-
 # %% ../nbs/toolbox/cli.ipynb #21461318
 def cmd_sample(
     # name of a run in data/models, or path of a run folder. A latent run samples codes first.
-    # With --method it is the name of the data set, e.g. mnist.
     name: str,
-    method: str = None,  # ddim, cddim, pdae, diffae, scorevae or vae: the run of this method
     *,
     n: int = 64,  # number of images
     steps: int = 50,  # number of sampling steps
@@ -228,9 +215,6 @@ def cmd_sample(
 ) -> dict:  # path of the picture, and the settings
     "Sample images, of a given class if the run or a classifier allows it"
     _check_choice('solver', solver, SOLVERS)
-    if method:
-        _check_choice('method', method, METHODS)
-        name = f'{name}_{METHODS[method]}'
     model = _load(name, device)
     if isinstance(model, (LatentDPM, CodedModel)):
         _check_only_ddim(name, solver, eta, label, classifier)

@@ -15,12 +15,13 @@ __all__ = [
     'passes',
     'accept',
     'oversample',
+    'lerp_trajectories',
 ]
 
 # %% ../nbs/course/13_edit.ipynb #e6bbd90c
 import difflib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -28,7 +29,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .data import Images
+from .denoise import Denoiser
+from .forward import Schedule, shift_to_eps
+from .guidance import guided
 from .methods.latent import Probe, ZStats
+from .methods.pdae import EpsAndScore
 from .model import GenerativeModel
 
 
@@ -257,3 +262,25 @@ def oversample(
         repeats = most // len(members) + 1
         indices.append(members[order.repeat(repeats)[:most]])
     return torch.cat(indices)
+
+
+# %% ../nbs/course/13_edit.ipynb #52164cfc
+def lerp_trajectories(
+    pair: EpsAndScore,  # frozen DPM and gradient estimator
+    z1: Tensor,  # codes at λ=0: (B,z_dim)
+    z2: Tensor,  # codes at λ=1, like `z1`
+    lam: float,  # λ in 0…1
+    sched: Schedule,  # noise schedule
+    to_eps: Callable = shift_to_eps,  # score to noise, as in training
+    **kw,  # for `guided`: scale, window
+) -> Denoiser:
+    "Denoiser guided by Lerp(G(x_t,z_1,t), G(x_t,z_2,t); λ) (PDAE Section 4.4, Figure 7)."
+
+    def eps_and_score(xt, t):
+        features, e = pair.base.features(xt, t)
+        score1 = pair.G(features, e, z1)
+        score2 = pair.G(features, e, z2)
+        score = torch.lerp(score1, score2, lam).to(xt.dtype)
+        return pair.base.eps_of_features(features, e, xt, t), score
+
+    return guided(eps_and_score, sched, to_eps=to_eps, unguided=pair.dpm, **kw)

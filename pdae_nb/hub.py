@@ -37,8 +37,9 @@ from .files import fill, locked, models_dir, read_tensors
 from .methods.classifier import EvalClassifier, NoisyClassifier
 from .methods.diffae import DiffAE
 from .methods.dpm import DPM, ClassConditionalDPM, LabelUNet
+from .methods.label_pdae import LabelPDAE
 from .methods.latent import LatentDPM
-from .methods.pdae import PDAE, GradientEstimator, LabelPDAE
+from .methods.pdae import PDAE
 from .methods.scorevae import ConditionalDecoder, ScoreVAE, ScoreVAESettings
 from .methods.vae import VAE, VAESettings
 from .model import (
@@ -55,6 +56,7 @@ from .model import (
     spec_of,
     write_model,
 )
+from .networks import GradientEstimator
 from .pretrained import load_dpm
 from .recipes import RECIPES, size_or_default
 from .recipes import recipe as recipe_of
@@ -507,15 +509,18 @@ def cached_run(
     size = size_or_default(size)
     recipe = recipe_of(name, size)
     if recipe.base is not None:
-        recipe = replace(recipe, base=_cached_base(recipe.base, size))
+        recipe = replace(recipe, base=_cached_base(recipe, size))
     out = cache_dir() / 'runs' / f'{name}-{size}'
     return train(name, recipe, out=out, log=_silent)
 
 
-def _cached_base(name, size):
-    "The base of a cached run: a run of `data/models`, else one of the same size."
+def _cached_base(recipe, size):
+    "The base of a cached run: a run of `data/models` with its pixels, else one of the same size."
+    name = recipe.base
     if any((folder / name / 'run.json').exists() for folder in models_dirs()):
-        return load(name)
+        base = load(name)
+        if base.shape[-1] == recipe.px:
+            return base
     return cached_run(name, size)
 
 

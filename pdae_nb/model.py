@@ -42,7 +42,7 @@ import torch
 from torch import Tensor, nn
 
 from .data import Images
-from .denoise import Denoiser
+from .denoise import Denoiser, denoising_loss
 from .files import _fsync, cast, checksum, fill, read_tensors, write_bytes, write_tensors
 from .forward import Schedule
 from .sampling import ddim_step, invert, sample
@@ -378,6 +378,7 @@ class GenerativeModel(Model):
     "A model that produces data: what its denoiser depends on, and the denoiser."
 
     is_conditional: ClassVar[bool] = False  # True: the denoiser needs a code or a label
+    weight: Callable | None = None  # loss weight (sched, t) -> λ_t (B,); None is λ_t = 1
 
     def __init__(
         self,
@@ -404,6 +405,18 @@ class GenerativeModel(Model):
     ) -> Denoiser:
         "The denoiser `eps = denoiser(xt, t)`, with its condition bound."
         raise NotImplementedError
+
+    def loss(
+        self,
+        x0: Tensor,  # clean data: (B,...)
+        y: Tensor | None,  # labels: int64 (B,)
+        draw: Draw,  # random numbers of the step
+    ) -> tuple[Tensor, Tensor]:  # losses (B,) and timesteps (B,)
+        "λ_t·‖eps - denoiser(x_t,t)‖², mean over the axes of a sample (PDAE Eqs 3 and 10)."
+        t = draw.times(self.sched)
+        eps = draw.normal(*self.shape)
+        denoiser = self.denoiser(self.condition(x0, y))
+        return denoising_loss(denoiser, x0, self.sched, self.weight, t=t, eps=eps, reduce=None), t
 
     def prior_denoiser(
         self,
@@ -541,7 +554,7 @@ VERSION_1_CLASSES = {  # (module, class) in run folders of version 1: module and
     ),
     ('pdae_nb.latent', 'MLPSkipNet'): ('pdae_nb.methods.latent', 'MLPSkipNet'),
     ('pdae_nb.latent', 'ZStats'): ('pdae_nb.methods.latent', 'ZStats'),
-    ('pdae_nb.pdae', 'ConvEncoder'): ('pdae_nb.methods.pdae', 'ConvEncoder'),
+    ('pdae_nb.pdae', 'ConvEncoder'): ('pdae_nb.networks', 'ConvEncoder'),
     ('pdae_nb.scorevae', 'BetaVAE'): ('pdae_nb.methods.vae', 'BetaVAE'),
     ('pdae_nb.scorevae', 'TimeEncoder'): ('pdae_nb.methods.scorevae', 'TimeEncoder'),
     ('pdae_nb.train', 'Judge'): ('pdae_nb.methods.classifier', 'EvalClassifierNet'),

@@ -29,8 +29,9 @@ from .forward import Schedule
 from .methods.diffae import DiffAE, EncoderBlock, SemanticEncoder
 from .methods.dpm import DPM, ClassConditionalDPM, LabelUNet
 from .methods.latent import LatentDPM, MLPSkipNet, Probe, ZStats
-from .methods.pdae import ENCODERS, PDAE, ConvEncoder, EpsAndScore, GradientEstimator
+from .methods.pdae import PDAE, EpsAndScore
 from .model import Card, Model
+from .networks import ENCODERS, ConvEncoder, GradientEstimator
 from .unet import Attention, UNet
 
 

@@ -14,8 +14,9 @@ from .adapters import DiffusersDPM
 from .methods.classifier import EvalClassifier, NoisyClassifier
 from .methods.diffae import DiffAE
 from .methods.dpm import DPM, ClassConditionalDPM
+from .methods.label_pdae import LabelPDAE
 from .methods.latent import LatentDPM
-from .methods.pdae import PDAE, LabelPDAE
+from .methods.pdae import PDAE
 from .methods.scorevae import ConditionalDecoder, ScoreVAE, ScoreVAESettings
 from .methods.vae import VAE
 from .training import Recipe
@@ -261,8 +262,9 @@ for _method in ('pdae', 'diffae', 'scorevae', 'paper_scorevae', 'vae'):
         ('horse128',   'paper',  'horse128',   128, 2_000_000_000, _LATENT_20,    _CODES_LSUN),
         ('bedroom128', 'paper',  'bedroom128', 128, 2_000_000_000, _LATENT_20,    _CODES_LSUN),
     ):
-        RECIPES[f'{_run}_{_method}_latent', _size] = Recipe(
-            LatentDPM, _data, _px, _codes, base=f'{_run}_{_method}', net=_net, **_steps)
+        if (f'{_run}_{_method}', _size) in RECIPES:
+            RECIPES[f'{_run}_{_method}_latent', _size] = Recipe(
+                LatentDPM, _data, _px, _codes, base=f'{_run}_{_method}', net=_net, **_steps)
 # fmt: on
 
 

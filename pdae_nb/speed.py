@@ -36,7 +36,8 @@ from .denoise import denoising_loss
 from .evaluation import _device
 from .forward import Schedule
 from .methods.dpm import DPM
-from .methods.pdae import ConvEncoder, EpsAndScore, GradientEstimator, pdae_loss
+from .methods.pdae import EpsAndScore, pdae_loss
+from .networks import ConvEncoder, GradientEstimator
 from .recipes import RECIPES, recipe
 from .training import EMA, fit, hardware, versions
 from .unet import UNet, autocast, bf16_pays, exact_convolutions

@@ -27,8 +27,9 @@ from pdae_nb.methods.classifier import (
 )
 from pdae_nb.methods.diffae import DiffAE, diffae_loss
 from pdae_nb.methods.dpm import DPM, ClassConditionalDPM
+from pdae_nb.methods.label_pdae import LabelPDAE
 from pdae_nb.methods.latent import LatentDPM, latent_loss
-from pdae_nb.methods.pdae import PDAE, LabelPDAE, pdae_loss
+from pdae_nb.methods.pdae import PDAE, pdae_loss
 from pdae_nb.methods.scorevae import ScoreVAE, kl_to_prior, score, scorevae_loss
 from pdae_nb.methods.vae import VAE, vae_loss
 from pdae_nb.model import Draw, GenerativeModel, Model

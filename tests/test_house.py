@@ -22,11 +22,11 @@ MODULES = sorted(path for path in PACKAGE.rglob('*.py') if not path.name.startsw
 
 LAYERS = [
     'data plot files',
-    'forward denoise sampling solvers unet',
+    'forward denoise sampling solvers unet networks',
     'gap guidance weighting',
     'model training',
-    'methods.dpm methods.classifier methods.pdae methods.diffae methods.scorevae methods.vae '
-    'methods.latent',
+    'methods.dpm methods.classifier methods.pdae methods.label_pdae methods.diffae '
+    'methods.scorevae methods.vae methods.latent',
     'pretrained adapters',
     'recipes hub',
     'edit metrics evaluation',

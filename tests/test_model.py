@@ -17,11 +17,13 @@ from pdae_nb.forward import Schedule
 from pdae_nb.hub import load, train
 from pdae_nb.methods.classifier import EvalClassifier, EvalClassifierNet
 from pdae_nb.methods.dpm import DPM
+from pdae_nb.methods.label_pdae import LabelPDAE
 from pdae_nb.methods.latent import LatentDPM, MLPSkipNet, ZStats
-from pdae_nb.methods.pdae import PDAE, ConvEncoder, GradientEstimator, LabelPDAE
+from pdae_nb.methods.pdae import PDAE
 from pdae_nb.methods.scorevae import ScoreVAE, ScoreVAESettings, TimeEncoder, code_noise
 from pdae_nb.methods.vae import VAE, BetaVAE, VAESettings
 from pdae_nb.model import Draw, model_fingerprint, noise, spec_of
+from pdae_nb.networks import ConvEncoder, GradientEstimator
 from pdae_nb.training import EMA, Recipe, fit
 from pdae_nb.unet import UNet
 

@@ -11,11 +11,13 @@ import torch
 from torch import nn
 
 from pdae_nb.denoise import denoising_loss
+from pdae_nb.edit import lerp_trajectories
 from pdae_nb.forward import Schedule, score_to_eps, shift_to_eps, snr
 from pdae_nb.methods.diffae import EncoderBlock, SemanticEncoder
 from pdae_nb.methods.dpm import DPM
 from pdae_nb.methods.latent import MLPSkipNet
-from pdae_nb.methods.pdae import ConvEncoder, EpsAndScore, GradientEstimator, lerp_trajectories
+from pdae_nb.methods.pdae import EpsAndScore
+from pdae_nb.networks import ConvEncoder, GradientEstimator
 from pdae_nb.sampling import sample, trajectory
 from pdae_nb.solvers import diffae_times, pdae_times
 from pdae_nb.unet import Attention, UNet, timestep_embedding

@@ -15,20 +15,14 @@ from safetensors.torch import load_file
 
 import pdae_nb.training as training_module
 from pdae_nb.data import digits, load_images, to_signed
+from pdae_nb.edit import lerp_trajectories
 from pdae_nb.experiments.training_efficiency import beta_to_eps
 from pdae_nb.files import Stopped
 from pdae_nb.forward import Schedule, score_to_eps, shift_to_eps
 from pdae_nb.hub import images, load, train
 from pdae_nb.methods.dpm import DPM, ClassConditionalDPM, LabelUNet
-from pdae_nb.methods.pdae import (
-    PDAE,
-    ConvEncoder,
-    GradientEstimator,
-    PDAESettings,
-    lerp_trajectories,
-    pdae_denoiser,
-    pdae_loss,
-)
+from pdae_nb.methods.pdae import PDAE, PDAESettings, pdae_denoiser, pdae_loss
+from pdae_nb.networks import ConvEncoder, GradientEstimator
 from pdae_nb.training import Recipe
 from pdae_nb.unet import UNet
 
@@ -163,7 +157,8 @@ STEP = """
 import torch
 from pdae_nb.forward import Schedule
 from pdae_nb.methods.dpm import DPM
-from pdae_nb.methods.pdae import PDAE, ConvEncoder, GradientEstimator, pdae_loss
+from pdae_nb.methods.pdae import PDAE, pdae_loss
+from pdae_nb.networks import ConvEncoder, GradientEstimator
 from pdae_nb.unet import UNet
 
 last = dict(memory_format=torch.channels_last)

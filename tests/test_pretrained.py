@@ -25,8 +25,9 @@ from pdae_nb.hub import images, load, load_base, push_run
 from pdae_nb.methods.diffae import DiffAE, SemanticEncoder
 from pdae_nb.methods.dpm import DPM
 from pdae_nb.methods.latent import LatentDPM, MLPSkipNet, ZStats
-from pdae_nb.methods.pdae import PDAE, ConvEncoder, EpsAndScore, GradientEstimator, pdae_loss
+from pdae_nb.methods.pdae import PDAE, EpsAndScore, pdae_loss
 from pdae_nb.model import model_fingerprint
+from pdae_nb.networks import ConvEncoder, GradientEstimator
 from pdae_nb.pretrained import (
     OfficialHead,
     from_official,

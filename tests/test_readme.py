@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from pdae_nb.data import digits
-from pdae_nb.experiments.autoencoding import RIVALS
+from pdae_nb.experiments.autoencoding import rival_runs
 from pdae_nb.experiments.training_efficiency import images_to_reach, looks
 from pdae_nb.hub import load
 from pdae_nb.pretrained import to_official
@@ -306,7 +306,7 @@ def test_scorevae_among_the_methods():
     lowest = sorted(accuracy, key=accuracy.get)[:2]
     assert set(lowest) == {'ScoreVAE', 'ScoreVAE, paper'}
 
-    ways = {'ScoreVAE': 'ScoreVAE', 'ScoreVAE, paper': 'ScoreVAE', 'beta-VAE': 'VAE'}
+    ways = {'ScoreVAE': 'ScoreVAE', 'ScoreVAE, paper': 'ScoreVAE', 'beta-VAE': 'beta-VAE'}
     fid_of_ddim = rows['DDIM']['drawn']['DDIM']['fid'][0]
     for label, way in ways.items():
         assert rows[label]['drawn'][way]['fid'][0] > 10 * fid_of_ddim
@@ -337,7 +337,7 @@ def with_error(v, form):
 
 def images_cell(label, row):
     "Images of a method, and of the frozen DPM on which it was trained."
-    run = about(f'mnist_{RIVALS[label]}')
+    run = about(rival_runs('mnist')[label])
     cell = f'{row["cost"]["images"]:,}'
     if run['base'] is not None:
         cell += f' + {about(run["base"]["name"])["images_seen"]:,}'

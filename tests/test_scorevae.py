@@ -647,7 +647,7 @@ def test_methods_and_parts_of_runs(runs):
     release = load(runs['release'])
     paper = load(runs['paper'])
     vae = load(runs['vae'])
-    assert (release.title, vae.title) == ('ScoreVAE', 'VAE')
+    assert (release.title, vae.title) == ('ScoreVAE', 'beta-VAE')
     weights = [p.numel() for p in release.enc.parameters()]
     assert [p.numel() for p in release.parameters()] == weights, 'the base is not part of it'
     assert vae.enc is vae.net.enc

@@ -87,7 +87,7 @@ def test_shuffled_images_keep_their_labels():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     'kind, name',
-    [('scorevae', 'ScoreVAE, latent DPM'), ('vae', 'VAE, latent DPM')],
+    [('scorevae', 'ScoreVAE, latent DPM'), ('vae', 'beta-VAE, latent DPM')],
 )
 def test_latent_dpm_of_random_codes(models, kind, name, tmp_path):
     "A latent DPM of ScoreVAE or of the VAE is evaluated, and sampled from Python and the shell."
@@ -116,7 +116,7 @@ def test_latent_dpm_of_random_codes(models, kind, name, tmp_path):
 def test_only_models_with_a_source_of_codes_sample(models):
     "The class of a model decides in which ways it samples."
     assert list(ways(models['dpm'])) == ['DDIM']
-    assert list(ways(models['vae'])) == ['VAE', 'VAE + autoencoding']
+    assert list(ways(models['vae'])) == ['beta-VAE', 'beta-VAE + autoencoding']
     with pytest.raises(ValueError, match='new images come from an unconditional DPM'):
         ways(models['eval_classifier'])
 

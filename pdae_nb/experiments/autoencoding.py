@@ -6,10 +6,10 @@
 __all__ = [
     'PAIRS',
     'TIMES',
-    'RIVALS',
     'MEASUREMENTS',
     'Setup',
     'Measurement',
+    'rival_runs',
     'rivals',
     'evaluate_space',
 ]
@@ -36,6 +36,7 @@ from ..methods.scorevae import PRESETS, CodedModel, code_noise, kl_to_prior
 from ..methods.vae import VAE
 from ..metrics import Feats, eval_feats, features, lpips, ppl, psnr
 from ..model import GenerativeModel, model_fingerprint, noise
+from ..recipes import RECIPES
 from ..sampling import sample
 from ..speed import race
 from ..training import Recipe, hardware, versions
@@ -232,17 +233,6 @@ PAIRS = {
 # %% ../../nbs/experiments/autoencoding.ipynb #bebcd5e9
 TIMES = list(range(100, 1001, 100))  # timesteps at which `evaluate_space` measures `nonlinearity`
 
-# %% ../../nbs/experiments/autoencoding.ipynb #0d9baa8e
-# label -> what follows the data in a run's name
-RIVALS = {
-    'DDIM': 'dpm',
-    'PDAE': 'pdae',
-    'ScoreVAE': 'scorevae',
-    'ScoreVAE, paper': 'paper_scorevae',
-    'Diff-AE': 'diffae',
-    'beta-VAE': 'vae',
-}
-
 
 # %% ../../nbs/experiments/autoencoding.ipynb #94c6922a
 @dataclass(frozen=True)
@@ -433,14 +423,27 @@ class _Results:
 
 
 # %% ../../nbs/experiments/autoencoding.ipynb #e29747e5
+def rival_runs(
+    data: str = 'mnist',  # data set, with which the names of the runs begin
+) -> dict[str, str]:  # label -> run, in the order of the recipes
+    "The runs of `RECIPES` that reconstruct images: autoencoders, and the DPM by DDIM inversion."
+    labels = {}
+    for (name, _), recipe in RECIPES.items():
+        is_dpm = issubclass(recipe.method, DPM) and not recipe.method.is_conditional
+        if name.startswith(f'{data}_') and (is_dpm or recipe.method.is_autoencoder):
+            variant = name.removeprefix(f'{data}_').split('_')[:-1]  # paper_scorevae: paper
+            label = 'DDIM' if is_dpm else recipe.method.title
+            labels[', '.join([label, *variant])] = name
+    return labels
+
+
 def rivals(
     data: str = 'mnist',  # data set, with which the names of the runs begin
     device: str | torch.device | None = None,  # device of the models; None: the CPU
 ) -> dict[str, GenerativeModel]:  # label -> model
-    "The trained models among `RIVALS`."
+    "The trained models among `rival_runs`."
     models = {}
-    for label, suffix in RIVALS.items():
-        name = f'{data}_{suffix}'
+    for label, name in rival_runs(data).items():
         if any((folder / name / 'run.json').exists() for folder in models_dirs()):
             models[label] = load(name, device=device)
     return models

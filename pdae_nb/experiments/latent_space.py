@@ -27,8 +27,8 @@ from ..edit import fit_probe, lerp, manipulate, slerp, to_median
 from ..evaluation import _provenance, check_channels
 from ..forward import add_noise
 from ..methods.classifier import EvalClassifier
+from ..methods.label_pdae import LabelPDAE
 from ..methods.latent import ZStats, encode_all
-from ..methods.pdae import LabelPDAE
 from ..metrics import Feats, auroc, eval_feats, features, frechet
 from ..model import GenerativeModel, noise
 from ..sampling import sample

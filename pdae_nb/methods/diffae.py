@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..data import Images
 from ..denoise import Denoiser, denoising_loss
 from ..forward import Schedule
-from ..model import Draw, GenerativeModel
+from ..model import GenerativeModel
 from ..training import autoencoder_noise_mse
 from ..unet import Attention, UNet, norm
 from .dpm import NoiseResult
@@ -174,18 +174,6 @@ class DiffAE(GenerativeModel):
     ) -> Denoiser:
         "eps_θ(x_t,t,z) (Diff-AE Eqs 4 and 5)."
         return diffae_denoiser(self.net, condition)
-
-    def loss(
-        self,
-        x0: Tensor,  # clean images: (B,c,size,size)
-        y: Tensor | None,  # ignored
-        draw: Draw,  # random numbers of the step
-    ) -> tuple[Tensor, Tensor]:  # losses (B,) and timesteps (B,)
-        "‖eps - eps_θ(x_t,t,z)‖², mean over pixels (Diff-AE Eq. 6)."
-        t = draw.times(self.sched)
-        eps = draw.normal(*self.shape)
-        denoiser = self.denoiser(self.condition(x0))
-        return denoising_loss(denoiser, x0, self.sched, t=t, eps=eps, reduce=None), t
 
     def test_result(
         self,

@@ -13,6 +13,7 @@ __all__ = [
     'DPM',
     'squared_error_of_v',
     'ClassConditionalDPM',
+    'check_frozen_dpm',
 ]
 
 # %% ../../nbs/course/05_train.ipynb #451b5543
@@ -23,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from ..data import Images
-from ..denoise import Denoiser, denoising_loss
+from ..denoise import Denoiser
 from ..forward import Schedule, at
-from ..model import Draw, GenerativeModel
+from ..model import GenerativeModel, Model
 from ..training import noise_mse
 from ..unet import UNet, zero
 
@@ -246,18 +247,10 @@ class DPM(GenerativeModel):
         output = self.net.up(features, e).to(xt.dtype)
         return self.to_eps(output, xt, t)
 
-    def loss(
-        self,
-        x0: Tensor,  # clean images: (B,c,size,size)
-        y: Tensor | None,  # labels: int64 (B,)
-        draw: Draw,  # random numbers of the step
-    ) -> tuple[Tensor, Tensor]:  # losses (B,) and timesteps (B,)
-        "Squared error of the output: of eps (PDAE Eq. 3), or of v."
-        t = draw.times(self.sched)
-        eps = draw.normal(*self.shape)
-        denoiser = self.denoiser(self.condition(x0, y))
-        weight = squared_error_of_v if self.settings.predicts == 'v' else None
-        return denoising_loss(denoiser, x0, self.sched, weight, t=t, eps=eps, reduce=None), t
+    @property
+    def weight(self) -> Callable | None:
+        "Loss weight λ_t: 1 for a network that predicts eps; of v, see `squared_error_of_v`."
+        return squared_error_of_v if self.settings.predicts == 'v' else None
 
     def test_result(
         self,
@@ -313,3 +306,19 @@ class ClassConditionalDPM(LabelConditioned, DPM):
             return self.to_eps(self.net(xt, t, condition), xt, t)
 
         return denoiser
+
+
+def check_frozen_dpm(
+    base: Model | None,  # model that should be the frozen DPM
+    images: Images,  # training images
+) -> None:
+    "Raise unless `base` is an unconditional DPM for images of this shape."
+    if not isinstance(base, DPM) or isinstance(base, ClassConditionalDPM):
+        kind = 'no model' if base is None else type(base).__name__
+        raise ValueError(f'the base must be an unconditional DPM, got {kind}')
+    shape = tuple(images.x.shape[1:])
+    if base.shape != shape:
+        raise ValueError(
+            f'the frozen DPM is for images of shape {base.shape}, the data have {shape}; '
+            'train one for these images first, and name it as the base'
+        )

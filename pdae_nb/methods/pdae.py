@@ -4,27 +4,20 @@
 
 # %% auto #0
 __all__ = [
-    'ENCODERS',
     'COEFFICIENTS',
-    'ConvEncoder',
-    'GradientEstimator',
     'EpsAndScore',
-    'check_base',
     'pdae_denoiser',
     'pdae_loss',
     'PDAESettings',
     'PDAEResult',
+    'ShiftedDPM',
     'PDAE',
-    'LabelPDAE',
-    'lerp_trajectories',
 ]
 
 # %% ../../nbs/course/09_pdae.ipynb #3ad1e392
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data import Images
@@ -32,138 +25,14 @@ from ..denoise import Denoiser, denoising_loss
 from ..forward import Schedule, score_to_eps, shift_to_eps
 from ..gap import gap_curve
 from ..guidance import guided
-from ..methods.dpm import (
-    DPM,
-    ClassConditionalDPM,
-    LabelConditioned,
-    NoiseResult,
-    as_labels,
-    check_labels,
-)
-from ..model import Draw, GenerativeModel, Model
+from ..model import GenerativeModel
+from ..networks import ConvEncoder, GradientEstimator
 from ..training import noise_mse
-from ..unet import Attention, Up, norm
 from ..weighting import w_pdae
-
-# %% ../../nbs/course/09_pdae.ipynb #9fb69f05
-ENCODERS = {  # image size in pixels: (channels after each halving, halvings before the attention)
-    128: ((64, 128, 256, 256, 256), 3),
-    64: ((64, 128, 128, 128), 2),
-    32: ((32, 64, 128), 2),
-    28: ((32, 64, 128), 2),
-    16: ((32, 64), 1),
-    14: ((32, 64), 1),
-}
-
-
-# %% ../../nbs/course/09_pdae.ipynb #b0e28423
-class ConvEncoder(nn.Module):
-    """The encoder z = E_φ(x_0) (PDAE Section 3.3).
-
-    Convolutions halve the image until it is 4×4, and a linear layer follows.
-    Self-attention is applied at one resolution, as in the official implementation.
-    """
-
-    def __init__(
-        self,
-        c: int = 3,  # channels of the image
-        size: int = 64,  # height and width of the image in pixels: a key of `ENCODERS`
-        z_dim: int = 512,  # width of the code
-        *,
-        groups: int = 32,  # groups of each norm
-        heads: int = 4,  # attention heads
-    ):
-        super().__init__()
-        if size not in ENCODERS:
-            sizes = ', '.join(map(str, sorted(ENCODERS)))
-            raise ValueError(f'there are encoders for images of {sizes} pixels, got {size}')
-        self.config = dict(c=c, size=size, z_dim=z_dim, groups=groups, heads=heads)
-        channels, attention_after = ENCODERS[size]
-        layers = [nn.Conv2d(c, channels[0], 3, 2, 1)]
-        for i, ci in enumerate(channels, 1):
-            if i == attention_after:
-                layers.append(Attention(ci, heads, groups))
-            layers += [norm(ci, groups), nn.SiLU()]
-            if i < len(channels):
-                layers.append(nn.Conv2d(ci, channels[i], 3, 2, 1))
-        self.body = nn.Sequential(*layers)
-        self.head = nn.Linear(channels[-1] * 4 * 4, z_dim)
-
-    def forward(
-        self,
-        x0: Tensor,  # clean images in [-1,1]: (B,c,size,size)
-    ) -> Tensor:  # codes: (B,z_dim)
-        "Encode clean images."
-        c = self.config['c']
-        size = self.config['size']
-        if x0.shape[1:] != (c, size, size):
-            raise ValueError(
-                f'this encoder was built for images (B,{c},{size},{size}), got {tuple(x0.shape)}'
-            )
-        features = self.body(x0)
-        return self.head(features.flatten(1)).to(x0.dtype)
+from .dpm import DPM, NoiseResult, check_frozen_dpm
 
 
 # %% ../../nbs/course/09_pdae.ipynb #d8e953ff
-def _check_frozen_dpm(net):
-    "Raise unless `net` is an unconditional U-Net made of `Down` and `Up`."
-    for part in ('config', 'dt', 'embed', 'down', 'up', 'geometry'):
-        if not hasattr(net, part):
-            raise TypeError(
-                'the DPM must be made of `Down` and `Up` as `UNet` is; '
-                f'{type(net).__name__} has no `{part}`'
-            )
-    if net.config.get('dz') or 'classes' in net.config:
-        raise ValueError('the DPM must be unconditional, but this one takes a code or a label')
-
-
-class GradientEstimator(nn.Module):
-    """The gradient estimator G_ψ(x_t,t,z) in place of ∇log p(z|x_t) (PDAE Section 3.3, Fig. 2).
-
-    It is a second half for a frozen U-Net: it takes the feature maps of the first half, the
-    embedding of t and the code.
-    """
-
-    def __init__(
-        self,
-        z_dim: int,  # width of the code
-        dt: int,  # width of the timestep embedding
-        chs: Sequence[int],  # channels of the feature maps
-        drop: float = 0.0,  # dropout probability
-        **geometry,  # for `Up`: c, ch, mult, size, n_res, attn, groups, heads, twice, head_channels
-    ):
-        super().__init__()
-        self.config = dict(z_dim=z_dim, dt=dt, chs=list(chs), drop=drop, **geometry)
-        self.label = nn.Linear(z_dim, dt)  # of the code; the official name is `label_emb`
-        self.up = Up(chs=chs, dt=dt, dz=dt, drop=drop, **geometry)
-
-    @classmethod
-    def on(
-        cls,
-        net: nn.Module,  # the frozen U-Net, unconditional
-        z_dim: int,  # width of the code
-        drop: float = 0.0,  # dropout probability
-    ) -> 'GradientEstimator':
-        "A gradient estimator for the feature maps of this U-Net."
-        _check_frozen_dpm(net)
-        return cls(z_dim, net.dt, net.down.chs, drop, **net.geometry)
-
-    def forward(
-        self,
-        features: list[Tensor],  # feature maps of the first half
-        e: Tensor,  # embedding of t: (B,dt)
-        z: Tensor,  # codes: (B,z_dim), or (1,z_dim) for all images
-    ) -> Tensor:  # score, in units of 1/x: (B,c,size,size)
-        "G_ψ(x_t,t,z)."
-        batch = len(features[0])
-        z_dim = self.config['z_dim']
-        if z.ndim != 2 or z.shape[1] != z_dim or len(z) not in (1, batch):
-            raise ValueError(
-                f'this gradient estimator wants codes ({batch},{z_dim}), got {tuple(z.shape)}'
-            )
-        return self.up(features, e, self.label(z))
-
-
 class EpsAndScore:
     """eps_θ(x_t,t) of a frozen DPM and G_ψ(x_t,t,z), from one pass of the shared first half.
 
@@ -190,23 +59,6 @@ class EpsAndScore:
         features, e = self.base.features(xt, t)
         score = self.G(features, e, z).to(xt.dtype)
         return self.base.eps_of_features(features, e, xt, t), score
-
-
-# %% ../../nbs/course/09_pdae.ipynb #b0545365
-def check_base(
-    base: Model | None,  # model that should be the frozen DPM
-    images: Images,  # training images
-) -> None:
-    "Raise unless `base` is an unconditional DPM for images of this shape."
-    if not isinstance(base, DPM) or isinstance(base, ClassConditionalDPM):
-        kind = 'no model' if base is None else type(base).__name__
-        raise ValueError(f'the base must be an unconditional DPM, got {kind}')
-    shape = tuple(images.x.shape[1:])
-    if base.shape != shape:
-        raise ValueError(
-            f'the frozen DPM is for images of shape {base.shape}, the data have {shape}; '
-            'train one for these images first, and name it as the base'
-        )
 
 
 # %% ../../nbs/course/09_pdae.ipynb #b76e23ea
@@ -273,7 +125,7 @@ class PDAEResult(NoiseResult):
 
 
 # %% ../../nbs/course/09_pdae.ipynb #cb2f1bb5
-class _OnDPM(GenerativeModel):
+class ShiftedDPM(GenerativeModel):
     "A gradient estimator on a frozen DPM, conditioned on a vector of each image (PDAE Eq. 7)."
 
     is_conditional = True
@@ -299,18 +151,6 @@ class _OnDPM(GenerativeModel):
         "The frozen DPM and G as one function (xt, t, z) -> noise, score."
         return EpsAndScore(self.base, self.G)
 
-    def loss(
-        self,
-        x0: Tensor,  # clean images: (B,c,size,size)
-        y: Tensor | None,  # labels: int64 (B,)
-        draw: Draw,  # random numbers of the step
-    ) -> tuple[Tensor, Tensor]:  # losses (B,) and timesteps (B,)
-        "λ_t·‖eps - denoiser(x_t,t)‖², mean over pixels (PDAE Eqs 7 and 10)."
-        t = draw.times(self.sched)
-        eps = draw.normal(*self.shape)
-        denoiser = self.denoiser(self.condition(x0, y))
-        return denoising_loss(denoiser, x0, self.sched, self.weight, t=t, eps=eps, reduce=None), t
-
     def weight(
         self,
         sched: Schedule,  # noise schedule
@@ -320,7 +160,7 @@ class _OnDPM(GenerativeModel):
         return w_pdae(sched, t, self.settings.gamma)
 
 
-class PDAE(_OnDPM):
+class PDAE(ShiftedDPM):
     "An encoder and a gradient estimator on a frozen DPM (PDAE Section 3)."
 
     title = 'PDAE'
@@ -345,7 +185,7 @@ class PDAE(_OnDPM):
         base: DPM,  # the frozen DPM
     ) -> 'PDAE':
         "An untrained PDAE on this DPM."
-        check_base(base, images)
+        check_frozen_dpm(base, images)
         c, size, _ = base.shape
         enc = ConvEncoder(c=c, size=size, **recipe.encoder)
         G = GradientEstimator.on(base.net, enc.config['z_dim'], **recipe.net)
@@ -379,11 +219,8 @@ class PDAE(_OnDPM):
         base_mse, _ = noise_mse(self.base.denoiser(), x0, self.sched)
         ts = [max(1, k * self.sched.T // 10) for k in range(1, 10)]
         ratio = self.gap_ratio(x0[:200], codes[:200], ts)
-        noise = NoiseResult.of(mse)
         return PDAEResult(
-            noise.test_noise_mse,
-            noise.standard_error,
-            noise.test_images,
+            **vars(NoiseResult.of(mse)),
             dpm_noise_mse=base_mse.mean().item(),
             t=ts,
             gap_ratio=ratio.tolist(),
@@ -410,64 +247,3 @@ class PDAE(_OnDPM):
         gap = gap_curve(self.with_codes, x0, self.sched, ts, seed=seed, y=codes).mean(1)
         base_gap = gap_curve(self.base.denoiser(), x0, self.sched, ts, seed=seed).mean(1)
         return gap / base_gap
-
-
-# %% ../../nbs/course/09_pdae.ipynb #642dc617
-class LabelPDAE(LabelConditioned, _OnDPM):
-    "A gradient estimator that is conditioned on the class of an image (PDAE Section 4.6)."
-
-    title = 'PDAE, labels'
-
-    def __init__(
-        self,
-        G: GradientEstimator,  # the new second half; z_dim is the number of classes
-        base: DPM,  # the frozen DPM
-        settings: PDAESettings = PDAESettings(),  # noqa: B008 (frozen)
-    ):
-        super().__init__(base.sched, base.shape, base, settings)
-        self.G = G
-
-    @classmethod
-    def build(
-        cls,
-        recipe,  # a `Recipe`; `net` has drop
-        images: Images,  # training images with one label each
-        base: DPM,  # the frozen DPM
-    ) -> 'LabelPDAE':
-        "An untrained gradient estimator on this DPM."
-        check_base(base, images)
-        check_labels(recipe, images)
-        G = GradientEstimator.on(base.net, len(images.classes), **recipe.net)
-        return cls(G, base, recipe.settings or PDAESettings())
-
-    @property
-    def classes(self) -> int:
-        "Number of classes."
-        return self.G.config['z_dim']
-
-    def vector(self, condition: Tensor) -> Tensor:
-        "The labels as one-hot vectors."
-        labels = as_labels(condition, len(condition), self.classes, self.device)
-        return F.one_hot(labels, self.classes).to(self.G.label.weight.dtype)
-
-
-# %% ../../nbs/course/09_pdae.ipynb #00f8b6a4
-def lerp_trajectories(
-    pair: EpsAndScore,  # frozen DPM and gradient estimator
-    z1: Tensor,  # codes at λ=0: (B,z_dim)
-    z2: Tensor,  # codes at λ=1, like `z1`
-    lam: float,  # λ in 0…1
-    sched: Schedule,  # noise schedule
-    to_eps: Callable = shift_to_eps,  # score to noise, as in training
-    **kw,  # for `guided`: scale, window
-) -> Denoiser:
-    "Denoiser guided by Lerp(G(x_t,z_1,t), G(x_t,z_2,t); λ) (PDAE Section 4.4, Figure 7)."
-
-    def eps_and_score(xt, t):
-        features, e = pair.base.features(xt, t)
-        score1 = pair.G(features, e, z1)
-        score2 = pair.G(features, e, z2)
-        score = torch.lerp(score1, score2, lam).to(xt.dtype)
-        return pair.base.eps_of_features(features, e, xt, t), score
-
-    return guided(eps_and_score, sched, to_eps=to_eps, unguided=pair.dpm, **kw)

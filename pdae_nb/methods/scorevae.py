@@ -43,8 +43,7 @@ from ..training import autoencoder_noise_mse
 from ..unet import HalfUNet, UNet, norm
 from ..weighting import w_bound, w_half, w_pdae
 from .diffae import diffae_denoiser
-from .dpm import DPM
-from .pdae import check_base
+from .dpm import DPM, check_frozen_dpm
 
 
 # %% ../../nbs/course/11_scorevae.ipynb #3650a944
@@ -512,7 +511,7 @@ class ScoreVAE(CodedModel):
         base: DPM,  # the frozen DPM
     ) -> 'ScoreVAE':
         "An untrained encoder on this DPM."
-        check_base(base, images)
+        check_frozen_dpm(base, images)
         c, size, _ = base.shape
         enc = TimeEncoder(c=c, size=size, T=base.sched.T, **recipe.encoder)
         return cls(enc, base, recipe.settings or ScoreVAESettings())

@@ -138,7 +138,7 @@ class VAESettings:
 class VAE(CodedModel):
     "A beta-VAE with a Gaussian likelihood (ScoreVAE Eq. 2, App. B.2)."
 
-    title = 'VAE'
+    title = 'beta-VAE'
 
     Settings = VAESettings
     predicts_eps = False
