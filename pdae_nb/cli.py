@@ -31,6 +31,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -42,6 +43,7 @@ from .edit import fit_probe, interpolate, manipulate, to_median
 from .evaluation import (
     _device,
     _log_to_stderr,
+    add_missing_result,
     evaluate_cdpm,
     evaluate_classifier,
     evaluate_coder,
@@ -49,7 +51,15 @@ from .evaluation import (
     inputs,
     size_of,
 )
-from .files import Stopped, load_results, results_path, write_json
+from .files import (
+    PICTURES,
+    Stopped,
+    finite,
+    load_results,
+    output_file,
+    results_path,
+    write_json,
+)
 from .forward import Schedule
 from .hub import load, load_base, train
 from .methods.classifier import EvalClassifier, NoisyClassifier, classifier_guided
@@ -59,7 +69,7 @@ from .methods.label_pdae import LabelPDAE
 from .methods.latent import LatentDPM, encode_all
 from .methods.pdae import PDAE
 from .methods.scorevae import CodedModel, ConditionalDecoder, ScoreVAE
-from .model import GenerativeModel, Model, model_fingerprint, noise
+from .model import GenerativeModel, Model, StepNoise, model_fingerprint, noise
 from .plot import plot_gap, show
 from .pretrained import load_official
 from .recipes import recipe
@@ -215,6 +225,7 @@ def cmd_sample(
 ) -> dict:  # path of the picture, and the settings
     "Sample images, of a given class if the run or a classifier allows it"
     _check_choice('solver', solver, SOLVERS)
+    out = output_file(out, PICTURES)
     model = _load(name, device)
     if isinstance(model, (LatentDPM, CodedModel)):
         _check_only_ddim(name, solver, eta, label, classifier)
@@ -222,16 +233,17 @@ def cmd_sample(
         x = base.sample(n, prior=model, seed=seed, steps=steps)
     elif isinstance(model, GenerativeModel) and _takes_no_codes(model):
         clf = _load(classifier, device, NoisyClassifier) if classifier else None
-        torch.manual_seed(seed)
         y = _labels(name, label, n, model if clf is None else clf)
         clip = None if solver == 'belm' else 1.0
         xT = noise(model.shape, n, seed).to(model.device)
         chunks = []
         for xT_chunk, y_chunk in _chunks(xT, y):
             denoiser = _class_denoiser(model, clf, y_chunk, scale)
-            chunks.append(
-                sample(denoiser, xT_chunk, model.sched, steps, eta, clip, SOLVERS[solver])
-            )
+            step = SOLVERS[solver]
+            if solver == 'ddim' and eta:
+                first = sum(len(chunk) for chunk in chunks)
+                step = partial(ddim_step, noise=StepNoise(len(xT_chunk), seed, first))
+            chunks.append(sample(denoiser, xT_chunk, model.sched, steps, eta, clip, step))
         x = torch.cat(chunks)
     else:
         raise ValueError(
@@ -298,6 +310,7 @@ def cmd_reconstruct(
     device: str = None,  # cpu or cuda; otherwise the GPU, if there is one
 ) -> dict:  # path of the picture, the settings, and errors of pixels in [0,1]
     "Encode and decode images, and write inputs and reconstructions as one picture"
+    out = output_file(out, PICTURES)
     model = _load(name, device)
     if not isinstance(model, GenerativeModel) or isinstance(model, (LatentDPM, LabelPDAE)):
         raise ValueError(f'{name} is no model of images that reconstructs: {model.title}')
@@ -338,6 +351,7 @@ def cmd_interpolate(
     device: str = None,  # cpu or cuda; otherwise the GPU, if there is one
 ) -> dict:  # path of the picture, the settings, and squared errors at both ends
     "Interpolate between two images: linearly between codes, spherically between the x_T"
+    out = output_file(out, PICTURES)
     model = _autoencoder(name, device)
     x0, _, unread = inputs(images, model, 2)
     if unread or len(x0) != 2 or n < 2:
@@ -382,6 +396,7 @@ def cmd_manipulate(
 ) -> dict:  # path of the picture, the settings, and the shifts of Eq. 11
     "Change an attribute of images: shift codes along the normal of a linear probe"
     shifts = _numbers(scales)
+    out = output_file(out, PICTURES)
     model = _autoencoder(name, device)
     x0, names, unread = inputs(images, model, n)
     train_images = load_images(model.card.recipe['data'], 'train', model.shape[-1])[:labels]
@@ -480,7 +495,7 @@ def cmd_evaluate(
     "Evaluate a run: a DPM, a class-conditional DPM, a classifier, an autoencoder or a latent DPM"
     model = _load(name, device)
     parameters = inspect.signature(evaluator_of(model)).parameters
-    path = Path(out or results_path(model.card.name, size_of(model)))
+    path = output_file(out or results_path(model.card.name, size_of(model)))
     options = dict(n=n, steps=steps, test_images=test_images, gap_images=gap_images, calls=calls)
     given = {}
     for option, value in options.items():
@@ -490,6 +505,7 @@ def cmd_evaluate(
     counts = _largest_counts(parameters, given)
     _check_not_smaller(path, counts)
     given |= _other_models(parameters, base, eval_classifier, device)
+    add_missing_result(model)
     if 'path' in parameters:
         given['path'] = path.with_name(f'{path.stem}-sums.json')
     result = evaluator_of(model)(model, **given) | dict(counts=counts)
@@ -562,8 +578,10 @@ def cmd_convert(
     data: str = None,  # data set of the run, under the name that `pdae train` uses
 ) -> dict:  # folder of the run, and its networks with their numbers of weights
     "Convert a published checkpoint, a diffusers model or a run of version 1 into a run folder"
-    if Path(out).exists():
+    out = Path(out).expanduser()
+    if out.exists():
         raise ValueError(f'{out} is there already; choose another folder, or delete that one')
+    output_file(out)
     hints = dict(size=size, heads=heads, head_channels=head_channels, groups=groups, lag=lag)
     if Path(source).expanduser().is_file():
         model = load_official(
@@ -609,6 +627,8 @@ def cmd_bench(
     out: str = None,  # JSON file to write; otherwise data/results/bench/DEVICE.json
 ) -> dict:  # measurements, and the path of the file
     "Measure speed, as ratios between measurements of the same call"
+    if out is not None:
+        out = output_file(out)
     result = bench_speed(seconds, device, compile) | dict(pdae=bench_pdae(seconds, device))
     kind = 'cpu' if 'CPU' in result['hardware'] else result['hardware'].replace(' ', '-')
     return result | dict(written=write_json(out or results_path('bench', kind), result))
@@ -744,8 +764,9 @@ def _in_chunks(denoiser, rows=100):
 
 
 # %% ../nbs/toolbox/cli.ipynb #aeea6284
-def _out_of_noise(dpm, out, n=8, steps=50, at=(1000, 500, 300, 200, 100, 0)):
-    "Write images x_t during sampling, a row for each timestep t."
+def _out_of_noise(dpm, out, n=8, steps=50, at=(1, 0.5, 0.3, 0.2, 0.1, 0)):
+    "Write images x_t during sampling, a row for each t/T of `at`."
+    at = [round(part * dpm.sched.T) for part in at]
     xT = noise(dpm.shape, n, 1).to(dpm.device)
     states = {dpm.sched.T: xT}
     for s, x, _ in trajectory(dpm.denoiser(), xT, dpm.sched, steps, clip=1.0):
@@ -825,7 +846,7 @@ def cmd_demo(
     coder: str = 'mnist_pdae',  # run of PDAE
 ) -> None:
     "Sample, guide, invert and reconstruct digits with the shipped models"
-    out = Path(out)
+    out = output_file(Path(out) / 'samples.png').parent
     report = _Report()
     dpm = load(base)
     digits = mnist_or_digits('test', dpm.shape[-1])
@@ -954,7 +975,7 @@ def _call(name, words):
             positional.append(value)
     result = command(*positional, **keywords)
     if result is not None:
-        print(json.dumps(result, indent=1))
+        print(json.dumps(finite(result), indent=1))
 
 
 # %% ../nbs/toolbox/cli.ipynb #a044c711

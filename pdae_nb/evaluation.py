@@ -9,8 +9,10 @@ __all__ = [
     'TIMES_5',
     'held_out_images',
     'inputs',
+    'add_missing_result',
     'size_of',
     'Estimate',
+    'check_enough',
     'LossCurve',
     'NoisePrediction',
     'RoundTrip',
@@ -43,7 +45,7 @@ from .data import IMAGE_TYPES, as_x0, load_images, to_signed
 from .denoise import Denoiser, loss_curve
 from .files import write_json
 from .forward import Schedule
-from .gap import FIG1_TIMES, compare_losses, gap_curve
+from .gap import FIG1_TIMES, compare_losses, gap_curve, scaled_times
 from .methods.classifier import (
     EvalClassifier,
     NoisyClassifier,
@@ -56,7 +58,7 @@ from .model import GenerativeModel, Model, model_fingerprint, noise
 from .recipes import RECIPES
 from .sampling import invert, restored, sample
 from .solvers import dpmpp_step, round_trip, snr_times
-from .training import hardware, noise_mse, versions
+from .training import add_result, hardware, noise_mse, versions
 
 
 # %% ../nbs/toolbox/evaluation.ipynb #eafe7112
@@ -72,7 +74,7 @@ def _device(
 # %% ../nbs/toolbox/evaluation.ipynb #9fd70682
 def held_out_images(
     model: Model,  # a trained model of images
-    n: int,  # number of images
+    n: int,  # number of images, at least 1
 ) -> tuple[Tensor, Tensor | None]:  # images in [-1,1] (n,c,size,size); their labels (n,...)
     "The first test images of a model's data, and their labels, on the model's device."
     recipe = model.card.recipe
@@ -138,6 +140,19 @@ def inputs(
 
 
 # %% ../nbs/toolbox/evaluation.ipynb #0c20ca7e
+def add_missing_result(
+    model: Model,  # a model that was loaded from a folder
+) -> None:
+    "Measure the result of a training whose evaluation failed, and add it to its `run.json`."
+    recipe = model.card.recipe
+    if model.card.result is not None or not recipe or model.path is None:
+        return
+    test = model.data(load_images(recipe['data'], 'test', recipe['px']))
+    x = test.x[:10_000].to(model.device)
+    y = None if test.y is None else test.y[:10_000].to(model.device)
+    add_result(model, to_signed(x) if x.dtype == torch.uint8 else x, y)
+
+
 def size_of(
     model: Model,  # a trained model
 ) -> str:  # smoke, lesson, paper, or custom
@@ -158,7 +173,7 @@ class Estimate:
     "A mean and its standard error."
 
     mean: float
-    se: float  # 0 for a single number
+    se: float | None  # None for a single number
     n: int
 
     @classmethod
@@ -168,13 +183,23 @@ class Estimate:
     ) -> 'Estimate':
         "Mean and standard error of some numbers."
         n = len(values)
-        se = (values.std() / n**0.5).item() if n > 1 else 0.0
+        se = (values.std() / n**0.5).item() if n > 1 else None
         return cls(values.mean().item(), se, n)
 
     @property
     def pair(self) -> list[float]:
         "[mean, standard error], as files of results hold them."
         return [self.mean, self.se]
+
+
+def check_enough(
+    name: str,  # of the count, as the user gave it
+    n: int,  # the count
+    smallest: int,  # smallest count from which the results can be computed
+) -> None:
+    "Raise before an evaluation if it asks for too few images or samples."
+    if n < smallest:
+        raise ValueError(f'{name} must be at least {smallest}, got {n}')
 
 
 def _provenance(device, t0):
@@ -216,10 +241,11 @@ def _noise_prediction(denoiser, x0, sched):
     overall = Estimate.of(loss)
     quarter = (t - 1) * 4 // sched.T
     by_quarter = [loss[quarter == q].mean().item() for q in range(4)]
-    curve = loss_curve(denoiser, x0[:500], sched, TIMES)
+    times = scaled_times(TIMES, sched)
+    curve = loss_curve(denoiser, x0[:500], sched, times)
     images = curve.shape[1]
     standard_error = (curve.std(1) / images**0.5).tolist()
-    at_times = LossCurve(TIMES, curve.mean(1).tolist(), standard_error, images)
+    at_times = LossCurve(times, curve.mean(1).tolist(), standard_error, images)
     return NoisePrediction(overall.mean, overall.se, overall.n, by_quarter, at_times)
 
 
@@ -319,7 +345,10 @@ def evaluate_dpm(
 ) -> dict:  # numbers, ready for JSON
     "Evaluate an unconditional DPM: noise prediction (PDAE Eq. 3), round trips (Eq. 8), samples."
     check_unconditional(model)
+    check_enough('test_images', test_images, 4)  # one for each quarter of the timesteps
+    check_enough('steps', steps, 2)
     if eval_classifier is not None:
+        check_enough('n', n, 1)
         check_channels(eval_classifier, model)
     t0 = time.time()
     x0, _ = held_out_images(model, test_images)
@@ -361,14 +390,19 @@ def evaluate_cdpm(
         raise ValueError(f'the model {model.card.name!r} is not class-conditional')
     check_unconditional(against)
     _check_trained_alike(model, against)
+    check_enough('test_images', test_images, 2 * repeats)
     t0 = time.time()
     x0, y = held_out_images(model, test_images)
 
     def conditional(xt, t, y):
         return model.denoiser(y)(xt, t)
 
-    losses = compare_losses(conditional, against.denoiser(), x0, y, model.sched, repeats=repeats)
-    numbers = dict(against=against.card.name, t=FIG1_TIMES)
+    times = scaled_times(FIG1_TIMES, model.sched)
+    unconditional = against.denoiser()
+    losses = compare_losses(
+        conditional, unconditional, x0, y, model.sched, ts=times, repeats=repeats
+    )
+    numbers = dict(against=against.card.name, t=times)
     numbers |= {k: v.tolist() for k, v in losses.items()}
     numbers |= dict(images=len(x0), repeats=repeats)
     numbers['test_noise_mse'] = (model.card.result or {}).get('test_noise_mse')
@@ -439,9 +473,10 @@ def evaluate_classifier(
         raise ValueError(
             f'the DPM makes images of shape {dpm.shape}, the classifier was built for {model.shape}'
         )
+    check_enough('n', n, 2 * model.classes)  # diversity needs two samples of each class
     t0 = time.time()
     x0, y = held_out_images(model, test_images)
-    ts = list(range(0, dpm.sched.T + 1, 50))
+    ts = [k * dpm.sched.T // 20 for k in range(21)]
     accuracy = classifier_accuracy(model, x0, y, dpm.sched, ts)
     classes = model.log_p(x0[:1], torch.ones_like(y[:1])).shape[1]
     wanted = torch.arange(n, device=dpm.device) % classes
@@ -551,8 +586,8 @@ def _means(row):
             continue
         total, total_squares = sums
         mean = total / n
-        variance_of_mean = max(0, total_squares / n - mean**2) / max(1, n - 1)
-        means[k] = [mean, variance_of_mean**0.5]
+        variance = max(0, total_squares / n - mean**2)
+        means[k] = [mean, (variance / (n - 1)) ** 0.5 if n > 1 else None]
     return means
 
 
@@ -677,13 +712,14 @@ def _gaps(model, x0):
     def with_codes(xt, t, x0):
         return model.denoiser(model.encode(x0))(xt, t)
 
-    gaps = dict(t=TIMES_5, images=len(x0))
+    times = scaled_times(TIMES_5, model.sched)
+    gaps = dict(t=times, images=len(x0))
     dpm = _dpm_of(model)
     if dpm is not None:
-        curve = gap_curve(dpm.denoiser(), x0, model.sched, TIMES_5)
+        curve = gap_curve(dpm.denoiser(), x0, model.sched, times)
         gaps['dpm'] = asdict(GapCurve.of(curve))
     # Small batches: ScoreVAE differentiates its encoder and keeps the activations.
-    curve = gap_curve(with_codes, x0, model.sched, TIMES_5, y=x0, bs=100)
+    curve = gap_curve(with_codes, x0, model.sched, times, y=x0, bs=100)
     gaps[model.title.lower()] = asdict(GapCurve.of(curve))
     return gaps
 
@@ -710,6 +746,9 @@ def evaluate_coder(
             'which has no encoder'
         )
     check_channels(eval_classifier, model)
+    check_enough('test_images', test_images, 2)
+    check_enough('gap_images', gap_images, 2)
+    check_enough('steps', min(steps), 2)
     t0 = time.time()
     x0, y = held_out_images(model, max(test_images, gap_images))
     if y is None or y.ndim != 1:

@@ -4,6 +4,7 @@
 
 # %% auto #0
 __all__ = [
+    'PICTURES',
     'write_bytes',
     'write_tensors',
     'read_tensors',
@@ -18,6 +19,8 @@ __all__ = [
     'stoppable',
     'locked',
     'results_path',
+    'output_file',
+    'finite',
     'write_json',
     'load_results',
 ]
@@ -25,6 +28,7 @@ __all__ = [
 # %% ../nbs/toolbox/files.ipynb #4907c409
 import importlib
 import json
+import math
 import os
 import signal
 import zlib
@@ -206,6 +210,13 @@ def _params(opt):
     return params
 
 
+def _check_finite(tensors, path):
+    "Raise unless all floating-point tensors of a checkpoint are finite."
+    for name, v in tensors.items():
+        if v.is_floating_point() and not v.isfinite().all():
+            raise ValueError(f'{path} would hold NaN or infinite numbers, e.g. in {name}')
+
+
 def save_checkpoint(
     folder: str | Path,  # folder of the checkpoints of this run
     i: int,  # steps done
@@ -216,14 +227,19 @@ def save_checkpoint(
     *,
     keep: int = 2,  # number of checkpoints to keep, the newest
 ) -> None:
-    "Write weights, moving average and optimiser state after step `i` to one file."
+    """Write weights, moving average and optimiser state after step `i` to one file.
+
+    A state that is not finite is refused: a checkpoint is always one from which one can go on.
+    """
     folder = Path(folder)
     tensors = {f'model.{k}': v for k, v in model.state_dict().items()}
     tensors |= {f'ema.{k}': v for k, v in ema.module.state_dict().items()}
     for j, p in enumerate(_params(opt)):
         state = opt.state.get(p, {})
         tensors |= {f'opt.{j}.{k}': torch.as_tensor(v) for k, v in state.items()}
-    write_tensors(folder / f'step_{i:09d}.safetensors', tensors, meta | dict(i=i))
+    path = folder / f'step_{i:09d}.safetensors'
+    _check_finite(tensors, path)
+    write_tensors(path, tensors, meta | dict(i=i))
     for old in sorted(folder.glob('step_*.safetensors'))[:-keep]:
         old.unlink()
 
@@ -267,6 +283,7 @@ def _newest(folder, log):
             tensors, meta = read_tensors(path)
             if not isinstance(meta, dict) or 'i' not in meta:
                 raise ValueError(f'{path} is not a checkpoint')
+            _check_finite(tensors, path)
             return path, tensors, meta
         except ValueError as e:
             log(f'skipping {e}')
@@ -386,12 +403,50 @@ def results_path(
     return models_dir().parent / 'results' / experiment / f'{size}.json'
 
 
+PICTURES = ('.png', '.jpg', '.jpeg', '.pdf', '.svg', '.webp', '.tif', '.tiff')
+
+
+def output_file(
+    path: str | Path,  # file that is to be written; `~` is the user's folder
+    suffixes: tuple[str, ...] | None = None,  # allowed endings of the name; None: any
+) -> Path:  # the expanded path; its folder exists and can be written to
+    "Check, before the work starts, that a file can be written at its end."
+    path = Path(path).expanduser()
+    if suffixes is not None and path.suffix.lower() not in suffixes:
+        raise ValueError(f'the name of the output must end in {", ".join(suffixes)}, got {path}')
+    if path.is_dir():
+        raise IsADirectoryError(f'the output must be a file, {path} is a folder')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        trial = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+        trial.touch()
+        trial.unlink()
+        if path.exists():
+            path.open('ab').close()
+    except OSError as e:
+        raise OSError(e.errno, f'cannot write {path}: {e.strerror}') from e
+    return path
+
+
+def finite(
+    o,  # what JSON can hold: dicts, lists, tuples, numbers, texts
+):  # the same, with None in place of NaN and infinite numbers
+    "Results for JSON. A statistic that is not defined is None, e.g. the deviation of one number."
+    if isinstance(o, dict):
+        return {k: finite(v) for k, v in o.items()}
+    if isinstance(o, (list, tuple)):
+        return [finite(v) for v in o]
+    if isinstance(o, float) and not math.isfinite(o):
+        return None
+    return o
+
+
 def write_json(
     path,  # file to write
-    d,  # what JSON can hold, without NaN
+    d,  # what JSON can hold; NaN and infinite numbers are written as null
 ) -> str:  # the path
     "Write a JSON file atomically: a reader finds the whole new file or the old one."
-    text = json.dumps(d, indent=1, allow_nan=False) + '\n'
+    text = json.dumps(finite(d), indent=1, allow_nan=False) + '\n'
     write_bytes(path, text.encode())
     return str(path)
 

@@ -11,12 +11,14 @@ __all__ = [
     'Model',
     'Prior',
     'noise',
+    'StepNoise',
     'GenerativeModel',
     'class_path',
     'spec_of',
     'build',
     'model_fingerprint',
     'write_model',
+    'write_card',
     'replace_folder',
     'read_record',
     'read_model',
@@ -374,6 +376,33 @@ def noise(
     return torch.stack(rows)
 
 
+class StepNoise:
+    """The noise of the steps of a stochastic sampler, for `ddim_step` with `eta`.
+
+    The noise of a sample is a function of the seed, its index, and the number of the step.
+    """
+
+    def __init__(
+        self,
+        n: int,  # number of samples
+        seed: int = 0,  # any integer from 0
+        first: int = 0,  # index of the first of them
+    ):
+        self.generators = []
+        for i in range(first, first + n):
+            # 5 separates these numbers from those of the x_T, which use [seed, i, 4].
+            words = np.random.SeedSequence([seed, i, 5]).generate_state(1)  # 32 bits, as CPUs use
+            self.generators.append(torch.Generator().manual_seed(int(words[0])))
+
+    def __call__(
+        self,
+        xt: Tensor,  # states: (n,...)
+    ) -> Tensor:  # unit Gaussian noise, like `xt`
+        "The noise of the next step."
+        rows = [torch.randn(xt.shape[1:], generator=generator) for generator in self.generators]
+        return torch.stack(rows).to(xt)
+
+
 class GenerativeModel(Model):
     "A model that produces data: what its denoiser depends on, and the denoiser."
 
@@ -714,9 +743,21 @@ def write_model(
         write_tensors(folder / f'{name}.safetensors', weights)
     if model.sched is not None:
         write_tensors(folder / 'sched.safetensors', dict(beta=model.sched.beta))
-    text = json.dumps(record, indent=1, ensure_ascii=False) + '\n'
-    write_bytes(folder / 'run.json', text.encode())
+    _write_record(record, folder)
     model.path = folder.resolve()
+
+
+def _write_record(record, folder):
+    text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + '\n'
+    write_bytes(folder / 'run.json', text.encode())
+
+
+def write_card(
+    model: Model,  # a model that lies in a folder
+) -> None:
+    "Write the card of a model into its `run.json`. The weights are not touched."
+    record = read_record(model.path)
+    _write_record(record | asdict(model.card), model.path)
 
 
 def _check_replaceable(path):

@@ -6,7 +6,7 @@
 __all__ = ['Past', 'ddim_step', 'Pair', 'Solver', 'trajectory', 'sample', 'invert', 'restored']
 
 # %% ../nbs/course/03_sample.ipynb #58173e3f
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
@@ -44,10 +44,12 @@ def ddim_step(  # noqa: PLR0917
     eta: float = 0.0,  # 0 is DDIM, 1 is DDPM
     clip: float | None = None,  # clamp x̂_0 to [-clip,clip]; None at t=0, where ε is not defined
     past: Past | None = None,  # not used
+    noise: Callable = torch.randn_like,  # x_t -> ε_t, like x_t
 ) -> tuple[Tensor, Tensor]:  # x_s and x̂_0, like `xt`
     """x_s = √ᾱ_s·x̂_0 + √(1-ᾱ_s-σ_t²)·ε_θ + σ_t·ε_t (PDAE Eqs 4 and 8, Diff-AE Eqs 1 and 8).
 
-    x̂_0 is the clean data that ε_θ implies. ε_t is Gaussian noise of torch's global generator.
+    x̂_0 is the clean data that ε_θ implies. ε_t is Gaussian noise, by default of
+    torch's global generator.
     """
     x0 = eps_to_x0(sched, xt, t, eps)
     if clip is not None:
@@ -60,7 +62,7 @@ def ddim_step(  # noqa: PLR0917
     eps_coef = (1 - alpha_bar_s - sigma2).clamp(min=0).sqrt()
     xs = at(x0_coef, xt) * x0 + at(eps_coef, xt) * eps
     if eta:
-        xs = xs + at(sigma2.sqrt(), xt) * torch.randn_like(xt)
+        xs = xs + at(sigma2.sqrt(), xt) * noise(xt)
     return xs, x0
 
 

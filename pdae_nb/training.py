@@ -16,6 +16,7 @@ __all__ = [
     'autoencoder_noise_mse',
     'hardware',
     'versions',
+    'add_result',
     'train_model',
 ]
 
@@ -42,9 +43,27 @@ from tqdm import tqdm
 
 from .data import Images, batches, to_signed
 from .denoise import Denoiser, denoising_loss
-from .files import Stopped, cast, load_checkpoint, locked, save_checkpoint, stoppable
+from .files import (
+    Stopped,
+    cast,
+    checksum,
+    finite,
+    load_checkpoint,
+    locked,
+    save_checkpoint,
+    stoppable,
+)
 from .forward import Schedule
-from .model import Card, Draw, Model, class_path, model_fingerprint, seed_of, write_model
+from .model import (
+    Card,
+    Draw,
+    Model,
+    class_path,
+    model_fingerprint,
+    seed_of,
+    write_card,
+    write_model,
+)
 from .plot import show
 from .unet import autocast, bf16_pays
 
@@ -473,6 +492,7 @@ class _Run:
     out: Path  # folder of the run
     data: Images  # what the training loop iterates over
     test: Images  # test data in the same form
+    images: str  # checksum of the training images
     model: Model
     ema: EMA  # of the model
     opt: torch.optim.Optimizer
@@ -514,7 +534,14 @@ def _new_run(model, recipe, out, images, *, test, device):
     model.to(device, memory_format=torch.channels_last).train()
     data = model.data(images)
     opt = optimiser(model.trainable(), recipe)
-    return _Run(recipe, out, data, model.data(test), model, EMA(model, recipe.ema), opt)
+    average = EMA(model, recipe.ema)
+    return _Run(recipe, out, data, model.data(test), _checksum(images), model, average, opt)
+
+
+def _checksum(images):
+    "Checksum of images and labels."
+    tensors = dict(x=images.x) if images.y is None else dict(x=images.x, y=images.y)
+    return checksum(tensors, json.dumps(images.classes))
 
 
 def _resume(run, log):
@@ -529,6 +556,12 @@ def _resume(run, log):
             raise ValueError(
                 f'{run.out} was trained on a base with fingerprint {meta.get("base")}, '
                 f'the base now has {now}. Choose another folder, or delete that one'
+            )
+        if meta.get('images', run.images) != run.images:
+            raise ValueError(
+                f'{run.out} was trained on images with checksum {meta["images"]}, those of '
+                f'{run.recipe.data} now have {run.images}. Choose another folder, or delete that '
+                'one'
             )
 
     for leftover in run.out.glob('.*.tmp'):
@@ -556,16 +589,33 @@ def _cache_on_gpu(run):
 
 # %% ../nbs/toolbox/training.ipynb #2dcab89e
 def _save(run):
-    "Write a checkpoint."
+    "Write a checkpoint. Raise `ValueError` if a weight, average or optimiser state is not finite."
     base = run.model.base
     meta = dict(
         recipe=run.recipe.as_json(),
         base=None if base is None else model_fingerprint(base),
+        images=run.images,
         seconds=run.seconds,
         skipped=run.skipped,
         versions=versions(),
     )
     save_checkpoint(run.out / 'checkpoints', run.i, run.model, run.ema, run.opt, meta)
+
+
+def _save_if_possible(run, log):
+    """Write a checkpoint while an exception is handled, and say if that is not possible.
+
+    An exception in the middle of an update leaves weights that belong to no step.
+    """
+    updates = {int(state['step']) for state in run.opt.state.values() if 'step' in state}
+    if updates != {run.i - run.skipped}:
+        return
+    try:
+        _save(run)
+    except Exception as e:
+        log(f'the steps since the last checkpoint are lost: {e}')
+    else:
+        log(f'saved after step {run.i} of {run.recipe.steps}')
 
 
 def _save_preview(run):
@@ -589,8 +639,8 @@ def _round(run):
         weight.copy_(cast(weight, torch.float16, f'{run.out.name}: {name}'))
 
 
-def _finish(run, name):
-    "Store the averaged model, then measure `test_result` and store it, too."
+def _store(run, name):
+    "Store the averaged model without its result."
     model = run.average
     model.card = Card(
         name=name,
@@ -602,10 +652,17 @@ def _finish(run, name):
         versions=versions(),
     )
     write_model(model, run.out)
-    result = model.test_result(*run.test_data(10_000))
-    model.card.result = _json(asdict(result))
-    write_model(model, run.out)
-    return model
+
+
+def add_result(
+    model: Model,  # a trained model that lies in a folder
+    x0: Tensor,  # test data: (N,...)
+    y: Tensor | None,  # labels: int64 (N,) or (N,A)
+) -> None:
+    "Measure `test_result`, and add it to the model's card and its `run.json`."
+    model.check_test(len(x0))
+    model.card.result = finite(asdict(model.test_result(x0, y)))
+    write_card(model)
 
 
 # %% ../nbs/toolbox/training.ipynb #d2f3c326
@@ -647,8 +704,8 @@ def _train_all_steps(run, log, every, look):
                 if run.i % every == 0 and run.i < n:
                     _save(run)
                     _look(run, look)
-        except NonFinite:
-            _save(run)
+        except BaseException:
+            _save_if_possible(run, log.tell)
             raise
         _save(run)
     if signals and run.i < n:
@@ -696,8 +753,21 @@ def train_model(
         lines = _Log(out / 'log.jsonl', log_every, recipe.steps, T, log)
         _train_all_steps(run, lines, every, look)
         _round(run)
-        _look(run, look)
-        log(f'evaluating {out.name} on {min(len(test), 10_000):,} test images')
-        average = _finish(run, name or out.name)
+        _store(run, name or out.name)
+        _judge(run, look, log)
         log(f'{out} is done')
-    return average
+    return run.average
+
+
+def _judge(run, look, log):
+    "The last look, and the result. If they fail, the stored model remains, and the error says so."
+    x0, y = run.test_data(10_000)
+    try:
+        _look(run, look)
+        log(f'evaluating {run.out.name} on {len(x0):,} test images')
+        add_result(run.average, x0, y)
+    except Exception as e:
+        raise RuntimeError(
+            f'the training is finished, and the model is stored in {run.out}. Its evaluation '
+            f'failed: {type(e).__name__}: {e}. `pdae evaluate {run.out}` adds the result'
+        ) from e

@@ -582,9 +582,9 @@ def test_killed_at_every_dangerous_moment(server, ref, out):
     assert_completes(server, out, ref)
 
 
-# The first file is the checkpoint. The model is written without its result (files 2, 3 and 4)
-# and with its result (files 5, 6 and 7): weights, noise schedule, run.json. Of the replaced files,
-# the log comes before the checkpoint. Each file is synced, and its folder, too.
+# The first file is the checkpoint. The model is written without its result (files 2, 3 and 4:
+# weights, noise schedule, run.json). Then run.json (file 5) is written with the result. Of the
+# replaced files, the log comes before the checkpoint. Each file is synced, and its folder, too.
 FINISHING = [
     ('half', 2),
     ('half', 4),
@@ -595,9 +595,9 @@ FINISHING = [
     ('replace', 5),
     ('replaced', 5),
     ('half', 5),
-    ('replaced', 7),
-    ('half', 7),
-    ('replaced', 8),
+    ('fsync', 5),
+    ('replace', 6),
+    ('replaced', 6),
 ]
 
 

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ..data import Images, batches, cache_dir, load_images, to_signed
 from ..denoise import Denoiser
-from ..files import write_json
+from ..files import output_file, write_json
 from ..forward import Schedule, at, score_to_eps
 from ..hub import cached_run, load, train
 from ..methods.pdae import PDAE, PDAESettings, pdae_denoiser
@@ -243,6 +243,7 @@ def held_out(
     x0: Tensor,  # held-out images in [-1,1]: (N,...)
 ) -> Callable:  # (images seen, averaged model) -> None
     "A `look` for `train`: the squared error of the noise on held-out images, appended to a file."
+    path = output_file(path)
 
     def look(seen, model):
         mse = _noise_mse(model, x0.to(model.device))

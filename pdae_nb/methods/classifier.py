@@ -270,6 +270,11 @@ class NoisyClassifier(Model):
         net = NoisyClassifierNet(c, size=size, classes=len(images.classes), **recipe.net)
         return cls(net, Schedule.linear(), (c, size, size))
 
+    @property
+    def classes(self) -> int:
+        "Number of classes."
+        return self.net.config['classes']
+
     def log_p(
         self,
         xt: Tensor,  # noisy images: (B,c,size,size)
@@ -295,11 +300,11 @@ class NoisyClassifier(Model):
         x0: Tensor,  # test images: (N,c,size,size)
         y: Tensor,  # classes: int64 (N,)
     ) -> AccuracyByTimestep:
-        "Accuracy at t = 0, 100, …, T on the first 5,000 images."
-        ts = range(0, self.sched.T + 1, 100)
+        "Accuracy at t = 0, T/10, …, T on the first 5,000 images."
+        ts = [k * self.sched.T // 10 for k in range(11)]
         x0 = x0[:5000]
         accuracy = classifier_accuracy(self, x0, y[:5000], self.sched, ts)
-        return AccuracyByTimestep(list(ts), accuracy.tolist(), len(x0))
+        return AccuracyByTimestep(ts, accuracy.tolist(), len(x0))
 
 
 @dataclass

@@ -185,6 +185,11 @@ class DPM(GenerativeModel):
         shape: tuple[int, ...],  # of one image: (c,size,size)
         settings: DPMSettings = DPMSettings(),  # noqa: B008 (frozen)
     ):
+        if sched.alpha_bar[-1] == 0:
+            raise ValueError(
+                'the noise schedule ends with alpha_bar = 0 (zero terminal SNR): x_T then holds '
+                'nothing of x_0, and x_0 cannot be computed from x_T and eps'
+            )
         super().__init__(sched, shape, settings=settings)
         self.net = net
 
