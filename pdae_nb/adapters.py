@@ -300,13 +300,17 @@ def look(
         members = archive.infolist()
         _check_members(members, Path(path).stat().st_size)
         for member in members:
-            if member.filename.endswith('.pkl'):
+            if member.filename.lower().endswith('.pkl'):
                 _check_names(io.BytesIO(archive.read(member)), 1)
+        damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f'its member {damaged!r} is damaged: the CRC-32 does not fit')
 
 
 def _check_members(members, file_size):
     "Raise ValueError if a zip archive has members that `torch.save` does not write."
-    names = [member.filename for member in members]
+    # torch finds members without regard to case, so two spellings of one name are one name.
+    names = [member.filename.replace('\\', '/').lower() for member in members]
     compressed = [m.filename for m in members if m.compress_type != zipfile.ZIP_STORED]
     claimed = sum(member.file_size for member in members)
     if compressed:

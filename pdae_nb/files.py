@@ -10,6 +10,8 @@ __all__ = [
     'read_tensors',
     'checksum',
     'fingerprint',
+    'shapes_of',
+    'check_shapes',
     'fill',
     'save_checkpoint',
     'load_checkpoint',
@@ -169,12 +171,45 @@ def fingerprint(
 
 
 # %% ../nbs/toolbox/files.ipynb #55c32a31
+def shapes_of(
+    path: str | Path,  # safetensors file
+) -> dict[str, tuple[int, ...]]:  # name -> shape
+    "Names and shapes of the tensors in a file, from its header."
+    try:
+        with safe_open(path, 'pt') as f:
+            return {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}  # noqa: SIM118
+    except OSError:
+        raise
+    except Exception as e:
+        raise ValueError(f'{path} is not a whole safetensors file ({type(e).__name__}: {e})') from e
+
+
+def check_shapes(
+    module: nn.Module,  # network; it may be on torch's meta device
+    shapes: dict[str, tuple[int, ...]],  # of the tensors in a file
+    what,  # the file; errors begin with it
+) -> None:
+    "Raise unless names and shapes are those of the network's `state_dict`."
+    state = module.state_dict()
+    odd = sorted(set(shapes) ^ set(state))
+    if odd:
+        raise ValueError(
+            f'{what}: the weights do not match the network, e.g. {odd[:3]} ({len(odd)} differ)'
+        )
+    for name, want in state.items():
+        if tuple(want.shape) != shapes[name]:
+            raise ValueError(
+                f'{what}: {name} has shape {shapes[name]}, the network wants {tuple(want.shape)}'
+            )
+
+
 def fill(
     module: nn.Module,  # network to fill, in place
     tensors: dict[str, Tensor],  # name -> tensor, one for each entry of its `state_dict`
     what,  # source of the tensors; errors begin with it
 ) -> None:
     "Strict load: copy every weight from `tensors`. All names, shapes and types are checked first."
+    check_shapes(module, {name: tuple(v.shape) for name, v in tensors.items()}, what)
     state = module.state_dict()
     _check_weights(state, tensors, what)
     with torch.no_grad():
@@ -183,18 +218,8 @@ def fill(
 
 
 def _check_weights(state, tensors, what):
-    odd = sorted(set(tensors) ^ set(state))
-    if odd:
-        raise ValueError(
-            f'{what}: the weights do not match the network, e.g. {odd[:3]} ({len(odd)} differ)'
-        )
     for name, want in state.items():
         got = tensors[name]
-        if want.shape != got.shape:
-            raise ValueError(
-                f'{what}: {name} has shape {tuple(got.shape)}, '
-                f'the network wants {tuple(want.shape)}'
-            )
         if want.is_floating_point() != got.is_floating_point():
             raise ValueError(f'{what}: {name} has type {got.dtype}, the network wants {want.dtype}')
         if not got.isfinite().all():

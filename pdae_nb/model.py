@@ -31,10 +31,12 @@ __all__ = [
 import copy
 import importlib
 import inspect
+import itertools
 import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -42,10 +44,21 @@ from typing import ClassVar, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from .data import Images
 from .denoise import Denoiser, denoising_loss
-from .files import _fsync, cast, checksum, fill, read_tensors, write_bytes, write_tensors
+from .files import (
+    _fsync,
+    cast,
+    check_shapes,
+    checksum,
+    fill,
+    read_tensors,
+    shapes_of,
+    write_bytes,
+    write_tensors,
+)
 from .forward import Schedule
 from .sampling import ddim_step, invert, sample
 
@@ -859,9 +872,31 @@ def read_network(
 ) -> nn.Module:
     "A network with its stored weights."
     file = folder / f'{_named(name, folder)}.safetensors'
+    stored = shapes_of(file)
+    with torch.device('meta'), _at_most(len(stored), file):  # no memory until all shapes fit
+        described = build(spec, folder, network, trust=trust)
+    check_shapes(described, stored, file)
     module = build(spec, folder, network, trust=trust)
     fill(module, read_tensors(file)[0], file)
     return module
+
+
+@contextmanager
+def _at_most(n, file):
+    "Refuse to build a network of more than n parameters."
+    count = itertools.count(1)
+
+    def registered(module, name, parameter):
+        if next(count) > n:
+            raise ValueError(
+                f'the network has more parameters than {file}, which holds {n} tensors'
+            )
+
+    handle = register_module_parameter_registration_hook(registered)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def read_sched(

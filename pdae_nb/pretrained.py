@@ -577,6 +577,7 @@ def from_official(
         log=log,
     )
     state = {str(k): v for k, v in state.items() if torch.is_tensor(v)}
+    state = _without_prefixes(state, log)
     try:
         with torch.device('meta'):  # no memory until all shapes fit
             parts = _recognised(state, hints)
@@ -651,10 +652,53 @@ _CHOICES = dict(  # argument `what` -> names of the networks of a file
     autoencoder=['autoencoder', 'enc', 'G', 'dpm', 'state'],
 )
 
-
 # %% ../nbs/toolbox/pretrained.ipynb #2e5f4df8
+_WRAPPERS = (  # keys under which other programs store the weights, the averaged ones first
+    'ema',
+    'ema_model',
+    'model_ema',
+    'ema_state_dict',
+    'params_ema',
+    'state_dict',
+    'model_state_dict',
+    'model',
+    'params',
+)
+_PREFIXES = ('module.', '_orig_mod.', 'model.', 'ema_model.', 'ema.', 'net.', 'unet.')
+
+
+def _is_weights(o):
+    "Whether an object is a dictionary of tensors."
+    return isinstance(o, dict) and bool(o) and all(torch.is_tensor(v) for v in o.values())
+
+
+def _unwrapped(d, log):
+    "The weights of a file that stores them under a name such as `model`, but not Diff-AE's."
+    for name in _WRAPPERS:
+        inner = d.get(name)
+        if _is_weights(inner):
+            diffae = ('model.', 'ema_model.', 'classifier.')
+            if name == 'state_dict' and any(str(k).startswith(diffae) for k in inner):
+                return d
+            log(f'The weights are those that the file holds under {name!r}.')
+            return inner
+    return d
+
+
+def _without_prefixes(state, log):
+    "Weights without a prefix that all names share, such as the `module.` of a wrapper."
+    names = list(map(str, state))
+    for prefix in _PREFIXES:
+        if names and all(name.startswith(prefix) for name in names):
+            log(f'The prefix {prefix!r} of all {len(names)} names is removed.')
+            shorter = {str(k).removeprefix(prefix): v for k, v in state.items()}
+            return _without_prefixes(shorter, log)
+    return state
+
+
 def _parts_of(d, what, log=print):
     "Contents of a file, of the networks only those that `what` selects; None selects the first."
+    d = _unwrapped(d, log)
     read = _diffae if isinstance(d.get('state_dict'), dict) else _pdae
     contents = read(d, log)
     found = {k: v for k, v in contents.networks.items() if v}
@@ -783,7 +827,7 @@ def _listing(contents, d):
 def _card_of_file(path, d, data):
     "The card of a model from a checkpoint file: the source with its training step, and the data."
     step = d.get('global_step', d.get('step'))
-    source = path.name if step is None else f'{path.name}, step {step}'
+    source = f'{path.name}, step {step}' if type(step) is int else path.name
     return Card(name=path.stem, recipe=dict(data=data) if data else None, source=source)
 
 
@@ -828,7 +872,7 @@ def _from_diffusers(folder, log):
         raise ValueError(
             f'{folder} holds no diffusers U-Net: unet/config.json and config.json are missing'
         )
-    net = _unet2d(unet, folder)
+    net = _unet2d(unet, folder, log)
     scheduler = _folder_with(folder, 'scheduler', 'scheduler_config.json')
     if scheduler is None:
         log(f'{folder} holds no betas. They are taken as those of DDPM, 1e-4 … 0.02.')
@@ -846,7 +890,20 @@ def _folder_with(folder, name, file):
     return None
 
 
-def _unet2d(unet, folder):
+def _variant(unet, log):
+    "The variant of the weights, such as fp16, of a folder without the plain ones; else None."
+    stem = 'diffusion_pytorch_model'
+    files = [*unet.glob(f'{stem}*.safetensors'), *unet.glob(f'{stem}*.bin')]
+    if not files or any(file.name.split('.')[0:2] == [stem, file.suffix[1:]] for file in files):
+        return None
+    if any(file.name.startswith(f'{stem}-') for file in files):
+        return None  # parts of a large model
+    variant = sorted(file.name.split('.')[1] for file in files)[0]
+    log(f'{unet} holds only the weights of the variant {variant}; they are taken.')
+    return variant
+
+
+def _unet2d(unet, folder, log):
     "The `UNet2DModel` of a folder, if its weights are complete and safe to read."
     kind = json.loads((unet / 'config.json').read_text()).get('_class_name')
     if kind != 'UNet2DModel':
@@ -860,6 +917,7 @@ def _unet2d(unet, folder):
         local_files_only=True,
         low_cpu_mem_usage=False,
         use_safetensors=any(unet.glob('*.safetensors')),
+        variant=_variant(unet, log),
         output_loading_info=True,
     )
     faults = [f'{k}: {", ".join(map(str, v[:3]))}' for k, v in info.items() if v]
@@ -899,6 +957,11 @@ def _dpm_in_memory(unet, scheduler, log):
     if not scheduler:
         log('No scheduler was given. The betas are taken as those of DDPM, 1e-4 … 0.02.')
     sched = sched_of(scheduler) if scheduler else Schedule.linear()
+    dtypes = {parameter.dtype for parameter in unet.parameters()}
+    if dtypes != {torch.float32}:
+        names = ', '.join(sorted(map(str, dtypes)))
+        log(f'The weights of the U-Net are {names}. They are converted to float32 in place.')
+        unet.float()
     return _diffusers_dpm(unet, sched, 'in_memory', 'in_memory')
 
 
