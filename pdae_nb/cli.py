@@ -197,7 +197,7 @@ def _test_error_log(r, file):
 
 # %% ../nbs/toolbox/cli.ipynb #21461318
 def cmd_sample(
-    # name of a run in data/models, or path of a run folder. A latent run samples codes first.
+    # name of a run (see `pdae models`), or path of a run folder. A latent run samples codes first.
     name: str,
     *,
     n: int = 64,  # number of images
@@ -288,7 +288,7 @@ def _class_denoiser(model, clf, y, scale):
 
 # %% ../nbs/toolbox/cli.ipynb #cb00ac4f
 def cmd_reconstruct(
-    name: str,  # name of a run in data/models, or path of a run folder
+    name: str,  # name of a run (see `pdae models`), or path of a run folder
     *images: str,  # image files, or folders of them; none: test images of the run's data set
     n: int = None,  # number of images; otherwise 16 test images, or all of the given ones
     steps: int = 100,  # steps from the image to x_T, and as many back
@@ -330,7 +330,7 @@ def _errors(x, x0):
 
 # %% ../nbs/toolbox/cli.ipynb #364389ac
 def cmd_interpolate(
-    name: str,  # name of an autoencoder run in data/models, or path of a run folder
+    name: str,  # name of an autoencoder run, or path of a run folder
     *images: str,  # two image files; none: the first two test images of the run's data set
     n: int = 9,  # number of interpolated images, both ends included
     steps: int = 50,  # DDIM steps from the image to x_T, and as many back
@@ -368,7 +368,7 @@ def _autoencoder(name, device):
 
 # %% ../nbs/toolbox/cli.ipynb #f84a1c33
 def cmd_manipulate(
-    name: str,  # name of an autoencoder run in data/models, or path of a run folder
+    name: str,  # name of an autoencoder run, or path of a run folder
     *images: str,  # image files, or folders of them; none: test images of the run's data set
     attribute: str = None,  # class or attribute of the run's data set, e.g. 9 or Smiling; required
     # shifts of the code in units of sqrt(D), separated by commas: --scales=-.2,0,.3. Another row,
@@ -457,7 +457,7 @@ def evaluate(
 
 # %% ../nbs/toolbox/cli.ipynb #00b6b6d0
 def cmd_evaluate(
-    name: str,  # name of a run in data/models, or path of a run folder
+    name: str,  # name of a run (see `pdae models`), or path of a run folder
     n: int = None,  # number of samples; otherwise 1000 for a DPM, 200 per scale of a classifier
     steps: int = None,  # DDIM steps; otherwise 50 for a DPM, 20 for a classifier, else several
     *,
