@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Write pdae_nb/assets/mnist_test.npz: every tenth image of MNIST's test set.
 
-python .ci/make_mnist_test.py           # write the file from MNIST, which `pdae_nb.data.mnist` finds
+python .ci/make_mnist_test.py           # write the file from the MNIST of `pdae_nb.data`
 python .ci/make_mnist_test.py --check   # exit 1 if the file holds other images
 
 The file holds x (uint8, 1000x1x28x28), y (uint8, the classes) and index (int64: 0, 10, …, 9990).

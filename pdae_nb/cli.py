@@ -17,6 +17,7 @@ __all__ = [
     'cmd_evaluate',
     'cmd_convert',
     'cmd_bench',
+    'cmd_models',
     'cmd_study',
     'cmd_stages',
     'cmd_demo',
@@ -38,7 +39,13 @@ from fastcore.script import anno_parser
 
 from .data import load_images, mnist_or_digits, to_signed
 from .edit import attribute as labels_of
-from .edit import fit_probe, interpolate, manipulate, to_median
+from .edit import (
+    fit_direction,
+    interpolate,
+    manipulate,
+    stored_direction,
+    to_logit,
+)
 from .evaluation import (
     _device,
     _log_to_stderr,
@@ -49,9 +56,9 @@ from .evaluation import (
     inputs,
     size_of,
 )
-from .files import Stopped, load_results, results_path, write_json
+from .files import Stopped, find_results, load_results, results_path, write_json
 from .forward import Schedule
-from .hub import load, load_base, train
+from .hub import load, load_base, models, train
 from .methods.classifier import EvalClassifier, NoisyClassifier, classifier_guided
 from .methods.diffae import DiffAE
 from .methods.dpm import DPM, ClassConditionalDPM, as_labels
@@ -384,12 +391,9 @@ def cmd_manipulate(
     shifts = _numbers(scales)
     model = _autoencoder(name, device)
     x0, names, unread = inputs(images, model, n)
-    train_images = load_images(model.card.recipe['data'], 'train', model.shape[-1])[:labels]
-    positive = labels_of(train_images, attribute)
-    z = encode_all(model.enc, train_images).to(x0)
-    probe = fit_probe(z, positive, C=1e-3)
-    eq11 = to_median(model.encode(x0), probe, z[positive])
-    x = manipulate(model, x0, probe, [*shifts, eq11], steps)
+    direction = _direction(model, attribute, labels)
+    eq11 = to_logit(model.encode(x0), direction.probe, direction.median)
+    x = manipulate(model, x0, direction.probe, [*shifts, eq11], steps)
     rows = {'input': x0}
     for s, shifted in zip(shifts, x[:-1], strict=True):
         rows[f's = {s:g}'] = shifted
@@ -398,12 +402,30 @@ def cmd_manipulate(
         picture=_picture(rows, out, f'{name}: towards {attribute}', captions=names),
         images=len(x0),
         attribute=attribute,
-        labels=len(positive),
-        positives=int(positive.sum()),
+        directions=direction.source,
+        labels=direction.labels,
+        positives=direction.positives,
         eq11_scales=[round(s, 3) for s in eq11.tolist()],
     )
     _check_all_read(result['picture'], len(x0), unread)
     return result
+
+
+def _direction(model, attribute, labels):
+    "The direction of an attribute: fitted to training images, else the one of the package."
+    data = model.card.recipe['data']
+    try:
+        images = load_images(data, 'train', model.shape[-1])[:labels]
+    except FileNotFoundError as e:
+        stored = stored_direction(model, attribute)
+        if stored is None:
+            raise
+        _log_to_stderr(f'{e} Using the direction in the package instead ({stored.source}).')
+        return stored
+    positive = labels_of(images, attribute)
+    z = encode_all(model.enc, images).to(model.device)
+    source = f'fitted now to the first {len(images):,} training images of {data}'
+    return fit_direction(z, positive.to(model.device), source)
 
 
 def _numbers(text):
@@ -474,13 +496,14 @@ def cmd_evaluate(
     # upper bound on the network calls of a row of Fréchet distances of a latent run, except the row
     # with the fewest steps; otherwise there is none
     calls: int = None,
-    out: str = None,  # JSON file to write; otherwise data/results/NAME/SIZE.json
+    out: str = None,  # JSON file to write; otherwise results/NAME/SIZE.json
     device: str = None,  # cpu or cuda; otherwise the GPU, if there is one
 ) -> dict:  # results, and the path of the file
     "Evaluate a run: a DPM, a class-conditional DPM, a classifier, an autoencoder or a latent DPM"
     model = _load(name, device)
     parameters = inspect.signature(evaluator_of(model)).parameters
     path = Path(out or results_path(model.card.name, size_of(model)))
+    before = path if out else find_results(model.card.name, size_of(model)) or path
     options = dict(n=n, steps=steps, test_images=test_images, gap_images=gap_images, calls=calls)
     given = {}
     for option, value in options.items():
@@ -488,7 +511,7 @@ def cmd_evaluate(
             takes_several = isinstance(parameters[option].default, tuple)
             given[option] = (value,) if takes_several else value
     counts = _largest_counts(parameters, given)
-    _check_not_smaller(path, counts)
+    _check_not_smaller(before, counts)
     given |= _other_models(parameters, base, eval_classifier, device)
     if 'path' in parameters:
         given['path'] = path.with_name(f'{path.stem}-sums.json')
@@ -606,12 +629,40 @@ def cmd_bench(
     seconds: float = 5.0,  # approximate duration of each measurement, in seconds
     device: str = None,  # cpu or cuda; otherwise the GPU, if there is one
     compile: bool = False,  # measure with torch.compile too
-    out: str = None,  # JSON file to write; otherwise data/results/bench/DEVICE.json
+    out: str = None,  # JSON file to write; otherwise results/bench/DEVICE.json
 ) -> dict:  # measurements, and the path of the file
     "Measure speed, as ratios between measurements of the same call"
     result = bench_speed(seconds, device, compile) | dict(pdae=bench_pdae(seconds, device))
     kind = 'cpu' if 'CPU' in result['hardware'] else result['hardware'].replace(' ', '-')
     return result | dict(written=write_json(out or results_path('bench', kind), result))
+
+
+# %% ../nbs/toolbox/cli.ipynb #a30c89d9
+def cmd_models() -> None:
+    "List all models: those on this machine, and those of the release"
+    heads = ('name', 'class', 'data', 'images seen', 'result', 'MB', 'licence', 'where')
+    rows = [heads, *(_model_row(info) for info in models())]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
+    for row in rows:
+        cells = []
+        for head, word, width in zip(heads, row, widths, strict=True):
+            cells.append(word.rjust(width) if head in ('images seen', 'MB') else word.ljust(width))
+        print('  '.join(cells).rstrip())
+
+
+def _model_row(info):
+    "The cells of a model in the table of `pdae models`."
+    pixels = f' {info.px}×{info.px}' if info.px else ''
+    return (
+        info.name,
+        info.method,
+        f'{info.data or "unknown"}{pixels}',
+        f'{info.images_seen:,}',
+        info.result or '–',
+        f'{info.bytes / 1e6:.1f}',
+        info.licence or 'unknown',
+        info.where,
+    )
 
 
 # %% ../nbs/toolbox/cli.ipynb #a1bfd776
@@ -621,7 +672,7 @@ def cmd_study(
     # space: all trained autoencoders.
     what: str = 'loss',
     size: str = None,  # smoke or lesson; otherwise $PDAE_NB_SIZE, otherwise lesson
-    # JSON file to write; otherwise data/results/STUDY/SIZE.json, where STUDY is mnist14_pdae,
+    # JSON file to write; otherwise results/STUDY/SIZE.json, where STUDY is mnist14_pdae,
     # mnist14_diffae, mnist14_scorevae or DATA_space
     out: str = None,
     seeds: int = 3,  # number of seeds
@@ -675,7 +726,7 @@ def cmd_stages(
     classifier: str = 'mnist_classifier',  # run of the classifier of noisy images, which guides
     # run of the evaluation classifier, which is trained on clean images
     eval_classifier: str = 'mnist_eval_classifier',
-    # JSON file to write; otherwise data/results/critical_stage_SAMPLER/SIZE.json
+    # JSON file to write; otherwise results/critical_stage_SAMPLER/SIZE.json
     out: str = None,
     device: str = None,  # cpu or cuda; otherwise the GPU, if there is one
     compile: bool = False,  # compile the networks with torch.compile
@@ -824,7 +875,7 @@ def cmd_demo(
     classifier: str = 'mnist_classifier',  # run with the classifier of noisy images, which guides
     coder: str = 'mnist_pdae',  # run of PDAE
 ) -> None:
-    "Sample, guide, invert and reconstruct digits with the shipped models"
+    "Sample, guide, invert, reconstruct and edit digits with the shipped models"
     out = Path(out)
     report = _Report()
     dpm = load(base)
@@ -835,11 +886,13 @@ def cmd_demo(
         f'{weights / 1e6:.2f} M weights, trained on {dpm.card.images_seen:,} images',
     )
     _demo_samples(dpm, out, report)
-    _demo_stages(dpm, load(classifier), out, report)
+    clf = load(classifier)
+    _demo_stages(dpm, clf, out, report)
     x0 = to_signed(digits.x[:n]).to(dpm.device)
     _demo_round_trips(dpm, x0, out, report)
     pdae = load(coder)
     _demo_coded(pdae, x0, out, report)
+    _demo_edits(pdae, clf, x0[:8], out, report)
     _demo_gap(pdae, out, report)
     report.show()
     print(f'{report.elapsed():.0f} s in total, on {hardware(dpm.device)}')
@@ -895,9 +948,31 @@ def _demo_coded(pdae, x0, out, report):
     )
 
 
+def _demo_edits(pdae, clf, x0, out, report):
+    "Edit images along a direction of the package, if there is one of this model."
+    attribute = '9'
+    steps = 20
+    direction = stored_direction(pdae, attribute)
+    if direction is None:
+        return
+    eq11 = to_logit(pdae.encode(x0), direction.probe, direction.median)
+    x = manipulate(pdae, x0, direction.probe, [0.2, eq11], steps)
+    rows = {'input': x0, 's = 0.2': x[0], 'Eq. 11': x[1]}
+    picture = _picture(rows, out / 'edited.png', f'PDAE, {steps} steps: towards class {attribute}')
+    t = torch.zeros(len(x0), dtype=torch.long, device=x0.device)
+    before, after = (
+        (clf.log_p(images, t).argmax(1) == int(attribute)).sum() for images in (x0, x[1])
+    )
+    report.add(
+        f'{len(x0)} test digits edited towards class {attribute}: {steps} steps',
+        f'classified as {attribute}: {before} before, {after} after (Diff-AE Eq. 11)',
+        picture,
+    )
+
+
 def _demo_gap(pdae, out, report):
     "Report the stored gap, if it was measured for this model."
-    if not results_path('mnist_pdae').exists():
+    if find_results('mnist_pdae') is None:
         return
     results = load_results('mnist_pdae')
     if results['result'] != pdae.card.result:
@@ -923,6 +998,7 @@ COMMANDS = dict(
     stages=cmd_stages,
     study=cmd_study,
     bench=cmd_bench,
+    models=cmd_models,
     demo=cmd_demo,
 )
 

@@ -220,7 +220,13 @@ def models() -> list[ModelInfo]:  # in alphabetical order
     for folder in reversed(models_dirs()):  # the first folder of a name wins
         for record in sorted(folder.glob('[!.]*/run.json')):
             run = record.parent
-            listed[run.name] = describe(run, places.get(folder, str(folder)))
+            where = places.get(folder, str(folder))
+            try:
+                listed[run.name] = describe(run, where)
+            except (OSError, ValueError, AttributeError, TypeError):
+                listed[run.name] = ModelInfo(
+                    run.name, 'unreadable', '', 0, 0, '', 0, '', '', (), where
+                )
     return [listed[name] for name in sorted(listed)]
 
 

@@ -82,8 +82,8 @@ def main_result(
     )
     for key, form in forms:
         value = result.get(key)
-        if isinstance(value, list):
-            value = value[0]  # of a classifier of noisy images: at t = 0
+        if isinstance(value, list) and value:  # of a classifier of noisy images, by timestep
+            return f'{form.format(value[0])} at t = 0'
         if isinstance(value, (int, float)):
             return form.format(value)
     return ''
