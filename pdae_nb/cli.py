@@ -37,7 +37,7 @@ from pathlib import Path
 import torch
 from fastcore.script import anno_parser
 
-from .data import load_images, mnist_or_digits, to_signed
+from .data import load_images, mnist_test_images, to_signed
 from .edit import attribute as labels_of
 from .edit import (
     fit_direction,
@@ -879,7 +879,7 @@ def cmd_demo(
     out = Path(out)
     report = _Report()
     dpm = load(base)
-    digits = mnist_or_digits('test', dpm.shape[-1])
+    digits = mnist_test_images(dpm.shape[-1])
     weights = sum(p.numel() for p in dpm.parameters())
     report.add(
         'model and digits loaded',
@@ -951,21 +951,19 @@ def _demo_coded(pdae, x0, out, report):
 def _demo_edits(pdae, clf, x0, out, report):
     "Edit images along a direction of the package, if there is one of this model."
     attribute = '9'
-    steps = 20
+    scales = (0.3, 0.9)
+    steps = 10
     direction = stored_direction(pdae, attribute)
     if direction is None:
         return
-    eq11 = to_logit(pdae.encode(x0), direction.probe, direction.median)
-    x = manipulate(pdae, x0, direction.probe, [0.2, eq11], steps)
-    rows = {'input': x0, 's = 0.2': x[0], 'Eq. 11': x[1]}
+    x = manipulate(pdae, x0, direction.probe, scales, steps)
+    rows = {'input': x0} | {f's = {s}': edited for s, edited in zip(scales, x, strict=True)}
     picture = _picture(rows, out / 'edited.png', f'PDAE, {steps} steps: towards class {attribute}')
     t = torch.zeros(len(x0), dtype=torch.long, device=x0.device)
-    before, after = (
-        (clf.log_p(images, t).argmax(1) == int(attribute)).sum() for images in (x0, x[1])
-    )
+    before, after = ((clf.log_p(images, t).argmax(1) == 9).sum() for images in (x0, x[-1]))
     report.add(
         f'{len(x0)} test digits edited towards class {attribute}: {steps} steps',
-        f'classified as {attribute}: {before} before, {after} after (Diff-AE Eq. 11)',
+        f'classified as {attribute}: {before} before, {after} after, at s = {scales[-1]}',
         picture,
     )
 
