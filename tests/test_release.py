@@ -414,6 +414,14 @@ def test_an_installation_without_its_assets_says_so(no_assets, call):
         call()
 
 
+def test_a_missing_model_of_the_package_is_not_downloaded(no_assets, server, tmp_path):
+    (tmp_path / 'assets').mkdir()
+    shutil.copy(ROOT / 'pdae_nb/assets/models.json', tmp_path / 'assets/models.json')
+    with pytest.raises(FileNotFoundError, match='incomplete.*mnist_dpm'):
+        load('mnist_dpm')
+    assert server.requests == []
+
+
 # Images and directions inside the package
 
 
