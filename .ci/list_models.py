@@ -3,17 +3,19 @@
 
 python .ci/list_models.py           # write the table from data/models and pdae_nb/assets/models
 python .ci/list_models.py --check   # exit 1 and show a diff when it is out of date
+python .ci/list_models.py --files FOLDER   # copy the files of a release there, as RUN.FILE
 
 The address of the release files is made from `git_url` and `version` in settings.ini.
 """
 
 import difflib
 import json
+import shutil
 import sys
 from configparser import ConfigParser
 from pathlib import Path
 
-from pdae_nb.release import describe, with_files
+from pdae_nb.release import PACKAGED, describe, with_files
 
 ROOT = Path(__file__).resolve().parent.parent
 PATH = ROOT / 'pdae_nb/assets/models.json'
@@ -28,8 +30,8 @@ def release_address() -> str:
     return f'{settings["git_url"]}/releases/download/v{settings["version"]}'
 
 
-def render() -> str:
-    "The text of models.json."
+def run_folders() -> dict[str, Path]:
+    "Name -> folder of each model of the repository."
     runs = {}
     for folder in FOLDERS:
         for record in folder.glob('*/run.json'):
@@ -37,8 +39,23 @@ def render() -> str:
             if run.name in runs:
                 raise SystemExit(f'{run.name} is stored twice: {runs[run.name]} and {run}')
             runs[run.name] = run
+    return runs
+
+
+def render() -> str:
+    "The text of models.json."
+    runs = run_folders()
     rows = [with_files(describe(runs[name]), runs[name]) for name in sorted(runs)]
     return json.dumps(dict(address=release_address(), models=rows), indent=1) + '\n'
+
+
+def copy_files(folder: Path) -> None:
+    "Copy the files of all models that are not in the package, under their names in a release."
+    folder.mkdir(parents=True)
+    for name, run in run_folders().items():
+        if name not in PACKAGED:
+            for row in with_files(describe(run), run)['files']:
+                shutil.copy(run / row['name'], folder / f'{name}.{row["name"]}')
 
 
 def main(check: bool) -> int:
@@ -56,4 +73,7 @@ def main(check: bool) -> int:
 
 
 if __name__ == '__main__':
-    sys.exit(main('--check' in sys.argv[1:]))
+    if '--files' in sys.argv[1:]:
+        copy_files(Path(sys.argv[sys.argv.index('--files') + 1]))
+    else:
+        sys.exit(main('--check' in sys.argv[1:]))

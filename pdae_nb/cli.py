@@ -496,7 +496,9 @@ def cmd_evaluate(
     # upper bound on the network calls of a row of Fréchet distances of a latent run, except the row
     # with the fewest steps; otherwise there is none
     calls: int = None,
-    out: str = None,  # JSON file to write; otherwise results/NAME/SIZE.json
+    # JSON file to write; otherwise NAME/SIZE.json in `data/results` of the checkout, or in
+    # `results` of the user's folder
+    out: str = None,
     device: str = None,  # cpu or cuda; otherwise the GPU, if there is one
 ) -> dict:  # results, and the path of the file
     "Evaluate a run: a DPM, a class-conditional DPM, a classifier, an autoencoder or a latent DPM"
@@ -629,7 +631,9 @@ def cmd_bench(
     seconds: float = 5.0,  # approximate duration of each measurement, in seconds
     device: str = None,  # cpu or cuda; otherwise the GPU, if there is one
     compile: bool = False,  # measure with torch.compile too
-    out: str = None,  # JSON file to write; otherwise results/bench/DEVICE.json
+    # JSON file to write; otherwise bench/DEVICE.json in `data/results` of the checkout, or in
+    # `results` of the user's folder
+    out: str = None,
 ) -> dict:  # measurements, and the path of the file
     "Measure speed, as ratios between measurements of the same call"
     result = bench_speed(seconds, device, compile) | dict(pdae=bench_pdae(seconds, device))
@@ -672,7 +676,7 @@ def cmd_study(
     # space: all trained autoencoders.
     what: str = 'loss',
     size: str = None,  # smoke or lesson; otherwise $PDAE_NB_SIZE, otherwise lesson
-    # JSON file to write; otherwise results/STUDY/SIZE.json, where STUDY is mnist14_pdae,
+    # JSON file to write; otherwise data/results/STUDY/SIZE.json, where STUDY is mnist14_pdae,
     # mnist14_diffae, mnist14_scorevae or DATA_space
     out: str = None,
     seeds: int = 3,  # number of seeds
@@ -726,7 +730,7 @@ def cmd_stages(
     classifier: str = 'mnist_classifier',  # run of the classifier of noisy images, which guides
     # run of the evaluation classifier, which is trained on clean images
     eval_classifier: str = 'mnist_eval_classifier',
-    # JSON file to write; otherwise results/critical_stage_SAMPLER/SIZE.json
+    # JSON file to write; otherwise data/results/critical_stage_SAMPLER/SIZE.json
     out: str = None,
     device: str = None,  # cpu or cuda; otherwise the GPU, if there is one
     compile: bool = False,  # compile the networks with torch.compile

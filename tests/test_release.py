@@ -122,11 +122,11 @@ def without_mnist(monkeypatch, tmp_path):
     monkeypatch.setattr('pdae_nb.data._hub', unreachable)
 
 
-def serve(server, name):
-    "Put the files of a model on the server."
-    folder = hub._local_run(name)
+def serve_from_checkout(server, name):
+    "Put the files of a model on the server, from the checkout."
     for file in released()[name].files:
-        server.files[f'{name}.{file.name}'] = (folder / file.name).read_bytes()
+        path = ROOT / 'data/models' / name / file.name
+        server.files[f'{name}.{file.name}'] = path.read_bytes()
 
 
 # Places
@@ -202,10 +202,29 @@ def test_a_smaller_evaluation_does_not_hide_results_of_the_package(installed, mo
 
 
 def test_the_table_is_that_of_the_run_folders():
-    command = [sys.executable, '.ci/list_models.py', '--check']
+    ci('.ci/list_models.py', '--check')
+
+
+def ci(*words):
+    "Run a script of `.ci`; return its output."
     env = os.environ | dict(PYTHONPATH=str(ROOT))
+    command = [sys.executable, *words]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_files_of_a_release_are_those_of_the_table(tmp_path):
+    ci('.ci/list_models.py', '--files', str(tmp_path / 'files'))
+    wanted = {}
+    for name, info in released().items():
+        if name not in PACKAGED:
+            wanted |= {f'{name}.{file.name}': file.sha256 for file in info.files}
+    assert {path.name: sha256_of(path) for path in (tmp_path / 'files').iterdir()} == wanted
+
+
+@pytest.mark.skipif(data_dir('mnist') is None, reason='MNIST is not here')
+def test_the_test_images_of_the_package_are_those_of_mnist():
+    ci('.ci/make_mnist_test.py', '--check')
 
 
 def test_each_model_is_stored_once():
@@ -318,13 +337,6 @@ def test_a_model_that_is_not_here_is_downloaded(server, installed, capsys):
     assert 'downloading 3.6 MB' in capsys.readouterr().err
     names = {path.name for path in (installed / 'models').iterdir()}
     assert names == {'mnist_label_pdae', '.downloads'}
-
-
-def serve_from_checkout(server, name):
-    "Put the files of a model on the server, although the checkout is hidden."
-    for file in released()[name].files:
-        path = ROOT / 'data/models' / name / file.name
-        server.files[f'{name}.{file.name}'] = path.read_bytes()
 
 
 def test_the_base_of_a_downloaded_model_is_downloaded(server, installed):
