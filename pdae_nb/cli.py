@@ -17,6 +17,7 @@ __all__ = [
     'cmd_evaluate',
     'cmd_convert',
     'cmd_bench',
+    'cmd_models',
     'cmd_study',
     'cmd_stages',
     'cmd_demo',
@@ -37,9 +38,15 @@ from pathlib import Path
 import torch
 from fastcore.script import anno_parser
 
-from .data import load_images, mnist_or_digits, to_signed
+from .data import load_images, mnist_test_images, to_signed
 from .edit import attribute as labels_of
-from .edit import fit_probe, interpolate, manipulate, to_median
+from .edit import (
+    fit_direction,
+    interpolate,
+    manipulate,
+    stored_direction,
+    to_logit,
+)
 from .evaluation import (
     _device,
     _log_to_stderr,
@@ -54,6 +61,7 @@ from .evaluation import (
 from .files import (
     PICTURES,
     Stopped,
+    find_results,
     finite,
     load_results,
     output_file,
@@ -61,7 +69,7 @@ from .files import (
     write_json,
 )
 from .forward import Schedule
-from .hub import load, load_base, train
+from .hub import load, load_base, models, train
 from .methods.classifier import EvalClassifier, NoisyClassifier, classifier_guided
 from .methods.diffae import DiffAE
 from .methods.dpm import DPM, ClassConditionalDPM, as_labels
@@ -207,7 +215,7 @@ def _test_error_log(r, file):
 
 # %% ../nbs/toolbox/cli.ipynb #21461318
 def cmd_sample(
-    # name of a run in data/models, or path of a run folder. A latent run samples codes first.
+    # name of a run (see `pdae models`), or path of a run folder. A latent run samples codes first.
     name: str,
     *,
     n: int = 64,  # number of images
@@ -300,7 +308,7 @@ def _class_denoiser(model, clf, y, scale):
 
 # %% ../nbs/toolbox/cli.ipynb #cb00ac4f
 def cmd_reconstruct(
-    name: str,  # name of a run in data/models, or path of a run folder
+    name: str,  # name of a run (see `pdae models`), or path of a run folder
     *images: str,  # image files, or folders of them; none: test images of the run's data set
     n: int = None,  # number of images; otherwise 16 test images, or all of the given ones
     steps: int = 100,  # steps from the image to x_T, and as many back
@@ -343,7 +351,7 @@ def _errors(x, x0):
 
 # %% ../nbs/toolbox/cli.ipynb #364389ac
 def cmd_interpolate(
-    name: str,  # name of an autoencoder run in data/models, or path of a run folder
+    name: str,  # name of an autoencoder run, or path of a run folder
     *images: str,  # two image files; none: the first two test images of the run's data set
     n: int = 9,  # number of interpolated images, both ends included
     steps: int = 50,  # DDIM steps from the image to x_T, and as many back
@@ -382,7 +390,7 @@ def _autoencoder(name, device):
 
 # %% ../nbs/toolbox/cli.ipynb #f84a1c33
 def cmd_manipulate(
-    name: str,  # name of an autoencoder run in data/models, or path of a run folder
+    name: str,  # name of an autoencoder run, or path of a run folder
     *images: str,  # image files, or folders of them; none: test images of the run's data set
     attribute: str = None,  # class or attribute of the run's data set, e.g. 9 or Smiling; required
     # shifts of the code in units of sqrt(D), separated by commas: --scales=-.2,0,.3. Another row,
@@ -399,12 +407,9 @@ def cmd_manipulate(
     out = output_file(out, PICTURES)
     model = _autoencoder(name, device)
     x0, names, unread = inputs(images, model, n)
-    train_images = load_images(model.card.recipe['data'], 'train', model.shape[-1])[:labels]
-    positive = labels_of(train_images, attribute)
-    z = encode_all(model.enc, train_images).to(x0)
-    probe = fit_probe(z, positive, C=1e-3)
-    eq11 = to_median(model.encode(x0), probe, z[positive])
-    x = manipulate(model, x0, probe, [*shifts, eq11], steps)
+    direction = _direction(model, attribute, labels)
+    eq11 = to_logit(model.encode(x0), direction.probe, direction.median)
+    x = manipulate(model, x0, direction.probe, [*shifts, eq11], steps)
     rows = {'input': x0}
     for s, shifted in zip(shifts, x[:-1], strict=True):
         rows[f's = {s:g}'] = shifted
@@ -413,12 +418,30 @@ def cmd_manipulate(
         picture=_picture(rows, out, f'{name}: towards {attribute}', captions=names),
         images=len(x0),
         attribute=attribute,
-        labels=len(positive),
-        positives=int(positive.sum()),
+        directions=direction.source,
+        labels=direction.labels,
+        positives=direction.positives,
         eq11_scales=[round(s, 3) for s in eq11.tolist()],
     )
     _check_all_read(result['picture'], len(x0), unread)
     return result
+
+
+def _direction(model, attribute, labels):
+    "The direction of an attribute: fitted to training images, else the one of the package."
+    data = model.card.recipe['data']
+    try:
+        images = load_images(data, 'train', model.shape[-1])[:labels]
+    except FileNotFoundError as e:
+        stored = stored_direction(model, attribute)
+        if stored is None:
+            raise
+        _log_to_stderr(f'{e} Using the direction in the package instead ({stored.source}).')
+        return stored
+    positive = labels_of(images, attribute)
+    z = encode_all(model.enc, images).to(model.device)
+    source = f'fitted now to the first {len(images):,} training images of {data}'
+    return fit_direction(z, positive.to(model.device), source)
 
 
 def _numbers(text):
@@ -472,7 +495,7 @@ def evaluate(
 
 # %% ../nbs/toolbox/cli.ipynb #00b6b6d0
 def cmd_evaluate(
-    name: str,  # name of a run in data/models, or path of a run folder
+    name: str,  # name of a run (see `pdae models`), or path of a run folder
     n: int = None,  # number of samples; otherwise 1000 for a DPM, 200 per scale of a classifier
     steps: int = None,  # DDIM steps; otherwise 50 for a DPM, 20 for a classifier, else several
     *,
@@ -489,13 +512,16 @@ def cmd_evaluate(
     # upper bound on the network calls of a row of Fréchet distances of a latent run, except the row
     # with the fewest steps; otherwise there is none
     calls: int = None,
-    out: str = None,  # JSON file to write; otherwise data/results/NAME/SIZE.json
+    # JSON file to write; otherwise NAME/SIZE.json in `data/results` of the checkout, or in
+    # `results` of the user's folder
+    out: str = None,
     device: str = None,  # cpu or cuda; otherwise the GPU, if there is one
 ) -> dict:  # results, and the path of the file
     "Evaluate a run: a DPM, a class-conditional DPM, a classifier, an autoencoder or a latent DPM"
     model = _load(name, device)
     parameters = inspect.signature(evaluator_of(model)).parameters
     path = output_file(out or results_path(model.card.name, size_of(model)))
+    before = path if out else find_results(model.card.name, size_of(model)) or path
     options = dict(n=n, steps=steps, test_images=test_images, gap_images=gap_images, calls=calls)
     given = {}
     for option, value in options.items():
@@ -503,7 +529,7 @@ def cmd_evaluate(
             takes_several = isinstance(parameters[option].default, tuple)
             given[option] = (value,) if takes_several else value
     counts = _largest_counts(parameters, given)
-    _check_not_smaller(path, counts)
+    _check_not_smaller(before, counts)
     given |= _other_models(parameters, base, eval_classifier, device)
     add_missing_result(model)
     if 'path' in parameters:
@@ -624,7 +650,9 @@ def cmd_bench(
     seconds: float = 5.0,  # approximate duration of each measurement, in seconds
     device: str = None,  # cpu or cuda; otherwise the GPU, if there is one
     compile: bool = False,  # measure with torch.compile too
-    out: str = None,  # JSON file to write; otherwise data/results/bench/DEVICE.json
+    # JSON file to write; otherwise bench/DEVICE.json in `data/results` of the checkout, or in
+    # `results` of the user's folder
+    out: str = None,
 ) -> dict:  # measurements, and the path of the file
     "Measure speed, as ratios between measurements of the same call"
     if out is not None:
@@ -632,6 +660,34 @@ def cmd_bench(
     result = bench_speed(seconds, device, compile) | dict(pdae=bench_pdae(seconds, device))
     kind = 'cpu' if 'CPU' in result['hardware'] else result['hardware'].replace(' ', '-')
     return result | dict(written=write_json(out or results_path('bench', kind), result))
+
+
+# %% ../nbs/toolbox/cli.ipynb #a30c89d9
+def cmd_models() -> None:
+    "List all models: those on this machine, and those of the release"
+    heads = ('name', 'class', 'data', 'images seen', 'result', 'MB', 'licence', 'where')
+    rows = [heads, *(_model_row(info) for info in models())]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
+    for row in rows:
+        cells = []
+        for head, word, width in zip(heads, row, widths, strict=True):
+            cells.append(word.rjust(width) if head in ('images seen', 'MB') else word.ljust(width))
+        print('  '.join(cells).rstrip())
+
+
+def _model_row(info):
+    "The cells of a model in the table of `pdae models`."
+    pixels = f' {info.px}×{info.px}' if info.px else ''
+    return (
+        info.name,
+        info.method,
+        f'{info.data or "unknown"}{pixels}',
+        f'{info.images_seen:,}',
+        info.result or '–',
+        f'{info.bytes / 1e6:.1f}',
+        info.licence or 'unknown',
+        info.where,
+    )
 
 
 # %% ../nbs/toolbox/cli.ipynb #a1bfd776
@@ -845,22 +901,24 @@ def cmd_demo(
     classifier: str = 'mnist_classifier',  # run with the classifier of noisy images, which guides
     coder: str = 'mnist_pdae',  # run of PDAE
 ) -> None:
-    "Sample, guide, invert and reconstruct digits with the shipped models"
+    "Sample, guide, invert, reconstruct and edit digits with the shipped models"
     out = output_file(Path(out) / 'samples.png').parent
     report = _Report()
     dpm = load(base)
-    digits = mnist_or_digits('test', dpm.shape[-1])
+    digits = mnist_test_images(dpm.shape[-1])
     weights = sum(p.numel() for p in dpm.parameters())
     report.add(
         'model and digits loaded',
         f'{weights / 1e6:.2f} M weights, trained on {dpm.card.images_seen:,} images',
     )
     _demo_samples(dpm, out, report)
-    _demo_stages(dpm, load(classifier), out, report)
+    clf = load(classifier)
+    _demo_stages(dpm, clf, out, report)
     x0 = to_signed(digits.x[:n]).to(dpm.device)
     _demo_round_trips(dpm, x0, out, report)
     pdae = load(coder)
     _demo_coded(pdae, x0, out, report)
+    _demo_edits(pdae, clf, x0[:8], out, report)
     _demo_gap(pdae, out, report)
     report.show()
     print(f'{report.elapsed():.0f} s in total, on {hardware(dpm.device)}')
@@ -916,9 +974,29 @@ def _demo_coded(pdae, x0, out, report):
     )
 
 
+def _demo_edits(pdae, clf, x0, out, report):
+    "Edit images along a direction of the package, if there is one of this model."
+    attribute = '9'
+    scales = (0.3, 0.9)
+    steps = 10
+    direction = stored_direction(pdae, attribute)
+    if direction is None:
+        return
+    x = manipulate(pdae, x0, direction.probe, scales, steps)
+    rows = {'input': x0} | {f's = {s}': edited for s, edited in zip(scales, x, strict=True)}
+    picture = _picture(rows, out / 'edited.png', f'PDAE, {steps} steps: towards class {attribute}')
+    t = torch.zeros(len(x0), dtype=torch.long, device=x0.device)
+    before, after = ((clf.log_p(images, t).argmax(1) == 9).sum() for images in (x0, x[-1]))
+    report.add(
+        f'{len(x0)} test digits edited towards class {attribute}: {steps} steps',
+        f'classified as {attribute}: {before} before, {after} after, at s = {scales[-1]}',
+        picture,
+    )
+
+
 def _demo_gap(pdae, out, report):
     "Report the stored gap, if it was measured for this model."
-    if not results_path('mnist_pdae').exists():
+    if find_results('mnist_pdae') is None:
         return
     results = load_results('mnist_pdae')
     if results['result'] != pdae.card.result:
@@ -944,6 +1022,7 @@ COMMANDS = dict(
     stages=cmd_stages,
     study=cmd_study,
     bench=cmd_bench,
+    models=cmd_models,
     demo=cmd_demo,
 )
 

@@ -21,6 +21,7 @@ __all__ = [
     'mnist',
     'cifar10',
     'celeba',
+    'mnist_test_images',
     'mnist_or_digits',
     'batches',
     'as_x0',
@@ -43,8 +44,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import platformdirs
 import torch
 from torch import Tensor
+
+from .files import assets_dir, checkout, home, incomplete
 
 
 # %% ../nbs/toolbox/data.ipynb #482eacbd
@@ -186,27 +190,32 @@ def data_dir(
 ) -> Path | None:  # its folder; None if there is none
     """The folder of a data set on this machine.
 
-    It is `$PDAE_NB_DATA/<name>`, or `data/<name>` in the checkout or in the working folder.
+    It is `$PDAE_NB_DATA/<name>`, or `data/<name>` in the checkout, in the user's folder (`home`)
+    or in the working folder.
     """
-    import pdae_nb
-
-    checkout = Path(pdae_nb.__file__).parent.parent
-    for root in (os.environ.get('PDAE_NB_DATA'), checkout / 'data', 'data'):
-        if root and (Path(root) / name).is_dir():
-            return Path(root) / name
+    roots = [home() / 'data', Path('data')]
+    if checkout() is not None:
+        roots.insert(0, checkout() / 'data')
+    if os.environ.get('PDAE_NB_DATA'):
+        roots.insert(0, Path(os.environ['PDAE_NB_DATA']).expanduser())
+    for root in roots:
+        if (root / name).is_dir():
+            return root / name
     return None
 
 
 def cache_dir() -> Path:  # the folder; it is made if there is none
-    """The folder of the decoded pixels: `$PDAE_NB_CACHE`, or `~/.cache/pdae_nb`.
+    """The folder of what can be computed again: decoded pixels, codes, small training runs.
 
-    It holds one memory-mapped file for each data set, split and size.
+    It is `$PDAE_NB_CACHE`, or `$PDAE_NB_HOME/cache`, or the user's cache folder as `platformdirs`
+    names it. It holds one memory-mapped file for each data set, split and size.
     """
-    path = os.environ.get('PDAE_NB_CACHE')
-    if not path:
-        user_cache = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
-        path = Path(user_cache) / 'pdae_nb'
-    path = Path(path)
+    if os.environ.get('PDAE_NB_CACHE'):
+        path = Path(os.environ['PDAE_NB_CACHE']).expanduser()
+    elif os.environ.get('PDAE_NB_HOME'):
+        path = home() / 'cache'
+    else:
+        path = platformdirs.user_cache_path('pdae_nb', appauthor=False)
     path.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -635,16 +644,46 @@ def celeba(
 
 
 # %% ../nbs/toolbox/data.ipynb #b8c0fc07
+def mnist_test_images(
+    size: int = 28,  # height and width, pixels
+) -> Images:  # 1,000 images, 10 classes
+    """Every tenth image of MNIST's test set: the images 0, 10, …, 9990, which the package contains.
+
+    Their source and licence are in `assets/README.md`.
+    """
+    from PIL import Image
+
+    path = assets_dir() / 'mnist_test.npz'
+    if not path.exists():
+        raise incomplete(path)
+    with np.load(path) as file:
+        x = file['x']
+        y = file['y']
+    if size != x.shape[-1]:
+        pictures = [Image.fromarray(image[0]) for image in x]
+        resized = [p.resize((size, size), Image.Resampling.LANCZOS) for p in pictures]
+        x = np.stack([np.asarray(p)[None] for p in resized])
+    return Images(torch.from_numpy(x), torch.from_numpy(y).long(), CLASSES['mnist'].split())
+
+
 def mnist_or_digits(
     split: str = 'train',  # train or test
     size: int = 28,  # height and width, pixels
     log: Callable[[str], object] = print,  # is called with a message if MNIST is not found
 ) -> Images:
-    "MNIST or, if MNIST cannot be loaded, scikit-learn's digits enlarged to `size`."
+    """MNIST or, if MNIST cannot be loaded, images that come with the installation.
+
+    For the split 'test' they are the 1,000 MNIST test images of `mnist_test_images`. For other
+    splits they are scikit-learn's digits, enlarged to `size`.
+    """
     try:
         return mnist(split, size)
     except FileNotFoundError as e:
-        log(f'{e} Showing scikit-learn digits, enlarged from 8x8, instead.')
+        reason = str(e)
+    if split == 'test':
+        log(f'{reason} Using every tenth MNIST test image, 1,000 in all, from the package instead.')
+        return mnist_test_images(size)
+    log(f'{reason} Showing scikit-learn digits, enlarged from 8x8, instead.')
     return digits(split, size)
 
 

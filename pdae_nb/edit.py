@@ -11,7 +11,14 @@ __all__ = [
     'fit_probe',
     'move',
     'to_median',
+    'to_logit',
     'manipulate',
+    'Direction',
+    'fit_direction',
+    'write_directions',
+    'read_directions',
+    'stored_directions',
+    'stored_direction',
     'passes',
     'accept',
     'oversample',
@@ -22,6 +29,8 @@ __all__ = [
 import difflib
 import inspect
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,11 +39,12 @@ from torch import Tensor
 
 from .data import Images
 from .denoise import Denoiser
+from .files import assets_dir, read_tensors, write_tensors
 from .forward import Schedule, shift_to_eps
 from .guidance import guided
 from .methods.latent import Probe, ZStats
 from .methods.pdae import EpsAndScore
-from .model import GenerativeModel
+from .model import GenerativeModel, model_fingerprint
 
 
 # %% ../nbs/course/13_edit.ipynb #f81066cc
@@ -101,6 +111,16 @@ def interpolate(
 
 
 # %% ../nbs/course/13_edit.ipynb #de3722ad
+def _known(name, names):
+    "An attribute's name as a text. Raise ValueError, with the nearest name, if it is not listed."
+    name = str(name)
+    if name not in names:
+        near = difflib.get_close_matches(name, names, 1, 0.5)
+        hint = f'did you mean {near[0]!r}?' if near else f'there are {", ".join(names)}'
+        raise ValueError(f'no attribute {name!r}; {hint}')
+    return name
+
+
 def attribute(
     images: Images,  # a data set with classes or attributes
     name: str | int,  # an entry of `images.classes`
@@ -108,12 +128,7 @@ def attribute(
     "Which images have an attribute, or belong to a class."
     if images.y is None:
         raise ValueError('these images have no labels')
-    name = str(name)
-    if name not in images.classes:
-        near = difflib.get_close_matches(name, images.classes, 1, 0.5)
-        hint = f'did you mean {near[0]!r}?' if near else f'there are {", ".join(images.classes)}'
-        raise ValueError(f'no attribute {name!r}; {hint}')
-    k = images.classes.index(name)
+    k = images.classes.index(_known(name, images.classes))
     return images.y[:, k] > 0 if images.y.ndim > 1 else images.y == k
 
 
@@ -194,7 +209,16 @@ def to_median(
     positives: Tensor,  # codes of images that have it: (N,D)
 ) -> Tensor:  # s for `move`: (B,)
     "The step after which a logit equals the median logit of the positives (Diff-AE Eq. 11)."
-    distance = probe.logit(positives).median() - probe.logit(z)
+    return to_logit(z, probe, probe.logit(positives).median())
+
+
+def to_logit(
+    z: Tensor,  # codes to move: (B,D)
+    probe: Probe,  # the attribute
+    logit: float | Tensor,  # logit that the moved codes shall have, nats
+) -> Tensor:  # s for `move`: (B,)
+    "The step after which the logit of each code has a given value."
+    distance = logit - probe.logit(z)
     return distance / (len(probe.w) ** 0.5 * probe.w.norm())
 
 
@@ -212,6 +236,105 @@ def manipulate(
     xT = model.infer_xT(x0, z, steps=steps)
     moved = [move(z, probe, scale) for scale in scales]
     return torch.stack([model.decode(code, xT, steps=steps, clip=None) for code in moved])
+
+
+# %% ../nbs/course/13_edit.ipynb #e65654ed
+class Direction(NamedTuple):
+    "An attribute as a direction in the space of codes, with what its use needs."
+
+    probe: Probe  # linear classifier of the attribute
+    median: float  # median logit of the training codes that have it (Diff-AE Eq. 11), nats
+    labels: int  # number of training images
+    positives: int  # number of training images that have the attribute
+    source: str  # origin, in words
+
+
+def fit_direction(
+    z: Tensor,  # codes of training images: (N,D)
+    y: Tensor,  # whether each image has the attribute: bool (N,)
+    source: str,  # origin of the codes, in words
+    C: float = 1e-3,  # as in `fit_probe`
+) -> Direction:
+    "The direction of an attribute, by logistic regression on codes."
+    probe = fit_probe(z, y, C=C)
+    median = probe.logit(z[y]).median().item()
+    return Direction(probe, median, len(y), int(y.sum()), source)
+
+
+def write_directions(
+    path: str | Path,  # file to write
+    model: GenerativeModel,  # autoencoder to whose codes they belong
+    directions: dict[str, Direction],  # attribute -> direction; all with the same normalisation
+) -> None:
+    "Write directions to a safetensors file, with the fingerprint of the model."
+    first = next(iter(directions.values()))
+    stats = first.probe.stats
+    for direction in directions.values():
+        if not torch.equal(direction.probe.stats.mean, stats.mean):
+            raise ValueError('the directions of a file must have the same normalisation of codes')
+    tensors = dict(
+        w=torch.stack([d.probe.w for d in directions.values()]),
+        b=torch.tensor([d.probe.b for d in directions.values()]),
+        median=torch.tensor([d.median for d in directions.values()]),
+        mean=stats.mean,
+        std=stats.std,
+    )
+    meta = dict(
+        model=model.card.name,
+        fingerprint=model_fingerprint(model),
+        source=first.source,
+        labels=first.labels,
+        attributes=list(directions),
+        positives=[d.positives for d in directions.values()],
+    )
+    write_tensors(path, tensors, meta)
+
+
+def read_directions(
+    path: str | Path,  # file of `write_directions`
+    model: GenerativeModel,  # autoencoder to whose codes they belong
+) -> dict[str, Direction]:  # attribute -> direction
+    "Directions of a model's codes. ValueError if they were made for another model."
+    tensors, meta = read_tensors(path)
+    wanted = model_fingerprint(model)
+    if meta['fingerprint'] != wanted:
+        raise ValueError(
+            f'{path} holds directions of {meta["model"]} with fingerprint {meta["fingerprint"]}, '
+            f'got a model with fingerprint {wanted}'
+        )
+    stats = ZStats(tensors['w'].shape[1])
+    stats.mean = tensors['mean']
+    stats.std = tensors['std']
+    stats = stats.to(model.device)
+    directions = {}
+    for k, name in enumerate(meta['attributes']):
+        w = tensors['w'][k].to(model.device)
+        probe = Probe(w, tensors['b'][k].item(), stats)
+        numbers = (tensors['median'][k].item(), meta['labels'], meta['positives'][k])
+        directions[name] = Direction(probe, *numbers, meta['source'])
+    return directions
+
+
+def stored_directions(
+    model: GenerativeModel,  # an autoencoder
+) -> dict[str, Direction]:  # attribute -> direction; empty if there are none of this model
+    "The directions that come with the package, if they belong to this very model."
+    path = assets_dir() / 'directions' / f'{model.card.name}.safetensors'
+    if not path.exists():
+        return {}
+    try:
+        return read_directions(path, model)
+    except ValueError:
+        return {}
+
+
+def stored_direction(
+    model: GenerativeModel,  # an autoencoder
+    name: str | int,  # an attribute
+) -> Direction | None:  # None if the package has no directions of this model
+    "The direction of one attribute that comes with the package."
+    directions = stored_directions(model)
+    return directions[_known(name, list(directions))] if directions else None
 
 
 # %% ../nbs/course/13_edit.ipynb #f5cfe7dc

@@ -41,7 +41,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .data import IMAGE_TYPES, as_x0, load_images, to_signed
+from .data import IMAGE_TYPES, as_x0, load_images, mnist_or_digits, to_signed
 from .denoise import Denoiser, loss_curve
 from .files import write_json
 from .forward import Schedule
@@ -131,10 +131,17 @@ def inputs(
     n: int,  # number of test images
     log: Callable = _log_to_stderr,  # receives a message about each conversion
 ) -> tuple[Tensor, list[str] | None, list[str]]:  # images, file names or None, unreadable files
-    "The images that a command works on, in [-1,1]: given files, or the first test images."
+    """The images that a command works on, in [-1,1]: given files, or the first test images.
+
+    If MNIST cannot be loaded, they are the MNIST test images that the package contains.
+    """
     if paths:
         x0, names, unreadable = _read(paths, model.shape, log)
         return x0.to(model.device), names, unreadable
+    recipe = model.card.recipe or {}
+    if recipe.get('data') == 'mnist':
+        test = mnist_or_digits('test', model.shape[-1], log)
+        return to_signed(test.x[:n]).to(model.device), None, []
     x0, _ = held_out_images(model, n)
     return x0, None, []
 

@@ -15,12 +15,20 @@ __all__ = [
     'fill',
     'save_checkpoint',
     'load_checkpoint',
+    'package_dir',
+    'assets_dir',
+    'checkout',
+    'home',
+    'incomplete',
     'models_dir',
+    'models_dirs',
     'cast',
     'Stopped',
     'stoppable',
     'locked',
+    'results_dir',
     'results_path',
+    'find_results',
     'output_file',
     'finite',
     'write_json',
@@ -37,6 +45,7 @@ import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
+import platformdirs
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
@@ -344,13 +353,66 @@ def load_checkpoint(
 
 
 # %% ../nbs/toolbox/files.ipynb #551ae25d
-def models_dir() -> Path:  # the folder; it need not exist
-    "Folder of the trained runs: `$PDAE_NB_MODELS`, or else `data/models` of the checkout."
-    folder = os.environ.get('PDAE_NB_MODELS')
+def package_dir() -> Path:
+    "Folder of the installed package. It is only read."
+    return Path(importlib.import_module('pdae_nb').__file__).resolve().parent
+
+
+def assets_dir() -> Path:  # `models`, `results`, `directions`, `mnist_test.npz`, `models.json`
+    "Folder of the files that come with the package. Where one is missing, `incomplete` says so."
+    return package_dir() / 'assets'
+
+
+def checkout() -> Path | None:
+    "Folder of the clone of the repository that the package is in, or None if it is in none."
+    folder = package_dir().parent
+    is_checkout = (folder / 'settings.ini').is_file() and (folder / 'nbs').is_dir()
+    return folder if is_checkout else None
+
+
+def home() -> Path:  # the folder; it need not exist
+    "The user's folder of models, results and data: `$PDAE_NB_HOME`, or that of `platformdirs`."
+    folder = os.environ.get('PDAE_NB_HOME')
     if folder:
-        return Path(folder)
-    package = Path(importlib.import_module('pdae_nb').__file__).parent
-    return package.parent / 'data/models'
+        return Path(folder).expanduser()
+    return platformdirs.user_data_path('pdae_nb', appauthor=False)
+
+
+def incomplete(
+    path: str | Path,  # the file that is missing
+) -> FileNotFoundError:  # to be raised
+    "The error that an installation lacks a file of its assets. It says how to repair this."
+    repair = 'pip install --force-reinstall --no-deps pdae_nb'
+    if checkout() is not None:
+        repair = 'git checkout -- pdae_nb/assets'
+    return FileNotFoundError(
+        f'the installation of pdae_nb is incomplete: {path} is missing. To repair it: {repair}'
+    )
+
+
+def _user_dir(name):
+    "`data/NAME` of the checkout, or `NAME` in the user's folder."
+    folder = checkout()
+    return home() / name if folder is None else folder / 'data' / name
+
+
+def models_dir() -> Path:  # the folder; it need not exist
+    """Folder in which new runs are found by their name.
+
+    It is `$PDAE_NB_MODELS`, or `data/models` of the checkout, or `models` in the user's folder.
+    """
+    folder = os.environ.get('PDAE_NB_MODELS')
+    return Path(folder).expanduser() if folder else _user_dir('models')
+
+
+def models_dirs() -> list[Path]:  # existing folders
+    """Folders in which runs are found by name. The first folder that holds a run wins.
+
+    They are `$PDAE_NB_MODELS`, `data/models` of the checkout, `models` in the user's folder, and
+    the package's own models.
+    """
+    places = [models_dir(), _user_dir('models'), home() / 'models', assets_dir() / 'models']
+    return [folder for folder in dict.fromkeys(places) if folder.is_dir()]
 
 
 # %% ../nbs/toolbox/files.ipynb #e2148cc0
@@ -420,12 +482,36 @@ def locked(
 
 
 # %% ../nbs/toolbox/files.ipynb #ebf4f5e0
+def results_dir() -> Path:  # the folder; it need not exist
+    """Folder into which results are written.
+
+    It is the folder `results` beside `$PDAE_NB_MODELS`, or `data/results` of the checkout, or
+    `results` in the user's folder.
+    """
+    if os.environ.get('PDAE_NB_MODELS'):
+        return models_dir().parent / 'results'
+    return _user_dir('results')
+
+
 def results_path(
     experiment: str,  # name of the experiment or the run
     size: str = 'lesson',  # smoke, lesson or paper
 ) -> Path:
-    "The file with the numbers of a figure or table: data/results/<experiment>/<size>.json."
-    return models_dir().parent / 'results' / experiment / f'{size}.json'
+    "The file into which the numbers of a figure or table are written."
+    return results_dir() / experiment / f'{size}.json'
+
+
+def find_results(
+    experiment: str,  # name of the experiment or the run
+    size: str = 'lesson',  # smoke, lesson or paper
+) -> Path | None:  # None if there is no such file
+    "The file with the numbers of a figure or table: one that was written, else the package's own."
+    places = [results_dir(), _user_dir('results'), home() / 'results', assets_dir() / 'results']
+    for folder in dict.fromkeys(places):
+        path = folder / experiment / f'{size}.json'
+        if path.exists():
+            return path
+    return None
 
 
 PICTURES = ('.png', '.jpg', '.jpeg', '.pdf', '.svg', '.webp', '.tif', '.tiff')
@@ -481,8 +567,9 @@ def load_results(
     experiment: str,  # name of the experiment or the run
     size: str = 'lesson',  # smoke, lesson or paper
 ) -> dict:
-    "The numbers of an experiment, from the file that `results_path` names."
-    path = results_path(experiment, size)
-    if not path.exists():
-        raise FileNotFoundError(f'no results {path}; `pdae evaluate` and `pdae stages` make them')
-    return json.loads(path.read_text())
+    "The numbers of an experiment, from the file that `find_results` finds."
+    path = find_results(experiment, size)
+    if path is None:
+        wanted = results_path(experiment, size)
+        raise FileNotFoundError(f'no results {wanted}; `pdae evaluate` and `pdae stages` make them')
+    return json.loads(path.read_text(encoding='utf-8'))

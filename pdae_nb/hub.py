@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = [
     'from_hub',
-    'models_dirs',
     'find_run',
+    'models',
     'load',
     'load_base',
     'read_version_1',
@@ -22,6 +22,7 @@ __all__ = [
 # %% ../nbs/toolbox/hub.ipynb #d28ed7f2
 import json
 import re
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -33,7 +34,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .data import as_x0, cache_dir, load_images
-from .files import fill, locked, models_dir, read_tensors
+from .files import (
+    assets_dir,
+    checkout,
+    fill,
+    home,
+    incomplete,
+    locked,
+    models_dir,
+    models_dirs,
+    read_tensors,
+)
 from .methods.classifier import EvalClassifier, NoisyClassifier
 from .methods.diffae import DiffAE
 from .methods.dpm import DPM, ClassConditionalDPM, LabelUNet
@@ -60,6 +71,7 @@ from .networks import GradientEstimator
 from .pretrained import load_dpm
 from .recipes import RECIPES, size_or_default
 from .recipes import recipe as recipe_of
+from .release import PACKAGED, ModelInfo, describe, fetch_run, released
 from .training import Recipe, _check_same, seeded, train_model
 
 
@@ -125,18 +137,24 @@ from_hub.looks_like = _is_hub_name
 
 
 # %% ../nbs/toolbox/hub.ipynb #c875e4c1
-def models_dirs() -> list[Path]:  # existing folders
-    "Folders in which runs are found by name: `$PDAE_NB_MODELS`, else `data/models`."
-    return [folder for folder in (models_dir(),) if folder.is_dir()]
+def _log_to_stderr(line):
+    print(line, file=sys.stderr)
 
 
 def find_run(
     name: str | Path,  # name, path of a folder, or user/name on the Hugging Face Hub
 ) -> Path:
-    "Folder of a run. While a run is being replaced, it is the old folder."
+    """Folder of a run. While a run is being replaced, it is the old folder.
+
+    A model of the release that is not on this machine is downloaded.
+    """
     local = _local_run(name)
     if local is not None:
         return local
+    if str(name) in PACKAGED:
+        raise incomplete(assets_dir() / 'models' / str(name) / 'run.json')
+    if str(name) in released():
+        return fetch_run(str(name), log=_log_to_stderr)
     if from_hub.looks_like(name):
         folder = from_hub(name)
         if (folder / 'run.json').exists():
@@ -181,10 +199,35 @@ def _find_base(record: dict, folder: Path, **classes) -> Model:
         if model_fingerprint(base) == wanted:
             return base
         found.append(f'{place} ({model_fingerprint(base)})')
+    if not found and name not in PACKAGED and name in released():
+        base = load(fetch_run(name, log=_log_to_stderr), **classes)
+        if model_fingerprint(base) == wanted:
+            return base
+        found.append(f'{base.path} ({model_fingerprint(base)})')
     raise ValueError(
         f'{folder} needs the base {name!r} with fingerprint {wanted}; '
         f'found {", ".join(found) or "none"}'
     )
+
+
+# %% ../nbs/toolbox/hub.ipynb #9ed81638
+def models() -> list[ModelInfo]:  # in alphabetical order
+    "All models that `load` finds by name: those on this machine, and those of the release."
+    places = {assets_dir() / 'models': 'package', home() / 'models': 'home'}
+    if checkout() is not None:
+        places[checkout() / 'data/models'] = 'checkout'
+    listed = {name: replace(info, where='to download') for name, info in released().items()}
+    for folder in reversed(models_dirs()):  # the first folder of a name wins
+        for record in sorted(folder.glob('[!.]*/run.json')):
+            run = record.parent
+            where = places.get(folder, str(folder))
+            try:
+                listed[run.name] = describe(run, where)
+            except (OSError, ValueError, AttributeError, TypeError):
+                listed[run.name] = ModelInfo(
+                    run.name, 'unreadable', '', 0, 0, '', 0, '', '', (), where
+                )
+    return [listed[name] for name in sorted(listed)]
 
 
 # %% ../nbs/toolbox/hub.ipynb #bc983333
@@ -499,9 +542,9 @@ def check_storable(
 # %% ../nbs/toolbox/hub.ipynb #97e9e706
 def cached_run(
     name: str,  # name of a run with a recipe
-    size: str | None = None,  # smoke, lesson or paper; None: `data/models`, else as in `recipe`
+    size: str | None = None,  # smoke, lesson or paper; None: any, else as in `recipe`
 ) -> Model:
-    "Load a run of `data/models`, or one that was trained before; else train it and keep it."
+    "Load a run on this machine by its name, or one that was trained before; else train it."
     if size is None:
         for folder in models_dirs():
             if (folder / name / 'run.json').exists():
@@ -515,7 +558,7 @@ def cached_run(
 
 
 def _cached_base(recipe, size):
-    "The base of a cached run: a run of `data/models` with its pixels, else one of the same size."
+    "The base of a cached run: a run of this name with its pixels, else one of the same size."
     name = recipe.base
     if any((folder / name / 'run.json').exists() for folder in models_dirs()):
         base = load(name)
@@ -612,7 +655,7 @@ def _result_table(result: dict) -> list[str]:
 
 # %% ../nbs/toolbox/hub.ipynb #1e5dc42b
 def push_run(
-    name: str,  # name of a run in `data/models`, or path of a run folder
+    name: str,  # name of a run, or path of a run folder
     repo: str,  # user/name on the Hugging Face Hub
     licence: str | None = None,  # of the weights, as in `model_card`
     api=None,  # client of the Hub; None: huggingface_hub's `HfApi()`, with your login

@@ -15,7 +15,7 @@ import pdae_nb
 import pdae_nb.hub
 from pdae_nb.data import load_images, to_signed
 from pdae_nb.denoise import denoising_loss
-from pdae_nb.files import models_dir
+from pdae_nb.files import models_dirs
 from pdae_nb.forward import Schedule, add_noise
 from pdae_nb.gap import posterior_gap
 from pdae_nb.guidance import grad_log
@@ -75,7 +75,8 @@ NEW_NAMES = {  # name of a run in the keys: its name now
 def shipped_runs() -> list[str]:
     """Return the golden names of all runs that are shipped with the package."""
     golden_names = {new: old for old, new in NEW_NAMES.items()}
-    names = [path.parent.name for path in models_dir().glob('*/run.json')]
+    paths = [path for folder in models_dirs() for path in folder.glob('*/run.json')]
+    names = {path.parent.name for path in paths}
     return sorted(golden_names.get(name, name) for name in names)
 
 

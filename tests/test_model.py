@@ -12,7 +12,7 @@ from torch import nn
 import pdae_nb
 import pdae_nb.hub as hub
 from pdae_nb.data import load_images, to_signed
-from pdae_nb.files import models_dir, read_tensors, write_tensors
+from pdae_nb.files import models_dirs, read_tensors, write_tensors
 from pdae_nb.forward import Schedule
 from pdae_nb.hub import load, train
 from pdae_nb.methods.classifier import EvalClassifier, EvalClassifierNet
@@ -30,7 +30,9 @@ from pdae_nb.unet import UNet
 SCHED = Schedule.linear()
 SHAPE = (1, 14, 14)
 SMALL = dict(c=1, ch=8, mult=(1, 2), n_res=1, size=14, groups=8)
-SHIPPED = sorted(path.parent.name for path in models_dir().glob('*/run.json'))
+SHIPPED = sorted({
+    path.parent.name for folder in models_dirs() for path in folder.glob('*/run.json')
+})
 
 
 def no_log(message):

@@ -1,7 +1,6 @@
 """The README: its Python and its `pdae` lines run, its links exist, its numbers are the results."""
 
 import io
-import json
 import os
 import re
 import subprocess
@@ -17,8 +16,11 @@ from PIL import Image
 from pdae_nb.data import digits
 from pdae_nb.experiments.autoencoding import rival_runs
 from pdae_nb.experiments.training_efficiency import images_to_reach, looks
-from pdae_nb.hub import load
+from pdae_nb.files import load_results
+from pdae_nb.hub import find_run, load
+from pdae_nb.model import read_record
 from pdae_nb.pretrained import to_official
+from pdae_nb.release import released
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text()
@@ -52,12 +54,12 @@ def percent(v, digits=1):
 
 def about(name):
     "The run.json of a trained run."
-    return json.loads((ROOT / f'data/models/{name}/run.json').read_text())
+    return read_record(find_run(name))
 
 
 def results(experiment):
     "The results of an experiment at size `lesson`."
-    return json.loads((ROOT / f'data/results/{experiment}/lesson.json').read_text())
+    return load_results(experiment)
 
 
 def noise_mse_of(name):
@@ -313,7 +315,7 @@ def test_scorevae_among_the_methods():
 
 
 def test_number_of_shipped_models():
-    names = [path.parent.name for path in (ROOT / 'data/models').glob('*/run.json')]
+    names = [info.name for info in released().values()]
     data_sets = [name.split('_')[0] for name in names]
     mnist = COUNTS[data_sets.count('mnist')]
     cifar = COUNTS[data_sets.count('cifar16')]
