@@ -30,7 +30,7 @@ import platform
 import signal
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,6 +44,7 @@ from .data import Images, batches, to_signed
 from .denoise import Denoiser, denoising_loss
 from .files import Stopped, cast, load_checkpoint, locked, save_checkpoint, stoppable
 from .forward import Schedule
+from .logs import Board, Log, read_log, summary_writer, while_open
 from .model import Card, Draw, Model, class_path, model_fingerprint, seed_of, write_model
 from .plot import show
 from .unet import autocast, bf16_pays
@@ -403,7 +404,9 @@ class _Log:
     steps: int  # steps of the whole training
     T: int | None  # number of timesteps of the noise schedule, if there is one
     tell: Callable  # takes the line of text
+    board: Board | None = None  # TensorBoard's copy
     recent: list[Step] = dataclasses.field(default_factory=list)  # since the last line
+    unwritten: list[str] = dataclasses.field(default_factory=list)  # lines that no disk took
 
     def add(self, step: Step, skipped: int) -> None:
         "Note a step, and write a line if one is due."
@@ -412,11 +415,27 @@ class _Log:
             return
         line = self._line(skipped)
         self.recent = []
-        with open(self.path, 'a', encoding='utf-8') as f:
-            f.write(json.dumps(line, allow_nan=False) + '\n')
+        self._write(json.dumps(line, allow_nan=False) + '\n')
+        if self.board:
+            self.board.add(line)
         loss = 'not finite' if line['loss'] is None else f'{line["loss"]:.4f}'
         speed = f'{line["images_per_s"]:.0f} images/s'
         self.tell(f'{step.i}/{self.steps}  loss {loss}  {speed}')
+
+    def _write(self, line):
+        "Append a line to the file. If the disk refuses it, it is written with the next line."
+        was_refused = bool(self.unwritten)
+        self.unwritten.append(line)
+        # A refused line may be half written. The line break ends it.
+        text = '\n' * was_refused + ''.join(self.unwritten)
+        try:
+            with open(self.path, 'a', encoding='utf-8', newline='\n') as f:
+                f.write(text)
+        except OSError as e:
+            if not was_refused:
+                self.tell(f'cannot write {self.path} ({e}); the training goes on')
+            return
+        self.unwritten = []
 
     def _line(self, skipped):
         "Means over the steps since the last line, and numbers of the newest step."
@@ -441,27 +460,27 @@ class _Log:
 
 
 # %% ../nbs/toolbox/training.ipynb #006c2dac
-def _whole_lines(path):
-    "The lines of a log, without those that were cut off or damaged."
-    kept = []
-    for line in Path(path).read_text('utf-8', errors='replace').splitlines(True):
-        try:
-            is_whole = line.endswith('\n') and 'step' in json.loads(line)
-        except (ValueError, TypeError):
-            is_whole = False
-        if is_whole:
-            kept.append(line)
-    return kept
+def _trim_log(path, i, log):
+    """Drop damaged lines, and the steps after `i`, which will be repeated.
 
-
-def _trim_log(path, i):
-    "Drop the lines of the steps after `i`, which will be repeated; replace the file atomically."
-    if not path.exists():
-        return
-    kept = [line for line in _whole_lines(path) if json.loads(line)['step'] <= i]
-    tmp = path.with_name(f'.{path.name}.tmp')
-    tmp.write_text(''.join(kept), encoding='utf-8')
-    tmp.replace(path)
+    The file is replaced atomically. The result is what the log holds, even if the file cannot be
+    replaced.
+    """
+    if not path.is_file():
+        return Log([], 0)
+    try:
+        entries, damaged = read_log(path)
+        kept = [entry for entry in entries if entry['step'] <= i]
+        if damaged:
+            log(f'{path}: {damaged} damaged lines are dropped')
+        tmp = path.with_name(f'.{path.name}.tmp')
+        lines = ''.join(json.dumps(entry) + '\n' for entry in kept)
+        tmp.write_text(lines, encoding='utf-8', newline='\n')
+        tmp.replace(path)
+    except OSError as e:
+        log(f'cannot shorten {path} ({e}); the training goes on')
+        return Log([], 0)
+    return Log(kept, damaged)
 
 
 # %% ../nbs/toolbox/training.ipynb #4a33ce1b
@@ -479,6 +498,7 @@ class _Run:
     i: int = 0  # steps done
     seconds: float = 0.0  # duration of these steps
     skipped: int = 0  # steps that were not finite
+    board: Board | None = None  # TensorBoard's copy of the log and the previews
 
     def add(self, step: Step) -> None:
         "Count a step."
@@ -518,7 +538,7 @@ def _new_run(model, recipe, out, images, *, test, device):
 
 
 def _resume(run, log):
-    "Load the newest checkpoint into `run`, if there is one, and shorten the log accordingly."
+    "Load the newest checkpoint into `run`, if there is one. Returns the log up to this step."
 
     base = run.model.base
 
@@ -541,7 +561,7 @@ def _resume(run, log):
         run.seconds = meta['seconds']
         run.skipped = meta['skipped']
         log(f'going on at step {run.i} of {run.recipe.steps}')
-    _trim_log(run.out / 'log.jsonl', run.i)
+    return _trim_log(run.out / 'log.jsonl', run.i, log)
 
 
 def _cache_on_gpu(run):
@@ -581,6 +601,16 @@ def _save_preview(run):
     fig = show(images).figure
     fig.savefig(path, dpi=80)
     plt.close(fig)
+    if run.board:
+        run.board.add_image(_picture(path), run.seen)
+
+
+def _picture(path):
+    "The pixels of a picture: uint8 (3,H,W)."
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return torch.from_numpy(np.array(image.convert('RGB'))).permute(2, 0, 1)
 
 
 def _round(run):
@@ -673,27 +703,35 @@ def train_model(
     log_every: int = 50,  # steps between log lines
     look: Callable | None = None,  # (images seen, averaged model) -> None
     log: Callable = tqdm.write,  # takes lines of text; a terminal also gets a progress bar
+    tensorboard: bool = False,  # copy the log and the previews to OUT/tensorboard
 ) -> Model:  # the averaged model, with its card
     """Train a model. The same call resumes a run that was interrupted.
 
     On a CPU, a resumed run ends with the same weights as an uninterrupted one, bit for bit. `look`
-    is called every `every` steps and after the last step.
+    is called every `every` steps and after the last step. Output never stops the training: if `log`
+    raises an OSError, it is not called again, and a log file that cannot be written is left out.
     """
     out = Path(out)
+    log = while_open(log)
     device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     if min(every, log_every) < 1:
         raise ValueError(
             f'every and log_every must be at least 1 step, got {every} and {log_every}'
         )
     model.check_test(len(test))
-    with locked(out):
+    if tensorboard:
+        summary_writer()
+    with locked(out), ExitStack() as stack:
         run = _new_run(model, recipe, out, images, test=test, device=device)
-        _resume(run, log)
+        past = _resume(run, log)
+        if tensorboard:
+            run.board = Board(out / 'tensorboard', run.seen, past, log)
+            stack.callback(run.board.close)
         if compile:
             model.compile_networks()
         _cache_on_gpu(run)
         T = None if model.sched is None else model.sched.T
-        lines = _Log(out / 'log.jsonl', log_every, recipe.steps, T, log)
+        lines = _Log(out / 'log.jsonl', log_every, recipe.steps, T, log, run.board)
         _train_all_steps(run, lines, every, look)
         _round(run)
         _look(run, look)

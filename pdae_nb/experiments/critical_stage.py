@@ -27,17 +27,18 @@ from torch import Tensor
 from ..denoise import Denoiser
 from ..files import write_json
 from ..forward import Schedule
+from ..logs import read_log
 from ..methods.classifier import classifier_guided
 from ..plot import bar
 from ..sampling import sample
-from ..training import _json, _whole_lines
+from ..training import _json
 
 
 # %% ../../nbs/experiments/critical_stage.ipynb #c979ffd1
 def _lines_by_images(folder):
     "The lines of a training log: number of images seen -> line."
-    lines = map(json.loads, _whole_lines(Path(folder) / 'log.jsonl'))
-    return {line['seen']: line for line in lines}
+    log = read_log(Path(folder) / 'log.jsonl')
+    return {entry['seen']: entry for entry in log.entries}
 
 
 def pair_logs(

@@ -18,6 +18,7 @@ import torch
 from ..data import Images, cache_dir, load_images, to_signed
 from ..files import write_json
 from ..hub import cached_run, train
+from ..logs import read_log
 from ..methods.dpm import DPM
 from ..methods.scorevae import CodedModel, ScoreVAE, ScoreVAESettings
 from ..methods.vae import VAESettings
@@ -128,9 +129,8 @@ def _measured(result: dict) -> dict:
 
 def _training_result(model: CodedModel) -> dict:
     "Evaluation of a finished run, with its skipped steps and its training curve."
-    lines = (model.path / 'log.jsonl').read_text().splitlines()
-    steps = [json.loads(line) for line in lines]
-    curve = [[step['seen'], step['loss']] for step in steps]
+    log = read_log(model.path / 'log.jsonl')
+    curve = [[entry['seen'], entry['loss']] for entry in log.entries]
     return _measured(model.card.result) | dict(skipped=model.card.steps_skipped, curve=curve)
 
 
