@@ -214,7 +214,7 @@ def cmd_plot(
     histories = [read_history(place) for place in places]
     for place, history in zip(places, histories, strict=True):
         if history.log.damaged:
-            _log_to_stderr(f'{place}: {history.log.damaged} damaged lines of the log are skipped')
+            _log_to_stderr(f'{place}: damaged lines of the log, skipped: {history.log.damaged}')
     fig = plot_log(places)
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1053,9 +1053,10 @@ def main(
     "The `pdae` command."
     if argv is None:
         _prepare_output()
-    status = _run(list(sys.argv[1:] if argv is None else argv))
-    _flush_output()
-    return status
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    finally:
+        _flush_output()
 
 
 def _run(argv):

@@ -472,7 +472,7 @@ def _trim_log(path, i, log):
         entries, damaged = read_log(path)
         kept = [entry for entry in entries if entry['step'] <= i]
         if damaged:
-            log(f'{path}: {damaged} damaged lines are dropped')
+            log(f'{path}: damaged lines, dropped: {damaged}')
         tmp = path.with_name(f'.{path.name}.tmp')
         lines = ''.join(json.dumps(entry) + '\n' for entry in kept)
         tmp.write_text(lines, encoding='utf-8', newline='\n')
