@@ -151,7 +151,7 @@ def cmd_train(
     # it is the run of the autoencoder.
     base: str = None,
     seed: int = 0,  # seed of the initial weights, the order of the images, the timesteps and noise
-    device: str = None,  # cpu or cuda; otherwise the GPU, if there is one
+    device: str = None,  # cpu, cuda or mps (Apple); otherwise the CUDA GPU, if there is one
     compile: bool = False,  # compile the networks with torch.compile
     every: int = 500,  # training steps between checkpoints
     # JSON Lines file to which each checkpoint appends the squared error of the predicted noise on
@@ -569,7 +569,7 @@ def _check_not_smaller(path, counts):
     "Raise ValueError if a file of results has larger counts, or is no file of results."
     unbounded = 10**9
     try:
-        results = json.loads(path.read_text()) if path.exists() else dict(counts={})
+        results = json.loads(path.read_text('utf-8')) if path.exists() else dict(counts={})
         old = results.get('counts', dict.fromkeys(counts, unbounded))
     except (ValueError, AttributeError) as e:
         raise ValueError(
@@ -764,7 +764,7 @@ def cmd_stages(
             eta=float(sampler == 'ddpm'),
             **grid,
         )
-    stored = json.loads(store.read_text())
+    stored = json.loads(store.read_text('utf-8'))
     settings = stored['about']
     found = dict(
         shortest=shortest_window(cells),

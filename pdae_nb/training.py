@@ -16,6 +16,7 @@ __all__ = [
     'autoencoder_noise_mse',
     'hardware',
     'versions',
+    'memory_layout',
     'train_model',
 ]
 
@@ -192,7 +193,8 @@ def _nonfinite_timesteps(losses, t):
 def _update(loss, params, opt, clip):
     "Backward pass, clipping, step. Returns the gradient norm, and whether all was finite."
     loss.backward()
-    norm = nn.utils.clip_grad_norm_(params, clip, foreach=True)
+    on_mps = params[0].device.type == 'mps'  # which has no such operations on lists of tensors
+    norm = nn.utils.clip_grad_norm_(params, clip, foreach=not on_mps)
     ok = bool(torch.isfinite(loss) & torch.isfinite(norm))
     if ok:
         opt.step()
@@ -208,12 +210,26 @@ def seeded(
 ):
     "Seed the global generators inside the block, and restore them afterwards."
     devices = [device] if device.type == 'cuda' else []
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(devices), _seeded_mps(seed, device):
         torch.default_generator.manual_seed(seed)
         if devices:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
         yield
+
+
+@contextmanager
+def _seeded_mps(seed, device):
+    "The same for the generator of Apple's GPUs, which `fork_rng` does not know."
+    if device.type != 'mps':
+        yield
+        return
+    before = torch.mps.get_rng_state()
+    torch.mps.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.mps.set_rng_state(before)
 
 
 def _losses(loss, x0, y, draw, *, dropout_seed, amp):
@@ -340,6 +356,8 @@ def hardware(
     "The hardware of a run, in words."
     if device.type == 'cuda':
         return torch.cuda.get_device_name(device)
+    if device.type == 'mps':
+        return f'Apple GPU ({platform.processor() or platform.machine()})'
     arithmetic = 'bf16' if bf16_pays(device) else 'fp32'
     return (
         f'{os.cpu_count()} CPU cores ({platform.machine()}, {arithmetic}), '
@@ -525,13 +543,21 @@ class _Run:
 
 
 # %% ../nbs/toolbox/training.ipynb #8bea3aa9
+def memory_layout(
+    device: torch.device,  # device of a training
+) -> torch.memory_format:
+    "The order of an image's numbers in memory. Apple's GPUs compute on contiguous channels."
+    return torch.contiguous_format if device.type == 'mps' else torch.channels_last
+
+
 def _new_run(model, recipe, out, images, *, test, device):
     "A run before its first step."
+    layout = memory_layout(device)
     frozen = model.base
     while frozen is not None:
-        frozen.to(device, memory_format=torch.channels_last)
+        frozen.to(device, memory_format=layout)
         frozen = frozen.base
-    model.to(device, memory_format=torch.channels_last).train()
+    model.to(device, memory_format=layout).train()
     data = model.data(images)
     opt = optimiser(model.trainable(), recipe)
     return _Run(recipe, out, data, model.data(test), model, EMA(model, recipe.ema), opt)
@@ -697,7 +723,7 @@ def train_model(
     test: Images,  # test images
     *,
     name: str | None = None,  # of the run; None: the name of the folder
-    device=None,  # cpu or cuda; None takes the GPU if there is one
+    device=None,  # cpu, cuda or mps; None takes the CUDA GPU if there is one
     compile: bool = False,  # torch.compile the networks that are differentiated once
     every: int = 500,  # steps between checkpoints and previews
     log_every: int = 50,  # steps between log lines

@@ -178,7 +178,7 @@ def _stored(path, about):
     if not path or not Path(path).exists():
         return {}, 0.0
     try:
-        d = json.loads(Path(path).read_text())
+        d = json.loads(Path(path).read_text('utf-8'))
         old = d['about']
         cells = unpack_cells(d)
         seconds = d['seconds']

@@ -66,7 +66,7 @@ CASES = {
 def _earlier(path: Path, seeds) -> dict:
     "Results that an earlier call has written, or empty ones; raises if these seeds give fewer runs"
     try:
-        results = json.loads(path.read_text()) if path.exists() else dict(runs={}, priors={})
+        results = json.loads(path.read_text('utf-8')) if path.exists() else dict(runs={}, priors={})
         found, _ = (len(results[part]) for part in ('runs', 'priors'))
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(
@@ -202,4 +202,4 @@ def compare_cases(
             model = _compare_runs(study, case, seed, own, f'{seed}-{number}')
             if number == 0 and model is not None:
                 _compare_priors(study, case, seed, model, priors=priors, test=test)
-    return json.loads(path.read_text())
+    return json.loads(path.read_text('utf-8'))
