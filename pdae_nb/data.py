@@ -512,6 +512,7 @@ def _store(path, source, size, channels, crop):
         x = np.lib.format.open_memmap(x_file, 'w+', np.uint8, shape)
         y = _fill(x, source.rows, size, channels, crop)
         x.flush()
+        del x  # Windows renames no file that is mapped into memory
         if y is not None:
             np.save(y_file, y)
             y_file.replace(_labels_file(path))

@@ -277,7 +277,7 @@ def _newest(folder, log):
             return path, tensors, meta
         except ValueError as e:
             log(f'skipping {e}')
-            path.rename(f'{path}.damaged')
+            path.replace(f'{path}.damaged')
     return None
 
 

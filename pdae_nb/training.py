@@ -479,13 +479,14 @@ class _Log:
 
 # %% ../nbs/toolbox/training.ipynb #006c2dac
 def _trim_log(path, i, log):
-    """Drop damaged lines, and the steps after `i`, which will be repeated.
+    """Drop damaged lines, and the steps after `i`, which will be repeated. Returns the rest.
 
-    The file is replaced atomically. The result is what the log holds, even if the file cannot be
-    replaced.
+    The file is replaced atomically. If the disk refuses that, the training goes on.
     """
+    kept = []
+    damaged = 0
     if not path.is_file():
-        return Log([], 0)
+        return Log(kept, damaged)
     try:
         entries, damaged = read_log(path)
         kept = [entry for entry in entries if entry['step'] <= i]
@@ -497,7 +498,6 @@ def _trim_log(path, i, log):
         tmp.replace(path)
     except OSError as e:
         log(f'cannot shorten {path} ({e}); the training goes on')
-        return Log([], 0)
     return Log(kept, damaged)
 
 

@@ -186,6 +186,19 @@ def test_a_training_goes_on_without_its_log(tmp_path):
     assert (tmp_path / 'run.json').exists()
 
 
+def test_a_log_that_cannot_be_replaced(tmp_path, monkeypatch):
+    path = write_log(tmp_path, [2, 4, 6]) / 'log.jsonl'
+    said = []
+
+    def refuse(self, to):
+        raise PermissionError(errno.EACCES, 'Permission denied')
+
+    monkeypatch.setattr(Path, 'replace', refuse)
+    kept = _trim_log(path, 4, said.append)
+    assert [line['step'] for line in kept.entries] == [2, 4]
+    assert 'Permission denied' in said[0]
+
+
 # ---------------------------------------------------------------- output that fails
 
 
