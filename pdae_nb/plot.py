@@ -374,6 +374,7 @@ def _images_axis(axs, most):
     elif most >= 10_000:
         unit, name = 1000, 'images seen (thousands)'
     for ax in axs.values():
+        ax.set_xlim(-0.02 * most, 1.03 * most)
         ax.xaxis.set_major_locator(MaxNLocator(6))
         ax.xaxis.set_major_formatter(FuncFormatter(lambda seen, _: f'{seen / unit:,g}'))
         ax.set_xlabel(name)
@@ -422,7 +423,7 @@ def plot_log(
             axs['loss'].plot([], [], marker + '-', color=colour, label=_about(title, history))
         titles = dict(
             loss='training loss (thin: log lines, thick: their running mean)',
-            held_out='squared error of the noise, test images ± s.e.',
+            held_out='noise MSE of test images (± s.e.)',
             lr='learning rate',
             speed='training speed (images per second)',
         )
