@@ -30,7 +30,7 @@ def read(path: Path) -> dict:
 
 def write(path: Path, notebook: dict) -> None:
     text = json.dumps(notebook, sort_keys=True, indent=1, ensure_ascii=False)
-    path.write_text(text + '\n', encoding='utf-8')
+    path.write_text(text + '\n', encoding='utf-8', newline='\n')
 
 
 def formatted(folder: Path) -> None:

@@ -8,6 +8,7 @@ __all__ = [
     'STAGES',
     'COMMANDS',
     'cmd_train',
+    'cmd_plot',
     'cmd_sample',
     'cmd_reconstruct',
     'cmd_interpolate',
@@ -31,6 +32,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -69,7 +71,8 @@ from .files import (
     write_json,
 )
 from .forward import Schedule
-from .hub import load, load_base, models, train
+from .hub import load, load_base, models, models_dirs, train
+from .logs import read_history, while_open
 from .methods.classifier import EvalClassifier, NoisyClassifier, classifier_guided
 from .methods.diffae import DiffAE
 from .methods.dpm import DPM, ClassConditionalDPM, as_labels
@@ -78,7 +81,7 @@ from .methods.latent import LatentDPM, encode_all
 from .methods.pdae import PDAE
 from .methods.scorevae import CodedModel, ConditionalDecoder, ScoreVAE
 from .model import GenerativeModel, Model, StepNoise, model_fingerprint, noise
-from .plot import plot_gap, show
+from .plot import plot_gap, plot_log, show
 from .pretrained import load_official
 from .recipes import recipe
 from .sampling import ddim_step, sample, trajectory
@@ -166,12 +169,13 @@ def cmd_train(
     # it is the run of the autoencoder.
     base: str = None,
     seed: int = 0,  # seed of the initial weights, the order of the images, the timesteps and noise
-    device: str = None,  # cpu or cuda; otherwise the GPU, if there is one
+    device: str = None,  # cpu, cuda or mps (Apple); otherwise the CUDA GPU, if there is one
     compile: bool = False,  # compile the networks with torch.compile
     every: int = 500,  # training steps between checkpoints
     # JSON Lines file to which each checkpoint appends the squared error of the predicted noise on
-    # 2,000 test images
+    # 2,000 test images. `pdae plot` plots it if it is held_out.jsonl in the folder of the run.
     look: str = None,
+    tensorboard: bool = False,  # copy log and previews to OUT/tensorboard, for TensorBoard
 ) -> dict:  # results of the run
     "Train a run, or resume it: the same command continues an interrupted training"
     r = recipe(name, size)
@@ -186,6 +190,7 @@ def cmd_train(
         compile=compile,
         every=every,
         look=_test_error_log(r, look) if look else None,
+        tensorboard=tensorboard,
     )
     return model.card.result
 
@@ -196,7 +201,7 @@ def _base_model(r, name, base):
         return None
     if r.base is None:
         raise ValueError(f'{name} has no model underneath: it takes no --base')
-    return load_base(base, log=_log_to_stderr)
+    return load_base(base, log=while_open(_log_to_stderr))
 
 
 def _test_error_log(r, file):
@@ -211,6 +216,47 @@ def _test_error_log(r, file):
     from .experiments.training_efficiency import held_out
 
     return held_out(file, to_signed(load_images(r.data, 'test', r.px).x[:2000]))
+
+
+# %% ../nbs/toolbox/cli.ipynb #826f16c4
+def cmd_plot(
+    *runs: str,  # run folders, names of runs in runs/ or data/models, or log files
+    out: str = 'out/learning_curves.png',  # picture to write; the name may end in .svg or .pdf
+) -> dict:  # path of the picture, and of each run its state and the images seen
+    "Plot the training logs of runs: loss, error on test images, learning rate, images/s"
+    import matplotlib.pyplot as plt
+
+    if not runs:
+        raise ValueError('plot needs at least one run, got none')
+    places = [_place_of_log(run) for run in runs]
+    histories = [read_history(place) for place in places]
+    for place, history in zip(places, histories, strict=True):
+        if history.log.damaged:
+            _log_to_stderr(f'{place}: damaged lines of the log, skipped: {history.log.damaged}')
+    fig = plot_log(places)
+    path = Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path)
+    plt.close(fig)
+    states = []
+    for place, history in zip(places, histories, strict=True):
+        seen = history.log.entries[-1]['seen']
+        states.append(dict(run=str(place), state=history.state or 'log file', images_seen=seen))
+    return dict(picture=str(path), runs=states)
+
+
+def _place_of_log(run):
+    "The log file that was named, or the folder of a run that holds a log."
+    run = Path(run).expanduser()
+    if run.is_file():
+        return run
+    folders = [run, Path('runs') / run, *(models / run for models in models_dirs())]
+    for folder in folders:
+        if (folder / 'log.jsonl').is_file():
+            return folder
+    exist = [folder for folder in folders if folder.is_dir()]
+    wanted = (exist or folders)[0] / 'log.jsonl'
+    raise FileNotFoundError(f'the run {str(run)!r} has no training log: it would be {wanted}')
 
 
 # %% ../nbs/toolbox/cli.ipynb #21461318
@@ -565,7 +611,7 @@ def _check_not_smaller(path, counts):
     "Raise ValueError if a file of results has larger counts, or is no file of results."
     unbounded = 10**9
     try:
-        results = json.loads(path.read_text()) if path.exists() else dict(counts={})
+        results = json.loads(path.read_text('utf-8')) if path.exists() else dict(counts={})
         old = results.get('counts', dict.fromkeys(counts, unbounded))
     except (ValueError, AttributeError) as e:
         raise ValueError(
@@ -794,7 +840,7 @@ def cmd_stages(
             eta=float(sampler == 'ddpm'),
             **grid,
         )
-    stored = json.loads(store.read_text())
+    stored = json.loads(store.read_text('utf-8'))
     settings = stored['about']
     found = dict(
         shortest=shortest_window(cells),
@@ -1013,6 +1059,7 @@ def _demo_gap(pdae, out, report):
 # %% ../nbs/toolbox/cli.ipynb #8c4b6aef
 COMMANDS = dict(
     train=cmd_train,
+    plot=cmd_plot,
     sample=cmd_sample,
     reconstruct=cmd_reconstruct,
     interpolate=cmd_interpolate,
@@ -1053,24 +1100,76 @@ def _call(name, words):
                 break
             positional.append(value)
     result = command(*positional, **keywords)
-    if result is not None:
-        print(json.dumps(finite(result), indent=1))
+    if result is None:
+        return
+    try:
+        _print(json.dumps(finite(result), indent=1))
+    except OSError:
+        if name != 'train':  # the result of a training is stored in its folder
+            raise
+
+
+def _print(text):
+    "Print at once. A reader that has closed the pipe wants no more: this is no error."
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        _discard(sys.stdout)
+
+
+def _discard(stream):
+    "Send a stream to nowhere, with the text that it could not write."
+    try:
+        descriptor = stream.fileno()
+    except (OSError, ValueError):  # a stream of Python, without a file
+        return
+    with open(os.devnull, 'wb') as nowhere:
+        os.dup2(nowhere.fileno(), descriptor)
 
 
 # %% ../nbs/toolbox/cli.ipynb #a044c711
+def _prepare_output():
+    "Print each line at once, and characters that the terminal does not have as their numbers."
+    for name in ('stdout', 'stderr'):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the shell
+            setattr(sys, name, open(os.devnull, 'w', encoding='utf-8'))  # noqa: SIM115
+        elif hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace', line_buffering=True)
+
+
+def _flush_output():
+    "Write what is left. Where nobody reads any more, it is discarded, without an error."
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            _discard(stream)
+
+
 def main(
     argv: list[str] | None = None,  # words after `pdae`; None takes those of the command line
 ) -> int:  # exit status: 0 if the command has done all of its work
     "The `pdae` command."
-    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        _prepare_output()
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    finally:
+        _flush_output()
+
+
+def _run(argv):
+    "Run a command line. Returns its exit status."
     words = [word for word in argv if word != '--debug']
     if not words or words[0] in ('-h', '--help'):
-        print(_usage())
+        _print(_usage())
         return 0 if words else 2
     name = words[0]
 
     def fail(why, status):
-        print(f'pdae {name}: {" ".join(str(why).split())}', file=sys.stderr)
+        with suppress(OSError):
+            print(f'pdae {name}: {" ".join(str(why).split())}', file=sys.stderr)
         return status
 
     if name not in COMMANDS:

@@ -376,13 +376,13 @@ def _first_of(d, *names):
 def _celeba_split(path, split):
     "The sorted names of a split's images, from a list of name and number of the split."
     number = str(list(_SPLITS).index(split))
-    number_of = dict(line.split() for line in path.read_text().split('\n') if line.strip())
+    number_of = dict(line.split() for line in path.read_text('utf-8').split('\n') if line.strip())
     return sorted(name for name in number_of if number_of[name] == number)
 
 
 def _celeba_attributes(path):
     "The names of the attributes, and image name -> list of 0 and 1."
-    _, head, *lines = path.read_text().strip().split('\n')
+    _, head, *lines = path.read_text('utf-8').strip().split('\n')
     flags_of = {}
     for line in lines:
         name, *values = line.split()
@@ -521,6 +521,7 @@ def _store(path, source, size, channels, crop):
         x = np.lib.format.open_memmap(x_file, 'w+', np.uint8, shape)
         y = _fill(x, source.rows, size, channels, crop)
         x.flush()
+        del x  # Windows renames no file that is mapped into memory
         if y is not None:
             np.save(y_file, y)
             y_file.replace(_labels_file(path))

@@ -455,7 +455,7 @@ def scale_sweep(
         denoiser = classifier_guided(dpm, clf, y, sched, scale=scale)
         x0 = sample(denoiser, xT, sched, steps, clip=clip)
         right = eval_classifier(x0).argmax(1) == y
-        accuracy.append(right.double().mean().item())
+        accuracy.append(right.cpu().double().mean().item())
         diversity.append((_class_variance(x0, y, classes) / real_variance).item())
     return dict(
         scale=list(scales), accuracy=accuracy, diversity=diversity, samples=len(y), steps=steps
@@ -557,7 +557,7 @@ def _sums(path, mark):
     if not path or not Path(path).exists():
         return dict(rows={}, print=mark)
     try:
-        sums = json.loads(Path(path).read_text())
+        sums = json.loads(Path(path).read_text('utf-8'))
         old_mark = sums['print']
         sums['rows'].keys()
     except (ValueError, KeyError, TypeError, AttributeError) as e:
@@ -578,7 +578,7 @@ def _add(row, values):
     row = row or dict(n=0)
     new = dict(n=row['n'] + len(values['mse']))
     for k, v in values.items():
-        v = v.double()
+        v = v.cpu().double()
         total, total_squares = row.get(k, (0, 0))
         new[k] = [total + v.sum().item(), total_squares + v.square().sum().item()]
     return new

@@ -26,6 +26,7 @@ __all__ = [
     'Stopped',
     'stoppable',
     'locked',
+    'is_locked',
     'results_dir',
     'results_path',
     'find_results',
@@ -53,13 +54,19 @@ from torch import Tensor, nn
 
 try:
     import fcntl
-except ImportError:  # Windows has no file locks of this kind
+
+    msvcrt = None
+except ImportError:  # Windows has another kind of file locks
+    import msvcrt
+
     fcntl = None
 
 
 # %% ../nbs/toolbox/files.ipynb #58f5eaa3
 def _fsync(path):
-    "Wait until a file or folder is on the disk."
+    "Wait until the names in a folder are on the disk. Windows cannot open folders."
+    if os.name == 'nt':
+        return
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -321,7 +328,7 @@ def _newest(folder, log):
             return path, tensors, meta
         except ValueError as e:
             log(f'skipping {e}')
-            path.rename(f'{path}.damaged')
+            path.replace(f'{path}.damaged')
     return None
 
 
@@ -465,20 +472,44 @@ def stoppable():  # yields the list of the numbers of the received signals
 
 
 # %% ../nbs/toolbox/files.ipynb #62c30f6b
+def _lock(file):
+    "Lock an open file until it is closed. BlockingIOError if it is locked already."
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+    try:
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except OSError as e:
+        raise BlockingIOError(e.errno, e.strerror) from e
+
+
 @contextmanager
 def locked(
     out: str | Path,  # folder of the run; made if it does not exist
 ):
-    "Allow one run per folder, by a file lock. Where Python has no `fcntl`, nothing is locked."
+    "Allow one run per folder, by a file lock."
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / '.lock', 'w') as f:
-        if fcntl is not None:
-            try:
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RuntimeError(f'another run is writing to {out}') from None
+    with open(out / '.lock', 'w', encoding='utf-8') as f:
+        try:
+            _lock(f)
+        except BlockingIOError:
+            raise RuntimeError(f'another run is writing to {out}') from None
         yield
+
+
+def is_locked(
+    out: str | Path,  # folder of a run
+) -> bool:
+    "Whether a training is writing to the folder now."
+    try:
+        with open(Path(out) / '.lock', encoding='utf-8') as f:
+            _lock(f)
+    except BlockingIOError:
+        return True
+    except OSError:  # no such file, or not for this user
+        return False
+    return False
 
 
 # %% ../nbs/toolbox/files.ipynb #ebf4f5e0
@@ -572,4 +603,4 @@ def load_results(
     if path is None:
         wanted = results_path(experiment, size)
         raise FileNotFoundError(f'no results {wanted}; `pdae evaluate` and `pdae stages` make them')
-    return json.loads(path.read_text(encoding='utf-8'))
+    return json.loads(path.read_text('utf-8'))

@@ -5,6 +5,7 @@
 # %% auto #0
 __all__ = [
     'Schedule',
+    'real_type',
     'snr',
     'at',
     'add_noise',
@@ -34,6 +35,8 @@ class Schedule:
         self,
         beta: Sequence[float] | Tensor,  # β_1 … β_T, variance of the noise of each step, in (0,1]
     ):
+        if torch.is_tensor(beta):
+            beta = beta.to(_float64_device(beta.device))
         beta = torch.as_tensor(beta, dtype=torch.float64)
         if beta.ndim != 1 or not len(beta):
             raise ValueError(f'beta must be a non-empty vector (T,), got shape {tuple(beta.shape)}')
@@ -51,11 +54,27 @@ class Schedule:
 
 
 # %% ../nbs/course/01_forward.ipynb #f53cea44
+_WITHOUT_FLOAT64 = {'mps'}  # types of devices: Apple's GPUs
+
+
+def real_type(
+    device: str | torch.device,  # a device
+) -> torch.dtype:
+    "The most precise real numbers of a device: float64, or float32 on Apple's GPUs (mps)."
+    is_without = torch.device(device).type in _WITHOUT_FLOAT64
+    return torch.float32 if is_without else torch.float64
+
+
+def _float64_device(device):
+    "The device, or the CPU if the device has no float64."
+    return device if real_type(device) == torch.float64 else torch.device('cpu')
+
+
 @patch
 def __call__(
     self: Schedule,
     t: Tensor,  # timesteps in 0…T: int64 (B,)
-) -> Tensor:  # ᾱ_t: float64 (B,)
+) -> Tensor:  # ᾱ_t: (B,), float64; float32 on devices without float64
     """ᾱ_t on the device of t.
 
     A timestep outside 0…T is an error on the CPU. On other devices it gives NaN, because a check
@@ -67,7 +86,7 @@ def __call__(
     if t.device.type == 'cpu' and t.numel() and not 0 <= t.min() <= t.max() <= self.T:
         raise ValueError(f't must be in 0…{self.T}, got {t.min()} … {t.max()}')
     if t.device not in self._on_device:
-        self._on_device[t.device] = self.alpha_bar.to(t.device)
+        self._on_device[t.device] = self.alpha_bar.to(t.device, real_type(t.device))
     alpha_bar = self._on_device[t.device][t.clamp(0, self.T)]
     return alpha_bar.where((t >= 0) & (t <= self.T), torch.nan)
 

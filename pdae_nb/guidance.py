@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .denoise import Denoiser
-from .forward import Schedule, at, score_to_eps
+from .forward import Schedule, at, real_type, score_to_eps
 
 
 # %% ../nbs/course/07_guidance.ipynb #50ffbeee
@@ -86,7 +86,7 @@ def guided(
             raise ValueError(
                 f'the score has shape {tuple(score.shape)}, the noise {tuple(eps.shape)}'
             )
-        scales = scale * torch.ones_like(inside, dtype=torch.float64)
+        scales = scale * torch.ones_like(inside, dtype=real_type(inside.device))
         guidance = at(scales, eps) * to_eps(sched, t, score)
         inside = inside.reshape(-1, *[1] * (eps.ndim - 1))
         return torch.where(inside, eps + guidance, eps)

@@ -45,6 +45,7 @@ from .files import (
     models_dirs,
     read_tensors,
 )
+from .logs import summary_writer, while_open
 from .methods.classifier import EvalClassifier, NoisyClassifier
 from .methods.diffae import DiffAE
 from .methods.dpm import DPM, ClassConditionalDPM, LabelUNet
@@ -458,7 +459,7 @@ def train(
     out: str | Path | None = None,  # folder of the run; None: runs/NAME
     base: str | Path | Model | None = None,  # the model underneath, in place of the recipe's
     build: Callable | None = None,  # network class in place of the method's own
-    **options,  # for `train_model`: device, compile, every, log_every, look, log
+    **options,  # for `train_model`: device, compile, every, log_every, look, log, tensorboard
 ) -> Model:  # the trained model
     "Train a run. The same call resumes a run that was interrupted, or loads a finished one."
     recipe = recipe or recipe_of(name, size)
@@ -472,8 +473,10 @@ def train(
         _check_same(record['recipe'], recipe, out)
         if record.get('result') is not None:  # None: stopped before the evaluation was stored
             _check_same_base(record, recipe, out)
-            options.get('log', tqdm.write)(f'{out} is finished')
+            while_open(options.get('log', tqdm.write))(f'{out} is finished')
             return load(out, network=build, trust=build is not None)
+    if options.get('tensorboard'):
+        summary_writer()  # before the images are read
     images = load_images(recipe.data, 'train', recipe.px)
     test = load_images(recipe.data, 'test', recipe.px)
     below = load(recipe.base) if isinstance(recipe.base, (str, Path)) else recipe.base

@@ -42,6 +42,7 @@ from torch import Tensor, nn
 from .data import Images, cache_dir, to_signed, to_uint8
 from .edit import slerp
 from .files import read_tensors, write_tensors
+from .forward import real_type
 from .methods.classifier import EvalClassifier
 
 
@@ -111,8 +112,9 @@ def ssim(
     """
     x, y = _pair(x, y)
     dtype = x.dtype
-    x = (x.double() + 1) / 2  # float64, because E[x²] - E[x]² loses digits
-    y = (y.double() + 1) / 2
+    precise = real_type(x.device)  # because E[x²] - E[x]² loses digits
+    x = (x.to(precise) + 1) / 2
+    y = (y.to(precise) + 1) / 2
     moments = torch.stack([x, y, x * x, y * y, x * y])
     means = _window_means(moments.flatten(0, 2)[:, None])
     mu_x, mu_y, mean_xx, mean_yy, mean_xy = means.view(5, *x.shape)
@@ -606,11 +608,11 @@ def ppl(
         )
     if t is None:
         t = torch.rand(len(z1), dtype=torch.float64) * (1 - eps)
-    t = torch.as_tensor(t).double()
+    ends = z1.cpu().double(), z2.cpu().double()  # not every device has float64
+    t = torch.as_tensor(t).cpu().double()
 
     def images_at(t):
-        z = path(z1.double(), z2.double(), t.to(z1.device))
-        return decode(z.to(z1.dtype))
+        return decode(path(*ends, t).to(z1))
 
     here = images_at(t)
     ahead = images_at(t + eps)

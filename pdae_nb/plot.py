@@ -13,6 +13,7 @@ __all__ = [
     'band',
     'plot_gap',
     'plot_training',
+    'plot_log',
 ]
 
 # %% ../nbs/toolbox/plot.ipynb #b64a841d
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from .data import to_uint8
+from .logs import read_history
 
 
 # %% ../nbs/toolbox/plot.ipynb #e1c91f30
@@ -274,4 +276,165 @@ def plot_training(
     for plot, ax in zip((_plot_losses, _plot_difference, _plot_ratio), axs, strict=True):
         plot(ax, d, k)
         ax.set_xlabel('thousand images seen')
+    return fig
+
+
+# %% ../nbs/toolbox/plot.ipynb #2d2d3cd8
+_RUN_COLOURS = ('#0173b2', '#de8f05', '#029e73', '#d55e00', '#cc78bc', '#ca9161', '#949494')
+_GREY = '#767676'  # has a contrast of 4.5 to white and to black
+_NEUTRAL = {  # settings of matplotlib
+    'font.size': 10,
+    'axes.titlesize': 10,
+    'axes.spines.top': False,
+    'axes.spines.right': False,
+    'axes.facecolor': 'none',
+    'figure.facecolor': 'none',
+    'savefig.facecolor': 'none',
+    'figure.dpi': 144,
+    'savefig.dpi': 144,
+    'legend.labelcolor': _GREY,
+    'grid.color': _GREY,
+    'grid.alpha': 0.25,
+    'grid.linewidth': 0.6,
+    **dict.fromkeys(
+        ('text.color', 'axes.edgecolor', 'axes.labelcolor', 'xtick.color', 'ytick.color'), _GREY
+    ),
+}
+_STATE_MARKERS = {'finished': 'o', 'in progress': '>', 'interrupted': 'X', '': 'o'}
+
+
+def _titled(runs):
+    "Title -> history of each run. Runs whose folders have one name are told apart by their paths."
+    if isinstance(runs, dict):
+        return {title: read_history(run) for title, run in runs.items()}
+    runs = [runs] if isinstance(runs, (str, os.PathLike)) else list(runs)
+    histories = [read_history(run) for run in runs]
+    names = [history.title for history in histories]
+    titles = [
+        name if names.count(name) == 1 else str(run) for name, run in zip(names, runs, strict=True)
+    ]
+    return dict(zip(titles, histories, strict=True))
+
+
+def _about(title, history):
+    "The line of a run in the legend."
+    seen = history.log.entries[-1]['seen']
+    if history.state in ('', 'finished'):
+        return f'{title}, {seen:,} images'
+    of_all = f' of {history.images:,}' if history.images else ''
+    return f'{title}, {history.state}: {seen:,}{of_all} images'
+
+
+def _numbers(entries, name):
+    "One number of each entry, NaN where there is none."
+    numbers = [entry.get(name) for entry in entries]
+    return [torch.nan if number is None else number for number in numbers]
+
+
+def _plot_smoothed(ax, entries, name, k, colour):
+    "A number of each entry as a thin line, and its mean over windows of k entries."
+    seen = _numbers(entries, 'seen')
+    values = _numbers(entries, name)
+    if k < 2:
+        ax.plot(seen, values, color=colour, lw=1.5)
+        return
+    ax.plot(seen, values, color=colour, lw=0.8, alpha=0.35)
+    ax.plot(_windows(seen, k).mean(0), _windows(values, k).nanmean(0), color=colour, lw=1.8)
+
+
+def _plot_history(axs, history, k, colour):
+    "The curves of one run. The marker at the end of the loss tells how the run ended."
+    entries = history.log.entries
+    k = k or max(1, len(entries) // 20)
+    k = min(k, len(entries))
+    _plot_smoothed(axs['loss'], entries, 'loss', k, colour)
+    _plot_smoothed(axs['speed'], entries, 'images_per_s', k, colour)
+    seen = _numbers(entries, 'seen')
+    # Many runs have the same learning rates: dashes leave the curves beneath them visible.
+    style = (0, (4, 3)) if axs['lr'].lines else '-'
+    axs['lr'].plot(seen, _numbers(entries, 'lr'), color=colour, lw=1.8, ls=style)
+    newest = torch.tensor(_numbers(entries, 'loss')[-k:]).nanmean()
+    marker = _STATE_MARKERS[history.state]
+    axs['loss'].plot(seen[-1], newest, marker, color=colour, ms=7, mec='w', mew=0.8)
+    if history.held_out:
+        errors = history.held_out
+        mse = _numbers(errors, 'noise_mse')
+        se = _numbers(errors, 'standard_error')
+        style = dict(color=colour, fmt='o-', ms=4, lw=1.5, capsize=2)
+        axs['held_out'].errorbar(_numbers(errors, 'seen'), mse, yerr=se, **style)
+
+
+def _images_axis(axs, most):
+    "Numbers of images seen, as multiples of a unit that fits the largest one."
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    unit, name = 1, 'images seen'
+    if most >= 10_000_000:
+        unit, name = 1_000_000, 'images seen (millions)'
+    elif most >= 10_000:
+        unit, name = 1000, 'images seen (thousands)'
+    for ax in axs.values():
+        ax.set_xlim(-0.02 * most, 1.03 * most)
+        ax.xaxis.set_major_locator(MaxNLocator(6))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda seen, _: f'{seen / unit:,g}'))
+        ax.set_xlabel(name)
+        ax.grid(True, axis='y')
+
+
+def _log_axis(ax):
+    "A logarithmic axis of plain numbers, if all values are positive and differ much."
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    values = torch.cat([torch.as_tensor(line.get_ydata()).double() for line in ax.lines])
+    values = values[values.isfinite()]
+    if not len(values) or values.min() <= 0 or values.max() < 3 * values.min():
+        return
+    ax.set_yscale('log')
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:g}'))
+    ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def plot_log(
+    runs: str | os.PathLike | Sequence | dict,  # run folders or log files; or title -> one of them
+    k: int | None = None,  # entries that are averaged to a point; None is a twentieth of all
+):  # the figure
+    """Learning curves of runs, from their training logs: finished, in progress or interrupted.
+
+    The curves are the training loss, the error on test images (if a run has one), the learning rate
+    and the speed, over the number of images seen. A run without a log is a FileNotFoundError.
+    """
+    import matplotlib.pyplot as plt
+
+    histories = _titled(runs)
+    if not 1 <= len(histories) <= len(_RUN_COLOURS):
+        raise ValueError(f'expected 1 to {len(_RUN_COLOURS)} runs, got {len(histories)}')
+    for title, history in histories.items():
+        if not history.log.entries:
+            raise ValueError(f'the training log of {title} holds no entries yet')
+    with_errors = any(history.held_out for history in histories.values())
+    panels = [['loss', 'held_out' if with_errors else 'loss'], ['lr', 'speed']]
+    with plt.rc_context(_NEUTRAL):
+        height = 5.4 + 0.2 * len(histories)
+        fig, axs = plt.subplot_mosaic(panels, figsize=(7, height), layout='constrained')
+        for colour, (title, history) in zip(_RUN_COLOURS, histories.items(), strict=False):
+            _plot_history(axs, history, k, colour)
+            marker = _STATE_MARKERS[history.state]
+            axs['loss'].plot([], [], marker + '-', color=colour, label=_about(title, history))
+        titles = dict(
+            loss='training loss (thin: log lines, thick: their running mean)',
+            held_out='noise MSE of test images (± s.e.)',
+            lr='learning rate',
+            speed='training speed (images per second)',
+        )
+        if with_errors:  # the panel of the loss is half as wide
+            titles['loss'] = 'training loss (thick: running mean)'
+        for name, ax in axs.items():
+            ax.set_title(titles[name], loc='left')
+        _log_axis(axs['loss'])
+        axs['speed'].set_ylim(bottom=0)
+        axs['lr'].set_ylim(bottom=0)
+        most = max(history.log.entries[-1]['seen'] for history in histories.values())
+        _images_axis(axs, most)
+        fig.legend(loc='outside upper left', frameon=False)
     return fig

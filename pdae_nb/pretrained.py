@@ -877,7 +877,7 @@ def _from_diffusers(folder, log):
     if scheduler is None:
         log(f'{folder} holds no betas. They are taken as those of DDPM, 1e-4 … 0.02.')
         return net, Schedule.linear()
-    config = json.loads((scheduler / 'scheduler_config.json').read_text())
+    config = json.loads((scheduler / 'scheduler_config.json').read_text('utf-8'))
     cls = getattr(need(), config.get('_class_name', 'DDPMScheduler'))
     return net, sched_of(cls.from_pretrained(scheduler, local_files_only=True))
 
@@ -905,7 +905,7 @@ def _variant(unet, log):
 
 def _unet2d(unet, folder, log):
     "The `UNet2DModel` of a folder, if its weights are complete and safe to read."
-    kind = json.loads((unet / 'config.json').read_text()).get('_class_name')
+    kind = json.loads((unet / 'config.json').read_text('utf-8')).get('_class_name')
     if kind != 'UNet2DModel':
         raise ValueError(
             f'{folder} holds a {kind}; an unconditional `UNet2DModel` of pixels is needed'

@@ -16,6 +16,7 @@ __all__ = [
     'autoencoder_noise_mse',
     'hardware',
     'versions',
+    'memory_layout',
     'add_result',
     'train_model',
 ]
@@ -31,7 +32,7 @@ import platform
 import signal
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,6 +55,7 @@ from .files import (
     stoppable,
 )
 from .forward import Schedule
+from .logs import Board, Log, read_log, summary_writer, while_open
 from .model import (
     Card,
     Draw,
@@ -210,7 +212,8 @@ def _nonfinite_timesteps(losses, t):
 def _update(loss, params, opt, clip):
     "Backward pass, clipping, step. Returns the gradient norm, and whether all was finite."
     loss.backward()
-    norm = nn.utils.clip_grad_norm_(params, clip, foreach=True)
+    on_mps = params[0].device.type == 'mps'  # which has no such operations on lists of tensors
+    norm = nn.utils.clip_grad_norm_(params, clip, foreach=not on_mps)
     ok = bool(torch.isfinite(loss) & torch.isfinite(norm))
     if ok:
         opt.step()
@@ -226,12 +229,26 @@ def seeded(
 ):
     "Seed the global generators inside the block, and restore them afterwards."
     devices = [device] if device.type == 'cuda' else []
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(devices), _seeded_mps(seed, device):
         torch.default_generator.manual_seed(seed)
         if devices:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
         yield
+
+
+@contextmanager
+def _seeded_mps(seed, device):
+    "The same for the generator of Apple's GPUs, which `fork_rng` does not know."
+    if device.type != 'mps':
+        yield
+        return
+    before = torch.mps.get_rng_state()
+    torch.mps.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.mps.set_rng_state(before)
 
 
 def _losses(loss, x0, y, draw, *, dropout_seed, amp):
@@ -358,6 +375,8 @@ def hardware(
     "The hardware of a run, in words."
     if device.type == 'cuda':
         return torch.cuda.get_device_name(device)
+    if device.type == 'mps':
+        return f'Apple GPU ({platform.processor() or platform.machine()})'
     arithmetic = 'bf16' if bf16_pays(device) else 'fp32'
     return (
         f'{os.cpu_count()} CPU cores ({platform.machine()}, {arithmetic}), '
@@ -422,7 +441,9 @@ class _Log:
     steps: int  # steps of the whole training
     T: int | None  # number of timesteps of the noise schedule, if there is one
     tell: Callable  # takes the line of text
+    board: Board | None = None  # TensorBoard's copy
     recent: list[Step] = dataclasses.field(default_factory=list)  # since the last line
+    unwritten: list[str] = dataclasses.field(default_factory=list)  # lines that no disk took
 
     def add(self, step: Step, skipped: int) -> None:
         "Note a step, and write a line if one is due."
@@ -431,11 +452,27 @@ class _Log:
             return
         line = self._line(skipped)
         self.recent = []
-        with open(self.path, 'a', encoding='utf-8') as f:
-            f.write(json.dumps(line, allow_nan=False) + '\n')
+        self._write(json.dumps(line, allow_nan=False) + '\n')
+        if self.board:
+            self.board.add(line)
         loss = 'not finite' if line['loss'] is None else f'{line["loss"]:.4f}'
         speed = f'{line["images_per_s"]:.0f} images/s'
         self.tell(f'{step.i}/{self.steps}  loss {loss}  {speed}')
+
+    def _write(self, line):
+        "Append a line to the file. If the disk refuses it, it is written with the next line."
+        was_refused = bool(self.unwritten)
+        self.unwritten.append(line)
+        # A refused line may be half written. The line break ends it.
+        text = '\n' * was_refused + ''.join(self.unwritten)
+        try:
+            with open(self.path, 'a', encoding='utf-8', newline='\n') as f:
+                f.write(text)
+        except OSError as e:
+            if not was_refused:
+                self.tell(f'cannot write {self.path} ({e}); the training goes on')
+            return
+        self.unwritten = []
 
     def _line(self, skipped):
         "Means over the steps since the last line, and numbers of the newest step."
@@ -460,27 +497,27 @@ class _Log:
 
 
 # %% ../nbs/toolbox/training.ipynb #006c2dac
-def _whole_lines(path):
-    "The lines of a log, without those that were cut off or damaged."
+def _trim_log(path, i, log):
+    """Drop damaged lines, and the steps after `i`, which will be repeated. Returns the rest.
+
+    The file is replaced atomically. If the disk refuses that, the training goes on.
+    """
     kept = []
-    for line in Path(path).read_text('utf-8', errors='replace').splitlines(True):
-        try:
-            is_whole = line.endswith('\n') and 'step' in json.loads(line)
-        except (ValueError, TypeError):
-            is_whole = False
-        if is_whole:
-            kept.append(line)
-    return kept
-
-
-def _trim_log(path, i):
-    "Drop the lines of the steps after `i`, which will be repeated; replace the file atomically."
-    if not path.exists():
-        return
-    kept = [line for line in _whole_lines(path) if json.loads(line)['step'] <= i]
-    tmp = path.with_name(f'.{path.name}.tmp')
-    tmp.write_text(''.join(kept), encoding='utf-8')
-    tmp.replace(path)
+    damaged = 0
+    if not path.is_file():
+        return Log(kept, damaged)
+    try:
+        entries, damaged = read_log(path)
+        kept = [entry for entry in entries if entry['step'] <= i]
+        if damaged:
+            log(f'{path}: damaged lines, dropped: {damaged}')
+        tmp = path.with_name(f'.{path.name}.tmp')
+        lines = ''.join(json.dumps(entry) + '\n' for entry in kept)
+        tmp.write_text(lines, encoding='utf-8', newline='\n')
+        tmp.replace(path)
+    except OSError as e:
+        log(f'cannot shorten {path} ({e}); the training goes on')
+    return Log(kept, damaged)
 
 
 # %% ../nbs/toolbox/training.ipynb #4a33ce1b
@@ -499,6 +536,7 @@ class _Run:
     i: int = 0  # steps done
     seconds: float = 0.0  # duration of these steps
     skipped: int = 0  # steps that were not finite
+    board: Board | None = None  # TensorBoard's copy of the log and the previews
 
     def add(self, step: Step) -> None:
         "Count a step."
@@ -525,13 +563,21 @@ class _Run:
 
 
 # %% ../nbs/toolbox/training.ipynb #8bea3aa9
+def memory_layout(
+    device: torch.device,  # device of a training
+) -> torch.memory_format:
+    "The order of an image's numbers in memory. Apple's GPUs compute on contiguous channels."
+    return torch.contiguous_format if device.type == 'mps' else torch.channels_last
+
+
 def _new_run(model, recipe, out, images, *, test, device):
     "A run before its first step."
+    layout = memory_layout(device)
     frozen = model.base
     while frozen is not None:
-        frozen.to(device, memory_format=torch.channels_last)
+        frozen.to(device, memory_format=layout)
         frozen = frozen.base
-    model.to(device, memory_format=torch.channels_last).train()
+    model.to(device, memory_format=layout).train()
     data = model.data(images)
     opt = optimiser(model.trainable(), recipe)
     average = EMA(model, recipe.ema)
@@ -545,7 +591,7 @@ def _checksum(images):
 
 
 def _resume(run, log):
-    "Load the newest checkpoint into `run`, if there is one, and shorten the log accordingly."
+    "Load the newest checkpoint into `run`, if there is one. Returns the log up to this step."
 
     base = run.model.base
 
@@ -574,7 +620,7 @@ def _resume(run, log):
         run.seconds = meta['seconds']
         run.skipped = meta['skipped']
         log(f'going on at step {run.i} of {run.recipe.steps}')
-    _trim_log(run.out / 'log.jsonl', run.i)
+    return _trim_log(run.out / 'log.jsonl', run.i, log)
 
 
 def _cache_on_gpu(run):
@@ -631,6 +677,16 @@ def _save_preview(run):
     fig = show(images).figure
     fig.savefig(path, dpi=80)
     plt.close(fig)
+    if run.board:
+        run.board.add_image(_picture(path), run.seen)
+
+
+def _picture(path):
+    "The pixels of a picture: uint8 (3,H,W)."
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return torch.from_numpy(np.array(image.convert('RGB'))).permute(2, 0, 1)
 
 
 def _round(run):
@@ -682,18 +738,21 @@ def _steps(run):
     return fit(run.model, params, data, r, run.ema, opt=run.opt, start=run.i)
 
 
-def _look(run, look):
+def _look(run, look, tell):
     "What is done at a checkpoint besides storing it: the caller's look, and the preview."
     if look:
         look(run.seen, run.average)
-    _save_preview(run)
+    try:
+        _save_preview(run)
+    except Exception as e:  # a picture is not worth the training
+        tell(f'no preview of step {run.i}: {type(e).__name__}: {e}')
 
 
 def _train_all_steps(run, log, every, look):
     "Do the steps. Write checkpoints every `every` steps, at the end, and when asked to stop."
     n = run.recipe.steps
     if 0 < run.i < n and run.i % every == 0:
-        _look(run, look)  # a kill may have come between the checkpoint and the look
+        _look(run, look, log.tell)  # a kill may have come between the checkpoint and the look
     with stoppable() as signals:
         try:
             for step in tqdm(_steps(run), run.out.name, n, initial=run.i, disable=None):
@@ -703,7 +762,7 @@ def _train_all_steps(run, log, every, look):
                     break
                 if run.i % every == 0 and run.i < n:
                     _save(run)
-                    _look(run, look)
+                    _look(run, look, log.tell)
         except BaseException:
             _save_if_possible(run, log.tell)
             raise
@@ -724,33 +783,41 @@ def train_model(
     test: Images,  # test images
     *,
     name: str | None = None,  # of the run; None: the name of the folder
-    device=None,  # cpu or cuda; None takes the GPU if there is one
+    device=None,  # cpu, cuda or mps; None takes the CUDA GPU if there is one
     compile: bool = False,  # torch.compile the networks that are differentiated once
     every: int = 500,  # steps between checkpoints and previews
     log_every: int = 50,  # steps between log lines
     look: Callable | None = None,  # (images seen, averaged model) -> None
     log: Callable = tqdm.write,  # takes lines of text; a terminal also gets a progress bar
+    tensorboard: bool = False,  # copy the log and the previews to OUT/tensorboard
 ) -> Model:  # the averaged model, with its card
     """Train a model. The same call resumes a run that was interrupted.
 
     On a CPU, a resumed run ends with the same weights as an uninterrupted one, bit for bit. `look`
-    is called every `every` steps and after the last step.
+    is called every `every` steps and after the last step. Output never stops the training: if `log`
+    raises an OSError, it is not called again, and a log file that cannot be written is left out.
     """
     out = Path(out)
+    log = while_open(log)
     device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     if min(every, log_every) < 1:
         raise ValueError(
             f'every and log_every must be at least 1 step, got {every} and {log_every}'
         )
     model.check_test(len(test))
-    with locked(out):
+    if tensorboard:
+        summary_writer()
+    with locked(out), ExitStack() as stack:
         run = _new_run(model, recipe, out, images, test=test, device=device)
-        _resume(run, log)
+        past = _resume(run, log)
+        if tensorboard:
+            run.board = Board(out / 'tensorboard', run.seen, past, log)
+            stack.callback(run.board.close)
         if compile:
             model.compile_networks()
         _cache_on_gpu(run)
         T = None if model.sched is None else model.sched.T
-        lines = _Log(out / 'log.jsonl', log_every, recipe.steps, T, log)
+        lines = _Log(out / 'log.jsonl', log_every, recipe.steps, T, log, run.board)
         _train_all_steps(run, lines, every, look)
         _round(run)
         _store(run, name or out.name)
@@ -763,7 +830,7 @@ def _judge(run, look, log):
     "The last look, and the result. If they fail, the stored model remains, and the error says so."
     x0, y = run.test_data(10_000)
     try:
-        _look(run, look)
+        _look(run, look, log)
         log(f'evaluating {run.out.name} on {len(x0):,} test images')
         add_result(run.average, x0, y)
     except Exception as e:

@@ -1,6 +1,7 @@
 """Rules of the repository: generated files, layers, style, clean notebooks. No training."""
 
 import ast
+import importlib
 import importlib.metadata
 import json
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import yaml
 from nbdev.config import get_config
 
 ROOT = Path(__file__).parent.parent
@@ -21,7 +23,7 @@ COURSE = sorted((ROOT / 'nbs/course').glob('*.ipynb'))
 MODULES = sorted(path for path in PACKAGE.rglob('*.py') if not path.name.startswith('_'))
 
 LAYERS = [
-    'data plot files release',
+    'data logs plot files release',
     'forward denoise sampling solvers unet networks',
     'gap guidance weighting',
     'model training',
@@ -86,6 +88,64 @@ def imported_modules(path: Path) -> Iterator[tuple[ast.stmt, str]]:
 def test_pyproject_is_rendered_from_settings():
     result = run(sys.executable, '.ci/sync_settings.py', '--check')
     assert result.returncode == 0, result.stdout
+
+
+PAPERS = {  # arXiv number -> family names of the authors
+    '2212.12990': ['Zhang', 'Zhao', 'Lin'],
+    '2111.15640': ['Preechakul', 'Chatthee', 'Wizadwongsa', 'Suwajanakorn'],
+    '2304.12141': ['Batzolis', 'Stanczuk', 'Schönlieb'],
+}
+# Of the schema of CFF 1.2.0 (https://github.com/citation-file-format/citation-file-format)
+CFF_KEYS = """
+    abstract authors cff-version commit contact date-released doi identifiers keywords license
+    license-url message preferred-citation references repository repository-artifact
+    repository-code title type url version
+"""
+
+
+def citation() -> dict:
+    return yaml.safe_load((ROOT / 'CITATION.cff').read_text(encoding='utf-8'))
+
+
+def test_the_citation_file_is_valid():
+    cff = citation()
+    assert cff['cff-version'] == '1.2.0'
+    assert {'authors', 'message', 'title'} <= set(cff) <= set(CFF_KEYS.split())
+    assert cff['type'] == 'software'
+    assert all('name' in author for author in cff['authors'])
+    assert all(isinstance(word, str) for word in cff['keywords'])
+    for reference in cff['references']:
+        assert {'type', 'title', 'authors'} <= set(reference)
+        assert reference['type'] == 'article'
+        assert isinstance(reference['year'], int)
+        for author in reference['authors']:
+            assert set(author) == {'given-names', 'family-names'}
+
+
+def test_the_citation_file_names_the_papers():
+    authors = {}
+    for reference in citation()['references']:
+        number = reference['url'].removeprefix('https://arxiv.org/abs/')
+        assert reference['identifiers'] == [dict(type='other', value=f'arXiv:{number}')]
+        authors[number] = [author['family-names'] for author in reference['authors']]
+    assert authors == PAPERS
+
+
+def test_the_version_is_the_same_in_all_files():
+    "`.ci/sync_settings.py` writes it."
+    version = get_config(ROOT).version
+    assert str(citation()['version']) == version
+    assert importlib.import_module('pdae_nb').__version__ == version
+    changes = (ROOT / 'CHANGELOG.md').read_text(encoding='utf-8')
+    headings = re.findall(r'^## \[(.*?)\]', changes, re.M)
+    assert headings[0] == 'Unreleased' or headings[0] == version
+    assert version in headings
+
+
+def test_the_change_log_has_the_form_of_keep_a_changelog():
+    changes = (ROOT / 'CHANGELOG.md').read_text(encoding='utf-8')
+    kinds = {'Added', 'Changed', 'Deprecated', 'Removed', 'Fixed', 'Security'}
+    assert set(re.findall(r'^### (.*)$', changes, re.M)) <= kinds
 
 
 def test_nbdev_reads_what_settings_say():

@@ -118,6 +118,17 @@ def test_a_failing_look_at_the_end_keeps_the_finished_training(tmp_path):
     assert load(out).card.images_seen == 48
 
 
+def test_a_preview_that_fails_does_not_stop_the_training(tmp_path, monkeypatch):
+    def preview(self, x0, y):
+        raise OSError('no space')
+
+    monkeypatch.setattr(DPM, 'preview', preview)
+    lines = []
+    model = trained(tmp_path / 'run', log=lines.append)
+    assert model.card.result['test_images'] == len(TEST)
+    assert 'no preview of step 1: OSError: no space' in lines
+
+
 def test_a_result_that_is_not_defined_is_null(tmp_path):
     assert finite(dict(a=math.nan, b=[1.5, -math.inf], c=(2, 'x'))) == dict(
         a=None, b=[1.5, None], c=[2, 'x']

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import shutil
 from dataclasses import replace
 
@@ -456,6 +457,7 @@ def test_a_folder_that_holds_something_else_is_not_replaced(tmp_path):
     assert (tmp_path / 'notes/thesis.txt').read_text() == 'text'
 
 
+@pytest.mark.skipif(os.name == 'nt', reason='links need a privilege on Windows')
 def test_a_model_can_be_saved_twice_through_a_link(tmp_path):
     new_dpm().save(tmp_path / 'model')
     (tmp_path / 'link').symlink_to(tmp_path / 'model')

@@ -90,7 +90,7 @@ def _restored(model, x0, y, eval_classifier, feats, steps):
     rows = {}
     for xT, x in _reconstructions(model, x0, steps).items():
         values = _measure(x, x0, y, eval_classifier, feats)
-        errors = {k: Estimate.of(v.double()).pair for k, v in values.items()}
+        errors = {k: Estimate.of(v.cpu().double()).pair for k, v in values.items()}
         rows[xT] = dict(n=len(x)) | errors
     return rows
 
@@ -371,7 +371,7 @@ def _begun(path, about, weights):
     if not path.exists():
         return dict(about=about, rows={}, seconds=0)
     try:
-        d = json.loads(path.read_text())
+        d = json.loads(path.read_text('utf-8'))
         old_about = d['about']
         old_weights = {k: v['weights'] for k, v in d['rows'].items()}
         d['seconds'] + 0  # a number
@@ -539,4 +539,4 @@ def evaluate_space(
     setup = Setup(yard, images, test, eval_classifier, feats, n, steps, fid_images, seconds, log)
     _measure_models(results, setup, models)
     _measure_baselines(results, images, test, models)
-    return json.loads(path.read_text())
+    return json.loads(path.read_text('utf-8'))

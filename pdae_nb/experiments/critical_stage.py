@@ -27,17 +27,18 @@ from torch import Tensor
 from ..denoise import Denoiser
 from ..files import write_json
 from ..forward import Schedule
+from ..logs import read_log
 from ..methods.classifier import classifier_guided
 from ..plot import bar
 from ..sampling import sample
-from ..training import _json, _whole_lines
+from ..training import _json
 
 
 # %% ../../nbs/experiments/critical_stage.ipynb #c979ffd1
 def _lines_by_images(folder):
     "The lines of a training log: number of images seen -> line."
-    lines = map(json.loads, _whole_lines(Path(folder) / 'log.jsonl'))
-    return {line['seen']: line for line in lines}
+    log = read_log(Path(folder) / 'log.jsonl')
+    return {entry['seen']: entry for entry in log.entries}
 
 
 def pair_logs(
@@ -177,7 +178,7 @@ def _stored(path, about):
     if not path or not Path(path).exists():
         return {}, 0.0
     try:
-        d = json.loads(Path(path).read_text())
+        d = json.loads(Path(path).read_text('utf-8'))
         old = d['about']
         cells = unpack_cells(d)
         seconds = d['seconds']

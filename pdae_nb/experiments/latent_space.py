@@ -56,7 +56,7 @@ def ratio(
     v: Tensor,  # numerators and denominators: (2,B), B > 1
 ) -> list:  # value, and its jackknife standard error
     "Ratio of two means."
-    without = (v.sum(1, keepdim=True) - v).double()
+    without = (v.sum(1, keepdim=True) - v).cpu().double()
     error = _jackknife_error(without[0] / without[1].clamp(min=1e-30))
     return [(v[0].sum() / v[1].sum().clamp(min=1e-30)).item(), error]
 
@@ -272,7 +272,7 @@ def truncation(
     for scale in scales:
         x = _samples_of_labels(model, xT, y, scale, steps)
         predicted = eval_classifier.probabilities(x).argmax(1)
-        out['accuracy'].append((predicted == y).double().mean().item())
+        out['accuracy'].append((predicted == y).cpu().double().mean().item())
         fid, error = fid_kid(real, features(feats, x))['fid']
         out['fid'].append(fid)
         out['fid_error'].append(error)

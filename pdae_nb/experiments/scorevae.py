@@ -18,6 +18,7 @@ import torch
 from ..data import Images, cache_dir, load_images, to_signed
 from ..files import write_json
 from ..hub import cached_run, train
+from ..logs import read_log
 from ..methods.dpm import DPM
 from ..methods.scorevae import CodedModel, ScoreVAE, ScoreVAESettings
 from ..methods.vae import VAESettings
@@ -65,7 +66,7 @@ CASES = {
 def _earlier(path: Path, seeds) -> dict:
     "Results that an earlier call has written, or empty ones; raises if these seeds give fewer runs"
     try:
-        results = json.loads(path.read_text()) if path.exists() else dict(runs={}, priors={})
+        results = json.loads(path.read_text('utf-8')) if path.exists() else dict(runs={}, priors={})
         found, _ = (len(results[part]) for part in ('runs', 'priors'))
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(
@@ -128,9 +129,8 @@ def _measured(result: dict) -> dict:
 
 def _training_result(model: CodedModel) -> dict:
     "Evaluation of a finished run, with its skipped steps and its training curve."
-    lines = (model.path / 'log.jsonl').read_text().splitlines()
-    steps = [json.loads(line) for line in lines]
-    curve = [[step['seen'], step['loss']] for step in steps]
+    log = read_log(model.path / 'log.jsonl')
+    curve = [[entry['seen'], entry['loss']] for entry in log.entries]
     return _measured(model.card.result) | dict(skipped=model.card.steps_skipped, curve=curve)
 
 
@@ -202,4 +202,4 @@ def compare_cases(
             model = _compare_runs(study, case, seed, own, f'{seed}-{number}')
             if number == 0 and model is not None:
                 _compare_priors(study, case, seed, model, priors=priors, test=test)
-    return json.loads(path.read_text())
+    return json.loads(path.read_text('utf-8'))

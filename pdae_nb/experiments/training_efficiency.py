@@ -176,7 +176,7 @@ def _stored_study(path, about):
     if not path.exists():
         return about | dict(runs={})
     try:
-        stored = json.loads(path.read_text())
+        stored = json.loads(path.read_text('utf-8'))
         if not isinstance(stored, dict):
             raise TypeError(f'expected a JSON object, got {type(stored).__name__}')
     except (ValueError, TypeError) as e:
@@ -254,7 +254,7 @@ def held_out(
             images=len(mse),
         )
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with open(path, 'a') as f:
+        with open(path, 'a', encoding='utf-8') as f:
             # The line break comes first: after a line that a kill cut short, a new line starts.
             f.write('\n' + json.dumps(line))
 
@@ -270,7 +270,7 @@ def looks(
     If a look was repeated after an interruption, the last one counts. Incomplete lines are skipped.
     """
     mse = {}
-    for line in Path(path).read_text().splitlines():
+    for line in Path(path).read_text('utf-8').splitlines():
         try:
             row = json.loads(line)
             mse[row['seen']] = row['noise_mse']
@@ -327,7 +327,7 @@ def _check_race(path, seeds):
     "Raise if the file holds more runs than these seeds give."
     if not path.exists():
         return
-    had = len(json.loads(path.read_text())['runs'])
+    had = len(json.loads(path.read_text('utf-8'))['runs'])
     if had > 2 * len(seeds):
         raise ValueError(
             f'{path} holds {had} runs, more than these seeds give; '
@@ -384,4 +384,4 @@ def training_race(
     results['step_seconds'] = step_seconds(rows, dev)
     results |= dict(hardware=hardware(dev), versions=versions())
     write_json(path, results)
-    return json.loads(path.read_text())
+    return json.loads(path.read_text('utf-8'))

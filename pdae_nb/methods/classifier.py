@@ -159,7 +159,7 @@ def _accuracy(clf, passes, sched, t):
         times = torch.full((len(x0),), t, device=x0.device)
         xt = add_noise(sched, x0, times, eps)
         right.append(log_probability(clf, xt, times).argmax(1) == y)
-    return torch.cat(right).double().mean()
+    return torch.cat(right).cpu().double().mean()
 
 
 @torch.no_grad()
