@@ -226,6 +226,7 @@ class Stats(NamedTuple):
     mean: Tensor  # float64 (D,)
     cov: Tensor  # float64 (D,D)
     n: int | None = None  # number of images
+    shape: tuple[int, ...] | None = None  # of one image (C,H,W), if it is known
 
 
 def _rows(f) -> Tensor:
@@ -330,12 +331,32 @@ def features(
     return torch.cat([feats(x).cpu() for x in batches])
 
 
+def _shape_of(images) -> tuple[int, ...] | None:
+    "The shape (C,H,W) of one image, of `Images`, a tensor or `Stats`; None if it is unknown"
+    if isinstance(images, tuple):
+        shape = getattr(images, 'shape', None)
+        return None if shape is None else tuple(shape)
+    x = images.x if isinstance(images, Images) else images
+    return tuple(x.shape[1:])
+
+
+def _check_shapes(real, fake) -> None:
+    "Raise unless two sets of images have the same channels, height and width"
+    a, b = _shape_of(real), _shape_of(fake)
+    if a is not None and b is not None and a != b:
+        raise ValueError(f'expected images of one shape (C,H,W), got {a} and {b}: resize one set')
+
+
 def fid(
     feats: Feats,  # feature network; report `feats.name` beside the number
     real: Images | Tensor | tuple,  # images in [-1,1], or `Stats` as from `reference_stats`
     fake: Images | Tensor | tuple,  # images or `Stats`
 ) -> float:  # squared units of the features; its bias falls with N, so report N
-    "Fréchet distance of features, f'FID-{feats.name}' (Heusel et al. 2017; PDAE Table 2)"
+    """Fréchet distance of features, f'FID-{feats.name}' (Heusel et al. 2017; PDAE Table 2).
+
+    Images of different channels or sizes raise ValueError.
+    """
+    _check_shapes(real, fake)
     f1 = real if isinstance(real, tuple) else features(feats, real)
     f2 = fake if isinstance(fake, tuple) else features(feats, fake)
     return frechet(f1, f2)
@@ -416,6 +437,7 @@ def kid(
     **kw,  # for `mmd`: blocks, seed
 ) -> tuple[float, float]:  # value, which may be below 0, and standard error
     "Kernel distance of features, f'KID-{feats.name}' (Bińkowski et al. 2018)"
+    _check_shapes(real, fake)
     return mmd(features(feats, real), features(feats, fake), **kw)
 
 
@@ -556,7 +578,7 @@ def _stored_stats(path: Path, about: dict) -> Stats | None:
     "Statistics from a file; None if it is missing, damaged or of other images"
     try:
         tensors, stored = read_tensors(path)
-        found = Stats(tensors['mean'], tensors['cov'], about['shape'][0])
+        found = Stats(tensors['mean'], tensors['cov'], about['shape'][0], tuple(about['shape'][1:]))
         _root(found)  # raises if they are no statistics
     except (OSError, ValueError, KeyError):
         return None
@@ -576,12 +598,12 @@ def reference_stats(
     if not isinstance(images, Images):
         raise TypeError(f'expected Images, got {type(images).__name__}')
     if feats.key is None:
-        return stats(features(feats, images, bs))
+        return stats(features(feats, images, bs))._replace(shape=tuple(images.x.shape[1:]))
     about = dict(feats=feats.name, key=feats.key, shape=list(images.x.shape), crop=str(crop))
     path = _stats_path(images, about)
     found = _stored_stats(path, about)
     if found is None:
-        found = stats(features(feats, images, bs))
+        found = stats(features(feats, images, bs))._replace(shape=tuple(images.x.shape[1:]))
         write_tensors(path, dict(mean=found.mean, cov=found.cov), about)
     return found
 

@@ -21,7 +21,7 @@ COURSE = sorted((ROOT / 'nbs/course').glob('*.ipynb'))
 MODULES = sorted(path for path in PACKAGE.rglob('*.py') if not path.name.startswith('_'))
 
 LAYERS = [
-    'data plot files',
+    'decode readers tables cache data plot files',
     'forward denoise sampling solvers unet networks',
     'gap guidance weighting',
     'model training',
