@@ -5,6 +5,7 @@
 # %% auto #0
 __all__ = [
     'survey',
+    'stamp_of',
     'Plan',
     'plan',
     'Stored',
@@ -79,7 +80,31 @@ def _map(f, rows):
 def survey(
     source: Source,  # a data set
 ) -> Header:  # whether all images are grey; the largest value of grey images of 16 bits
-    "What all images of all splits have in common. A damaged image raises ValueError."
+    """What all images of all splits have in common. A damaged image raises ValueError.
+
+    A data set whose files have not changed is opened once in a process.
+    """
+    key = stamp_of(source)
+    if not key or key not in _surveys:
+        _surveys[key] = _survey(source)
+    return _surveys[key]
+
+
+_surveys = {}
+
+
+def stamp_of(
+    source: Source,  # a data set
+) -> tuple:  # changes with the files of the data set
+    "Names, sizes and dates of all files of a data set."
+    stamp = []
+    for file in source.files:
+        status = file.stat()
+        stamp.append((str(file), status.st_size, status.st_mtime_ns))
+    return tuple(stamp)
+
+
+def _survey(source):
     splits = list(source.sizes) if source.has_splits else list(source.sizes)[:1]
     grey = True
     top = 0

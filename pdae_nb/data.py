@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .cache import cannot_write, plan, stored
+from .cache import cannot_write, plan, stamp_of, stored
 from .decode import is_utf8, listed, name_of, note, read_image, shown, square
 from .readers import SPLITS
 from .tables import HUB, HubSource, local_source
@@ -184,11 +184,7 @@ def _cache_file(source, about):
     except OSError as e:
         cannot_write(Path(os.environ.get('PDAE_NB_CACHE') or '~/.cache/pdae_nb'), e)
         return None
-    stamp = []
-    for file in source.files:
-        status = file.stat()
-        stamp.append((str(file), status.st_size, status.st_mtime_ns))
-    content = repr((about, stamp, 4))  # 4: version of this format
+    content = repr((about, stamp_of(source), 4))  # 4: version of this format
     key = hashlib.sha256(content.encode()).hexdigest()[:16]
     words = re.findall(r'\w+', about['name'].encode('ascii', 'ignore').decode())
     name = '-'.join(words)[:40] or 'images'
