@@ -283,6 +283,9 @@ def read_image(
             return _picture(file, bits)
 
 
+_ORIENTATION = 0x0112  # entry of EXIF
+
+
 def _picture(file, bits):
     "An opened PIL image as a `Picture`."
     from PIL import Image, ImageOps
@@ -290,7 +293,8 @@ def _picture(file, bits):
     remarks = []
     if getattr(file, 'is_animated', False) and file.format != 'MPO' and not file.tell():
         remarks.append('of several frames, only the first is used')
-    image = ImageOps.exif_transpose(file)
+    is_turned = file.getexif().get(_ORIENTATION, 1) != 1
+    image = ImageOps.exif_transpose(file) if is_turned else file
     if image.mode == 'F':
         raise ValueError('floating-point pixels are not read: save the image with 8 or 16 bits')
     if image.mode.startswith('I'):
@@ -304,8 +308,14 @@ def _picture(file, bits):
         image, is_transparent = _on_white(image)
         if is_transparent:
             remarks.append('transparent pixels are shown on white')
-    grey = image.mode in ('1', 'L')
-    return Picture(image.convert('L' if grey else 'RGB'), tuple(remarks))
+    image = _in_mode(image, 'L' if image.mode in ('1', 'L') else 'RGB')
+    image.load()
+    return Picture(image, tuple(remarks))
+
+
+def _in_mode(image, mode):
+    "A PIL image of a mode, without a copy if it has the mode."
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _has_alpha(image):
@@ -338,7 +348,7 @@ def square(
     "Crop the central square of an image and resize the square with antialiasing."
     from PIL import Image, ImageOps
 
-    image = image.convert('L' if channels == 1 else 'RGB')
+    image = _in_mode(image, 'L' if channels == 1 else 'RGB')
     if crop and image.size == (178, 218):
         left, top, width = crop
         image = image.crop((left, top, left + width, top + width))
