@@ -13,6 +13,8 @@ __all__ = [
     'remove_leftovers',
     'stored',
     'cannot_write',
+    'read_cached',
+    'keep_cached',
 ]
 
 # %% ../nbs/toolbox/cache.ipynb #cach0003
@@ -35,6 +37,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .decode import Header, bits_of, note, read_header, read_image, shown, square
+from .files import read_tensors, write_tensors
 from .readers import Source
 
 try:
@@ -414,8 +417,8 @@ def cannot_write(
 ) -> None:
     "Tell that nothing is kept in the cache."
     note(
-        f'the cache {shown(folder)} cannot be written ({reason.strerror or reason}): the images '
-        'stay in memory. Set $PDAE_NB_CACHE to a folder that can be written'
+        f'the cache {shown(folder)} cannot be written ({reason.strerror or reason}): nothing is '
+        'stored there. Set $PDAE_NB_CACHE to a folder that can be written'
     )
 
 
@@ -429,3 +432,33 @@ def _is_writable(folder):
             raise _no_room(folder, 0) from e
         cannot_write(folder, e)
         return False
+
+
+# %% ../nbs/toolbox/cache.ipynb #cach0021
+def read_cached(
+    path: Path | None,  # safetensors file in the cache; None: there is no cache
+) -> tuple[dict, object] | None:  # tensors and the JSON that was written with them; None: no file
+    "What `keep_cached` wrote. A damaged file is named in a message and counts as missing."
+    if path is None:
+        return None
+    try:
+        return read_tensors(path)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as e:
+        note(f'the cache file is damaged and is made again: {shown(e)}')
+        return None
+
+
+def keep_cached(
+    path: Path | None,  # safetensors file in the cache; None: there is no cache
+    tensors: dict,  # name -> tensor
+    meta=None,  # anything JSON can hold
+) -> None:
+    "Store tensors in the cache. If the cache cannot be written, a message says so."
+    if path is None:
+        return
+    try:
+        write_tensors(path, tensors, meta)
+    except OSError as e:
+        cannot_write(path.parent, e)

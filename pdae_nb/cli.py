@@ -78,7 +78,7 @@ def _save(ax, path):
     "Write the figure of these axes as PNG."
     import matplotlib.pyplot as plt
 
-    path = Path(path)
+    path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     ax.figure.savefig(path, dpi=110, bbox_inches='tight')
     plt.close(ax.figure)
@@ -480,7 +480,7 @@ def cmd_evaluate(
     "Evaluate a run: a DPM, a class-conditional DPM, a classifier, an autoencoder or a latent DPM"
     model = _load(name, device)
     parameters = inspect.signature(evaluator_of(model)).parameters
-    path = Path(out or results_path(model.card.name, size_of(model)))
+    path = Path(out or results_path(model.card.name, size_of(model))).expanduser()
     options = dict(n=n, steps=steps, test_images=test_images, gap_images=gap_images, calls=calls)
     given = {}
     for option, value in options.items():
@@ -562,7 +562,7 @@ def cmd_convert(
     data: str = None,  # data set of the run, under the name that `pdae train` uses
 ) -> dict:  # folder of the run, and its networks with their numbers of weights
     "Convert a published checkpoint, a diffusers model or a run of version 1 into a run folder"
-    if Path(out).exists():
+    if Path(out).expanduser().exists():
         raise ValueError(f'{out} is there already; choose another folder, or delete that one')
     hints = dict(size=size, heads=heads, head_channels=head_channels, groups=groups, lag=lag)
     if Path(source).expanduser().is_file():
@@ -640,7 +640,7 @@ def cmd_study(
         space=f'{data}_space',
     )
     _check_choice('what', what, places)
-    path = Path(out or results_path(places[what], size))
+    path = Path(out or results_path(places[what], size)).expanduser()
     if what == 'loss':
         rows = study(path, size, range(seeds))['runs']
         return dict(runs={k: row['own'] for k, row in rows.items()}, written=str(path))
@@ -695,7 +695,7 @@ def cmd_stages(
     if compile:
         dpm.compile_networks()
         clf.compile_networks()
-    path = Path(out or results_path(f'critical_stage_{sampler}', size))
+    path = Path(out or results_path(f'critical_stage_{sampler}', size)).expanduser()
     unfinished = path.with_name(f'{path.stem}.part.json')
     store = path if path.exists() else unfinished
     models = dict(dpm=dpm, classifier=clf, eval_classifier=evaluation)
@@ -825,7 +825,7 @@ def cmd_demo(
     coder: str = 'mnist_pdae',  # run of PDAE
 ) -> None:
     "Sample, guide, invert and reconstruct digits with the shipped models"
-    out = Path(out)
+    out = Path(out).expanduser()
     report = _Report()
     dpm = load(base)
     digits = mnist_or_digits('test', dpm.shape[-1])

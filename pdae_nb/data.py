@@ -13,6 +13,7 @@ __all__ = [
     'digits',
     'data_dir',
     'cache_dir',
+    'cache_file',
     'load_images',
     'check_splits',
     'folder',
@@ -177,18 +178,24 @@ CLASSES = dict(
 D2C_CROP = (25, 57, 128)
 
 
-def _cache_file(source, about):
-    "The cache file of a data set. Its name changes with the sizes and dates of the data's files."
+def cache_file(
+    name: str,  # name of a file
+) -> Path | None:
+    "A file in the folder of the cache. None, after a message, if there can be no such folder."
     try:
-        folder = cache_dir()
+        return cache_dir() / name
     except OSError as e:
         cannot_write(Path(os.environ.get('PDAE_NB_CACHE') or '~/.cache/pdae_nb'), e)
         return None
+
+
+def _cache_file(source, about):
+    "The cache file of a data set. Its name changes with the sizes and dates of the data's files."
     content = repr((about, stamp_of(source), 4))  # 4: version of this format
     key = hashlib.sha256(content.encode()).hexdigest()[:16]
     words = re.findall(r'\w+', about['name'].encode('ascii', 'ignore').decode())
     name = '-'.join(words)[:40] or 'images'
-    return folder / f'{name}-{about["split"]}-{about["size"]}-{key}.images'
+    return cache_file(f'{name}-{about["split"]}-{about["size"]}-{key}.images')
 
 
 def _check_request(size, channels):

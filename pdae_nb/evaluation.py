@@ -514,10 +514,10 @@ def _measure(x, x0, y, eval_classifier, feats):
 # %% ../nbs/toolbox/evaluation.ipynb #a1694db9
 def _sums(path, mark):
     "The sums that an earlier call wrote for the same weights `mark`; without a file, no rows."
-    if not path or not Path(path).exists():
+    if not path or not Path(path).expanduser().exists():
         return dict(rows={}, print=mark)
     try:
-        sums = json.loads(Path(path).read_text())
+        sums = json.loads(Path(path).expanduser().read_text(encoding='utf-8'))
         old_mark = sums['print']
         sums['rows'].keys()
     except (ValueError, KeyError, TypeError, AttributeError) as e:

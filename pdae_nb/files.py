@@ -65,7 +65,7 @@ def write_bytes(
     data: bytes,
 ) -> None:
     "Write a file completely or not at all: temporary name, fsync, rename."
-    path = Path(path)
+    path = Path(path).expanduser()
     tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -366,7 +366,7 @@ def locked(
     out: str | Path,  # folder of the run; made if it does not exist
 ):
     "Allow one run per folder, by a file lock. Where Python has no `fcntl`, nothing is locked."
-    out = Path(out)
+    out = Path(out).expanduser()
     out.mkdir(parents=True, exist_ok=True)
     with open(out / '.lock', 'w') as f:
         if fcntl is not None:

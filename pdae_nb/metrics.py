@@ -39,9 +39,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .data import Images, cache_dir, to_signed, to_uint8
+from .cache import keep_cached, read_cached
+from .data import Images, cache_file, to_signed, to_uint8
 from .edit import slerp
-from .files import read_tensors, write_tensors
 from .methods.classifier import EvalClassifier
 
 
@@ -565,22 +565,25 @@ def at_hand(
 
 
 # %% ../nbs/toolbox/metrics.ipynb #ee1cfa92
-def _stats_path(images: Images, about: dict) -> Path:
-    "File in `cache_dir()`, named after the network and a hash of `about` and the pixels"
+def _stats_path(images: Images, about: dict) -> Path | None:
+    "File in the cache, named after the network and a hash of `about` and the pixels"
     digest = hashlib.sha256(repr(about).encode())
     for pixels in images.x.split(10_000):
         digest.update(pixels.cpu().contiguous().numpy())
     name = re.sub('[^0-9A-Za-z]+', '-', about['feats'])
-    return cache_dir() / f'stats-{name}-{digest.hexdigest()[:20]}.safetensors'
+    return cache_file(f'stats-{name}-{digest.hexdigest()[:20]}.safetensors')
 
 
-def _stored_stats(path: Path, about: dict) -> Stats | None:
+def _stored_stats(path: Path | None, about: dict) -> Stats | None:
     "Statistics from a file; None if it is missing, damaged or of other images"
+    read = read_cached(path)
+    if read is None:
+        return None
+    tensors, stored = read
     try:
-        tensors, stored = read_tensors(path)
         found = Stats(tensors['mean'], tensors['cov'], about['shape'][0], tuple(about['shape'][1:]))
         _root(found)  # raises if they are no statistics
-    except (OSError, ValueError, KeyError):
+    except (ValueError, KeyError):
         return None
     return found if stored == about else None
 
@@ -591,7 +594,7 @@ def reference_stats(
     crop: str = '',  # how they were cropped and resized, for the key of the cache
     bs: int = 500,  # images per batch
 ) -> Stats:
-    """`Stats` of real images, stored in `cache_dir()`.
+    """`Stats` of real images, stored in the cache.
 
     The key is a hash of pixels, shape, `crop` and network. A damaged file is replaced.
     """
@@ -604,7 +607,7 @@ def reference_stats(
     found = _stored_stats(path, about)
     if found is None:
         found = stats(features(feats, images, bs))._replace(shape=tuple(images.x.shape[1:]))
-        write_tensors(path, dict(mean=found.mean, cov=found.cov), about)
+        keep_cached(path, dict(mean=found.mean, cov=found.cov), about)
     return found
 
 

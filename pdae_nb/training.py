@@ -55,7 +55,7 @@ class Recipe:
     "The configuration of one training run."
 
     method: type  # class of the model, e.g. `PDAE`
-    data: str  # data set: a name of `load_images`, or the path of a folder of images
+    data: str | Path  # data set: a name of `load_images`, or the path of a folder of images
     px: int  # height and width of the images, pixels
     images: int  # length of the run: images in all its batches
     base: Any = None  # the frozen model underneath: name or path of a run, or a `Model`
@@ -100,6 +100,8 @@ class Recipe:
         "The fields as JSON holds them: class and base by name, settings as a dict."
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         fields['method'] = class_path(self.method)
+        if isinstance(self.data, Path):
+            fields['data'] = os.path.join('.', self.data)
         if isinstance(self.base, Model):
             fields['base'] = self.base.card.name
         elif self.base is not None:
@@ -679,7 +681,7 @@ def train_model(
     On a CPU, a resumed run ends with the same weights as an uninterrupted one, bit for bit. `look`
     is called every `every` steps and after the last step.
     """
-    out = Path(out)
+    out = Path(out).expanduser()
     device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     if min(every, log_every) < 1:
         raise ValueError(

@@ -18,9 +18,11 @@ from PIL import Image
 from pdae_nb import cache, decode
 from pdae_nb.data import as_x0, folder, load_images, to_signed
 from pdae_nb.evaluation import _image_files
+from pdae_nb.files import locked, write_json
 from pdae_nb.hub import train
 from pdae_nb.methods.classifier import EvalClassifier
 from pdae_nb.methods.dpm import DPM
+from pdae_nb.methods.latent import encode_all
 from pdae_nb.metrics import Feats, Stats, fid, kid, reference_stats
 from pdae_nb.training import Recipe
 
@@ -860,3 +862,41 @@ def test_two_first_loads_decode_once(tmp_path):
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0 and not errors
     assert [path.suffix for path in (tmp_path / 'cache').iterdir()] == ['.images']
+
+
+def test_codes_and_statistics_without_a_cache(tmp_path, monkeypatch, told):
+    class Network(torch.nn.Module):
+        config = {}
+
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, x0):
+            return self.scale * pixels(x0)
+
+    write(tmp_path / 'file', b'')
+    images = load_images(layout(tmp_path / 'mine', *(f'{i}.png' for i in range(4))), size=8)
+    feats = Feats('pixels', pixels, key='1')
+    network = Network().eval()
+    wanted = encode_all(network, images), reference_stats(feats, images)
+    monkeypatch.setenv('PDAE_NB_CACHE', str(tmp_path / 'file/cache'))
+    z, known = encode_all(network, images), reference_stats(feats, images)
+    assert torch.equal(z, wanted[0]) and torch.equal(known.mean, wanted[1].mean)
+    assert known.shape == (1, 8, 8)
+    assert told().count('$PDAE_NB_CACHE') == 2
+
+
+def test_home_is_expanded_where_files_are_written(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path / 'home'))
+    monkeypatch.setenv('USERPROFILE', str(tmp_path / 'home'))
+    write_json('~/a/b.json', {})
+    with locked('~/run'):
+        pass
+    assert (tmp_path / 'home/a/b.json').exists() and (tmp_path / 'home/run').is_dir()
+    assert not (tmp_path / '~').exists()
+
+
+def test_a_recipe_may_name_its_data_by_a_path():
+    recipe = Recipe(DPM, data=Path('mine'), px=8, images=1)
+    assert recipe.as_json()['data'] == os.path.join('.', 'mine')
