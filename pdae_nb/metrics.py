@@ -226,7 +226,19 @@ class Stats(NamedTuple):
     mean: Tensor  # float64 (D,)
     cov: Tensor  # float64 (D,D)
     n: int | None = None  # number of images
-    shape: tuple[int, ...] | None = None  # of one image (C,H,W), if it is known
+
+
+class _ImageStats(Stats):
+    "Statistics of images of a known shape"
+
+    shape: tuple[int, ...]  # of one image: (C,H,W)
+
+    @classmethod
+    def of(cls, found: Stats, shape: tuple[int, ...]) -> '_ImageStats':
+        "Statistics and the shape of the images"
+        known = cls(*found)
+        known.shape = tuple(shape)
+        return known
 
 
 def _rows(f) -> Tensor:
@@ -581,11 +593,11 @@ def _stored_stats(path: Path | None, about: dict) -> Stats | None:
         return None
     tensors, stored = read
     try:
-        found = Stats(tensors['mean'], tensors['cov'], about['shape'][0], tuple(about['shape'][1:]))
+        found = Stats(tensors['mean'], tensors['cov'], about['shape'][0])
         _root(found)  # raises if they are no statistics
     except (ValueError, KeyError):
         return None
-    return found if stored == about else None
+    return _ImageStats.of(found, about['shape'][1:]) if stored == about else None
 
 
 def reference_stats(
@@ -601,12 +613,12 @@ def reference_stats(
     if not isinstance(images, Images):
         raise TypeError(f'expected Images, got {type(images).__name__}')
     if feats.key is None:
-        return stats(features(feats, images, bs))._replace(shape=tuple(images.x.shape[1:]))
+        return _ImageStats.of(stats(features(feats, images, bs)), images.x.shape[1:])
     about = dict(feats=feats.name, key=feats.key, shape=list(images.x.shape), crop=str(crop))
     path = _stats_path(images, about)
     found = _stored_stats(path, about)
     if found is None:
-        found = stats(features(feats, images, bs))._replace(shape=tuple(images.x.shape[1:]))
+        found = _ImageStats.of(stats(features(feats, images, bs)), images.x.shape[1:])
         keep_cached(path, dict(mean=found.mean, cov=found.cov), about)
     return found
 
