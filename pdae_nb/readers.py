@@ -99,6 +99,14 @@ _NAME = re.compile(
 )
 
 
+_FILLER_NAME = re.compile(f'(?:{_any_of(_FILLERS)})+')
+
+
+def _says_nothing(name):
+    "Whether the name of a folder, such as `images`, cannot be the name of a class."
+    return _FILLER_NAME.fullmatch(''.join(re.findall('[a-z]+', name.lower()))) is not None
+
+
 class SplitName(NamedTuple):
     "What the name of a file or folder says about a split."
 
@@ -152,10 +160,12 @@ class _Tree(NamedTuple):
 
 def _outer(tree):
     "Leave out folders that hold nothing but one folder of folders, as archives often do."
-    while (child := tree.only_child()) and not child.loose:
+    child = tree.only_child()
+    while child and (_says_nothing(child.root.name) or not child.loose):
         if split_name(child.root.name).split:
             break
         tree = child
+        child = tree.only_child()
     return tree
 
 
@@ -183,11 +193,13 @@ def _split_trees(tree):
 
 
 def _inner(tree, name):
-    "The tree of a split; of `train/train` it is the inner folder."
+    "The tree of a split; of `train/train` and `train/images` it is the inner folder."
     split = split_name(name).split
     inner = _Tree.of(tree.root / name, tree.children[name])
-    while (child := inner.only_child()) and split_name(child.root.name).split == split:
+    child = inner.only_child()
+    while child and (_says_nothing(child.root.name) or split_name(child.root.name).split == split):
         inner = child
+        child = inner.only_child()
     return inner
 
 
@@ -216,7 +228,7 @@ class FolderSource(Source):
         if not files:
             held = sorted(path.name for path in root.iterdir())
             raise FileNotFoundError(
-                f'no images that Pillow reads ({listed(sorted(image_types()), 99)}) '
+                f'no images of the {len(image_types())} types that Pillow reads (.png, .jpg, …) '
                 f'under {shown(root)}; it holds {listed(held) or "nothing"}'
             )
         self.root = root

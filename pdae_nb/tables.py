@@ -299,6 +299,13 @@ class _Columns(NamedTuple):
             attributes = ()
         return cls(image, label, attributes, tuple(classes))
 
+    def in_words(self) -> str:
+        "The columns in a message."
+        label = f'labels in {self.label!r}' if self.label else 'no labels'
+        names = f', classes {listed(self.classes)}' if self.classes else ''
+        attributes = f', {len(self.attributes)} attributes' if self.attributes else ''
+        return f'images in {self.image!r}, {label}{names}{attributes}'
+
 
 def _flags(where, records):
     "CelebA's attributes in the records of a table: their names in the official order, the values."
@@ -330,7 +337,12 @@ class ParquetSource(Source):
         for path in files:
             self.files_of.setdefault(_split_of_file(root, path), []).append(path)
         unnamed = self.files_of.pop(None, [])
-        if unnamed and self.files_of:
+        if not self.files_of:
+            raise FileNotFoundError(
+                f'{shown(root)}: {listed(unnamed)} name none of the splits {", ".join(SPLITS)}; '
+                'rename them, for example train.parquet'
+            )
+        if unnamed:
             note(f'left out: {listed(unnamed)} name none of the splits {", ".join(SPLITS)}')
         self.columns = None
         self.sizes = {}
@@ -338,7 +350,9 @@ class ParquetSource(Source):
         for split, paths in self.files_of.items():
             _check_shards(root, split, paths)
             keys.add(_set_of_file(root, paths[0])[0])
-            self.sizes[split] = sum(self._checked_rows(path) for path in paths)
+            n = sum(self._checked_rows(path) for path in paths)
+            if n:
+                self.sizes[split] = n
         if len(keys) > 1:
             raise ValueError(
                 f'{shown(root)} holds several data sets: '
@@ -356,8 +370,8 @@ class ParquetSource(Source):
             self.notes = list(self._unused_columns(path, table.schema_arrow.names))
         elif columns != self.columns:
             raise ValueError(
-                f'{shown(path)} has other columns or classes than {shown(self.files[0])}: '
-                f'{columns} and {self.columns}'
+                f'{shown(path)} has other columns or classes than another file of '
+                f'{shown(self.root)}: {columns.in_words()}, not {self.columns.in_words()}'
             )
         return table.metadata.num_rows
 

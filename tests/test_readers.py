@@ -900,3 +900,24 @@ def test_home_is_expanded_where_files_are_written(tmp_path, monkeypatch):
 def test_a_recipe_may_name_its_data_by_a_path():
     recipe = Recipe(DPM, data=Path('mine'), px=8, images=1)
     assert recipe.as_json()['data'] == os.path.join('.', 'mine')
+
+
+@pytest.mark.parametrize('inner', ['images', 'imgs', 'data'])
+def test_a_folder_called_images_is_no_class(tmp_path, told, inner):
+    root = layout(tmp_path / 'mine', f'train/{inner}/1.png', f'test/{inner}/2.png')
+    assert loaded(root, 'test') == ([1], None, [])
+    root = layout(tmp_path / 'more', 'train/a/1.png', 'train/b/2.png', f'val/{inner}/3.png')
+    assert loaded(root, 'validation') == ([2], None, ['a', 'b'])
+    assert 'no classes' in told()
+    assert loaded(layout(tmp_path / 'plain', f'{inner}/1.png')) == ([0], None, [])
+
+
+def test_parquet_files_without_rows_or_splits(tmp_path):
+    pq.write_table(
+        pa.table(dict(image=pa.array([], pa.binary()))), write(tmp_path / 'a/train.parquet', b'')
+    )
+    with pytest.raises(FileNotFoundError, match="no images of the split 'train'"):
+        load_images('./a', size=8)
+    table(tmp_path / 'b/faces.parquet', rows([0]))
+    with pytest.raises(FileNotFoundError, match=r'faces\.parquet name none of the splits'):
+        load_images('./b', size=8)
