@@ -237,7 +237,7 @@ _FULL = (errno.ENOSPC, getattr(errno, 'EDQUOT', errno.ENOSPC))
 
 def _no_room(folder, need):
     message = (
-        f'{shown(folder)} has no room for {need >> 20} MB of pixels; '
+        f'{shown(folder)} has no room for {need / 2**20:.1f} MB of pixels; '
         'set $PDAE_NB_CACHE to a folder on a larger disk'
     )
     return OSError(errno.ENOSPC, message)
