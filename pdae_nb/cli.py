@@ -99,7 +99,7 @@ def _save(ax, path):
     "Write the figure of these axes as PNG."
     import matplotlib.pyplot as plt
 
-    path = Path(path)
+    path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     ax.figure.savefig(path, dpi=110, bbox_inches='tight')
     plt.close(ax.figure)
@@ -762,7 +762,7 @@ def cmd_study(
         space=f'{data}_space',
     )
     _check_choice('what', what, places)
-    path = Path(out or results_path(places[what], size))
+    path = Path(out or results_path(places[what], size)).expanduser()
     if what == 'loss':
         rows = study(path, size, range(seeds))['runs']
         return dict(runs={k: row['own'] for k, row in rows.items()}, written=str(path))
@@ -817,7 +817,7 @@ def cmd_stages(
     if compile:
         dpm.compile_networks()
         clf.compile_networks()
-    path = Path(out or results_path(f'critical_stage_{sampler}', size))
+    path = Path(out or results_path(f'critical_stage_{sampler}', size)).expanduser()
     unfinished = path.with_name(f'{path.stem}.part.json')
     store = path if path.exists() else unfinished
     models = dict(dpm=dpm, classifier=clf, eval_classifier=evaluation)

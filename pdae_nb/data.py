@@ -4,8 +4,6 @@
 
 # %% auto #0
 __all__ = [
-    'HUB',
-    'IMAGE_TYPES',
     'SIZE',
     'CLASSES',
     'D2C_CROP',
@@ -13,10 +11,11 @@ __all__ = [
     'to_uint8',
     'Images',
     'digits',
-    'decode_image',
     'data_dir',
     'cache_dir',
+    'cache_file',
     'load_images',
+    'check_splits',
     'folder',
     'mnist',
     'cifar10',
@@ -29,26 +28,22 @@ __all__ = [
 
 # %% ../nbs/toolbox/data.ipynb #ae317c7d
 import hashlib
-import io
 import os
 import re
-import shutil
-import socket
-import tempfile
-import urllib.request
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import platformdirs
 import torch
 from torch import Tensor
 
+from .cache import cannot_write, plan, stamp_of, stored
+from .decode import is_utf8, listed, name_of, note, read_image, shown, square
 from .files import assets_dir, checkout, home, incomplete
+from .readers import SPLITS
+from .tables import HUB, HubSource, local_source
 
 
 # %% ../nbs/toolbox/data.ipynb #482eacbd
@@ -145,45 +140,6 @@ def digits(
     return Images(torch.from_numpy(x)[:, None], y, [str(i) for i in range(10)])
 
 
-# %% ../nbs/toolbox/data.ipynb #1d7884a1
-def _open(source):
-    from PIL import Image
-
-    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-
-
-def _is_grey(source):
-    "Whether an image file has no colours."
-    with _open(source) as image:
-        return image.mode.split(';')[0] in ('1', 'L', 'LA', 'I', 'F')
-
-
-def decode_image(
-    source: str | Path | bytes,  # path, or the content of an image file
-    size: int | None,  # height and width of the output, pixels; None keeps those of the image
-    channels: int,  # 1 or 3
-    crop: tuple[int, int, int] | None = None,  # left, top, width; for images of 178x218 pixels
-) -> np.ndarray:  # uint8 (channels,size,size)
-    """Decode an image file, crop the central square and resize the square with antialiasing.
-
-    The image is rotated as its EXIF entry says. Transparency is ignored.
-    """
-    from PIL import Image, ImageOps
-
-    with _open(source) as file:
-        image = ImageOps.exif_transpose(file)
-    if image.mode.startswith('I'):  # 16-bit grey
-        grey = np.asarray(image).astype(np.int64) >> 8
-        image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
-    image = image.convert('L' if channels == 1 else 'RGB')
-    if crop and image.size == (178, 218):
-        left, top, width = crop
-        image = image.crop((left, top, left + width, top + width))
-    if size and image.size != (size, size):
-        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-    return np.asarray(image).reshape(image.height, image.width, channels).transpose(2, 0, 1)
-
-
 # %% ../nbs/toolbox/data.ipynb #2574dcbb
 def data_dir(
     name: str,  # data set
@@ -220,330 +176,6 @@ def cache_dir() -> Path:  # the folder; it is made if there is none
     return path
 
 
-# %% ../nbs/toolbox/data.ipynb #121f38fa
-# fmt: off
-_CELEBA = [
-    '5_o_Clock_Shadow', 'Arched_Eyebrows', 'Attractive', 'Bags_Under_Eyes', 'Bald', 'Bangs',
-    'Big_Lips', 'Big_Nose', 'Black_Hair', 'Blond_Hair', 'Blurry', 'Brown_Hair', 'Bushy_Eyebrows',
-    'Chubby', 'Double_Chin', 'Eyeglasses', 'Goatee', 'Gray_Hair', 'Heavy_Makeup',
-    'High_Cheekbones', 'Male', 'Mouth_Slightly_Open', 'Mustache', 'Narrow_Eyes', 'No_Beard',
-    'Oval_Face', 'Pale_Skin', 'Pointy_Nose', 'Receding_Hairline', 'Rosy_Cheeks', 'Sideburns',
-    'Smiling', 'Straight_Hair', 'Wavy_Hair', 'Wearing_Earrings', 'Wearing_Hat',
-    'Wearing_Lipstick', 'Wearing_Necklace', 'Wearing_Necktie', 'Young',
-]
-# fmt: on
-_TRUE = ('1', 'true', 'yes')
-_FALSE = ('0', '-1', 'false', 'no')
-
-
-class _Row(NamedTuple):
-    "One image of a source, not yet decoded."
-
-    where: str  # file, or table and number of the row; for error messages
-    image: object  # path or content of an image file
-    y: int | list[int] | None  # class, or attributes 0 and 1
-
-
-class _Source(NamedTuple):
-    "A data set, not yet decoded."
-
-    n: int  # number of images
-    classes: list[str]  # names of the classes or attributes
-    rows: Iterator[_Row]
-    files: list[Path]  # the files that hold the data set
-
-
-def _flag(value):
-    "An attribute as 0 or 1."
-    text = str(value).strip().lower().removesuffix('.0')
-    if text not in _TRUE + _FALSE:
-        raise ValueError(f'an attribute must be true/false, 1/0 or 1/-1, got {value!r}')
-    return int(text in _TRUE)
-
-
-def _attributes(record):
-    "CelebA's attributes in the record of a table, by name, in the official order."
-    if isinstance(record.get('attributes'), dict):
-        record = record['attributes']
-    return {name: record[name] for name in _CELEBA if name in record}
-
-
-def _row(where, record):
-    "A `_Row` from the record of a table, whose columns have other names in other copies."
-    image = record.get('image', record.get('img'))
-    if image is None:
-        raise ValueError(f'{where}: no picture in a column `image` or `img`, only {list(record)}')
-    if isinstance(image, dict):
-        image = image.get('bytes') or image.get('path')
-    if isinstance(record.get('label'), int):
-        y = record['label']
-    else:
-        y = [_flag(value) for value in _attributes(record).values()] or None
-    return _Row(where, image, y)
-
-
-# %% ../nbs/toolbox/data.ipynb #9e928d0c
-_SPLITS = dict(train=['train'], validation=['validation', 'valid', 'val'], test=['test'])
-
-
-def _parquet_table(path):
-    import pyarrow.parquet as pq
-
-    try:
-        return pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
-    except Exception as e:
-        raise ValueError(f'{path}: not a readable parquet file ({e})') from e
-
-
-def _parquet_records(path):
-    "Yield the rows of a file as dicts. At most 64 are in memory, so a file can have any size."
-    for batch in _parquet_table(path).iter_batches(batch_size=64):
-        yield from batch.to_pylist()
-
-
-def _parquet_rows(paths):
-    for path in paths:
-        for i, record in enumerate(_parquet_records(path)):
-            yield _row(f'{path} row {i}', record)
-
-
-def _parquet(d, split):
-    "The parquet files below `d` whose path names the split."
-
-    def names_split(path):
-        words = re.findall('[a-z]+', str(path.relative_to(d)).lower())
-        return not set(words).isdisjoint(_SPLITS[split])
-
-    found = sorted(d.rglob('*.parquet'))
-    files = [path for path in found if names_split(path)]
-    if not files:
-        raise FileNotFoundError(
-            f'{d} has no parquet file for the split {split!r}; '
-            f'it has {sorted(path.name for path in found)}'
-        )
-    n = sum(_parquet_table(path).metadata.num_rows for path in files)
-    first = next(_parquet_records(files[0]))
-    return _Source(n, list(_attributes(first)), _parquet_rows(files), files)
-
-
-# %% ../nbs/toolbox/data.ipynb #dc2be678
-HUB = dict(
-    mnist='ylecun/mnist',
-    cifar10='uoft-cs/cifar10',
-    celeba='flwrlabs/celeba',
-    celeba64='flwrlabs/celeba',
-)
-
-
-def _online():
-    "Whether the Hub can be reached within three seconds."
-    if urllib.request.getproxies():
-        return True
-    hub = urllib.parse.urlsplit(os.environ.get('HF_ENDPOINT') or 'https://huggingface.co')
-    try:
-        socket.create_connection((hub.hostname, hub.port or 443), 3).close()
-        return True
-    except OSError:
-        return False
-
-
-def _hub(name, split):
-    "A data set of the Hugging Face Hub."
-    import datasets
-    import huggingface_hub
-
-    if not _online():  # earlier downloads can still be used
-        huggingface_hub.constants.HF_HUB_OFFLINE = True
-        datasets.config.HF_HUB_OFFLINE = True
-    celeba_validation = name.startswith('celeba') and split == 'validation'
-    table = datasets.load_dataset(HUB[name], split='valid' if celeba_validation else split)
-    column = 'image' if 'image' in table.column_names else 'img'
-    table = table.cast_column(column, datasets.Image(decode=False))
-    rows = (_row(f'{HUB[name]} {split} row {i}', record) for i, record in enumerate(table))
-    files = [Path(file['filename']) for file in table.cache_files]
-    return _Source(len(table), list(_attributes(table[0])), rows, files)
-
-
-# %% ../nbs/toolbox/data.ipynb #f102d53b
-def _first_of(d, *names):
-    "The first of these paths below `d` that exists, or None."
-    for name in names:
-        if (d / name).exists():
-            return d / name
-    return None
-
-
-def _celeba_split(path, split):
-    "The sorted names of a split's images, from a list of name and number of the split."
-    number = str(list(_SPLITS).index(split))
-    number_of = dict(line.split() for line in path.read_text('utf-8').split('\n') if line.strip())
-    return sorted(name for name in number_of if number_of[name] == number)
-
-
-def _celeba_attributes(path):
-    "The names of the attributes, and image name -> list of 0 and 1."
-    _, head, *lines = path.read_text('utf-8').strip().split('\n')
-    flags_of = {}
-    for line in lines:
-        name, *values = line.split()
-        flags_of[name] = [_flag(value) for value in values]
-    return head.split(), flags_of
-
-
-def _celeba_official(d, split):
-    "CelebA as downloaded from its authors. Images and attributes are joined by file name."
-    partition = _first_of(d, 'list_eval_partition.txt', 'Eval/list_eval_partition.txt')
-    attributes = _first_of(d, 'list_attr_celeba.txt', 'Anno/list_attr_celeba.txt')
-    root = _first_of(d, 'img_align_celeba', 'Img/img_align_celeba', '.')
-    listed = _celeba_split(partition, split)
-    names = [name for name in listed if (root / name).exists()]
-    if not names:
-        raise FileNotFoundError(
-            f'{root} holds none of the {len(listed)} images of the split {split!r}'
-        )
-    classes = []
-    flags_of = {}
-    if attributes:
-        classes, flags_of = _celeba_attributes(attributes)
-        missing = [name for name in names if name not in flags_of]
-        if missing:
-            raise ValueError(
-                f'{attributes} lacks {len(missing)} of {len(names)} files '
-                f'of the split {split!r}, first {missing[0]}'
-            )
-    rows = (_Row(str(root / name), root / name, flags_of.get(name)) for name in names)
-    files = [root / name for name in names]
-    lists = [path for path in (partition, attributes) if path]
-    return _Source(len(names), classes, rows, files + lists)
-
-
-# %% ../nbs/toolbox/data.ipynb #e6c9835a
-IMAGE_TYPES = {'.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm', '.pgm'}
-
-
-def _split_folders(d):
-    "The folders below `d` that are named after a split: split -> folder."
-    folders = {}
-    for split, names in _SPLITS.items():
-        for name in names:
-            if (d / name).is_dir():
-                folders[split] = d / name
-    return folders
-
-
-def _image_files(root):
-    "All image files below a folder, without hidden files and folders."
-    files = []
-    for path in sorted(root.rglob('*')):
-        hidden = any(part.startswith('.') for part in path.relative_to(root).parts)
-        if path.suffix.lower() in IMAGE_TYPES and not hidden:
-            files.append(path)
-    return files
-
-
-def _folder(d, split=None):
-    "A folder of images. If every image is in a sub-folder, the sub-folders are the classes."
-    folders = _split_folders(d) if split else {}
-    if folders and split not in folders:
-        raise FileNotFoundError(
-            f'{d} has no folder for the split {split!r}, only for {sorted(folders)}'
-        )
-    root = folders.get(split, d)
-    files = _image_files(root)
-    if not files:
-        raise FileNotFoundError(f'no images ({" ".join(sorted(IMAGE_TYPES))}) under {root}')
-    paths = [file.relative_to(root) for file in files]
-    classes = []
-    if all(len(path.parts) > 1 for path in paths):
-        classes = sorted({path.parts[0] for path in paths})
-    number_of = {name: i for i, name in enumerate(classes)}
-    rows = (
-        _Row(str(file), file, number_of.get(path.parts[0]))
-        for file, path in zip(files, paths, strict=True)
-    )
-    return _Source(len(files), classes, rows, files)
-
-
-# %% ../nbs/toolbox/data.ipynb #38b38894
-def _on_image(f, row, *args):
-    "f(image, *args) for the image of a row. An error states where the image is from."
-    try:
-        return f(row.image, *args)
-    except Exception as e:
-        raise ValueError(f'{row.where}: not a readable image ({type(e).__name__}: {e})') from e
-
-
-def _fill(x, rows, size, channels, crop):
-    "Decode all rows into the array x (N,C,H,W), 256 at a time in parallel; return the labels."
-
-    def decoded(row):
-        return _on_image(decode_image, row, size, channels, crop)
-
-    labels = []
-    i = 0
-    with ThreadPoolExecutor() as pool:
-        while chunk := list(islice(rows, 256)):
-            for pixels in pool.map(decoded, chunk):
-                x[i] = pixels
-                i += 1
-            labels += [row.y for row in chunk]
-    return None if labels[0] is None else np.array(labels, dtype=np.int64)
-
-
-# %% ../nbs/toolbox/data.ipynb #b7f2bafd
-def _cache_file(name, split, size, channels, crop, files):
-    "The cache file of a data set. Its name changes with the sizes and dates of the data's files."
-    stamp = []
-    for file in files:
-        status = file.stat()
-        stamp.append((str(file), status.st_size, status.st_mtime_ns))
-    content = repr((name, split, size, channels, crop, stamp, 2))  # 2: version of this format
-    key = hashlib.sha256(content.encode()).hexdigest()[:16]
-    return cache_dir() / f'{Path(name).name}-{split}-{size}-{key}.npy'
-
-
-def _labels_file(path):
-    return path.with_suffix('.y.npy')
-
-
-def _store(path, source, size, channels, crop):
-    "Decode a source into a cache file. The file gets its name when it is complete."
-    need = source.n * channels * size * size
-    if shutil.disk_usage(cache_dir()).free < need:
-        raise OSError(
-            f'{cache_dir()} has no room for {need >> 20} MB of pixels; '
-            'set $PDAE_NB_CACHE to a folder on a larger disk'
-        )
-    with tempfile.TemporaryDirectory(dir=cache_dir(), prefix='.') as tmp:
-        x_file = Path(tmp) / 'x.npy'
-        y_file = Path(tmp) / 'y.npy'
-        shape = (source.n, channels, size, size)
-        x = np.lib.format.open_memmap(x_file, 'w+', np.uint8, shape)
-        y = _fill(x, source.rows, size, channels, crop)
-        x.flush()
-        del x  # Windows renames no file that is mapped into memory
-        if y is not None:
-            np.save(y_file, y)
-            y_file.replace(_labels_file(path))
-        x_file.replace(path)
-
-
-def _cached(name, split, size, channels, crop, find_source):
-    "The images of a source, decoded at the first call and memory-mapped from the cache."
-    if channels not in (None, 1, 3):
-        raise ValueError(f'channels must be 1, 3 or None, got {channels!r}')
-    source = find_source()
-    path = _cache_file(name, split, size, channels, crop, source.files)
-    if not path.exists():
-        if channels is None:
-            all_grey = all(_on_image(_is_grey, row) for row in find_source().rows)
-            channels = 1 if all_grey else 3
-        _store(path, source, size, channels, crop)
-    x = torch.from_numpy(np.load(path, mmap_mode='c'))
-    y = torch.from_numpy(np.load(_labels_file(path))) if _labels_file(path).exists() else None
-    return Images(x, y, source.classes)
-
-
 # %% ../nbs/toolbox/data.ipynb #78f809af
 SIZE = dict(mnist=28, cifar10=32, celeba=64, celeba64=64)
 CLASSES = dict(
@@ -554,30 +186,105 @@ CLASSES = dict(
 D2C_CROP = (25, 57, 128)
 
 
-def _local_source(d, split):
-    "A data set in a folder of this machine."
-    if any((d / p / 'list_eval_partition.txt').exists() for p in ('.', 'Eval')):
-        return _celeba_official(d, split)
-    if any(d.rglob('*.parquet')):
-        return _parquet(d, split)
-    return _folder(d, split)
+def cache_file(
+    name: str,  # name of a file
+) -> Path | None:
+    "A file in the folder of the cache. None, after a message, if there can be no such folder."
+    try:
+        return cache_dir() / name
+    except OSError as e:
+        cannot_write(Path(os.environ.get('PDAE_NB_CACHE') or '~/.cache/pdae_nb'), e)
+        return None
+
+
+def _cache_file(source, about):
+    "The cache file of a data set. Its name changes with the sizes and dates of the data's files."
+    content = repr((about, stamp_of(source), 4))  # 4: version of this format
+    key = hashlib.sha256(content.encode()).hexdigest()[:16]
+    words = re.findall(r'\w+', about['name'].encode('ascii', 'ignore').decode())
+    name = '-'.join(words)[:40] or 'images'
+    return cache_file(f'{name}-{about["split"]}-{about["size"]}-{key}.images')
+
+
+def _check_request(size, channels):
+    if channels not in (None, 1, 3):
+        raise ValueError(f'channels must be 1, 3 or None, got {channels!r}')
+    if size is not None and (not isinstance(size, int) or size < 1):
+        raise ValueError(f'size must be a number of pixels >= 1, got {size!r}')
+
+
+def _load(source, where, split, size, channels):
+    "The images of a split, decoded at the first call and memory-mapped from the cache."
+    name = Path(where).name
+    if split not in source.sizes:
+        raise FileNotFoundError(
+            f'{shown(where)} has no images of the split {split!r}, only of {sorted(source.sizes)}'
+        )
+    of_celeba = source.is_celeba or name.startswith('celeba')
+    options = dict(crop=D2C_CROP if of_celeba else None, classes=CLASSES.get(name, '').split())
+    part = split if source.has_splits else 'all'
+    about = dict(name=name, where=str(where), split=part, size=size, channels=channels, **options)
+
+    def make_plan():
+        return plan(source, split, size, channels, **options)
+
+    found = stored(_cache_file(source, about), make_plan)
+    for line in found.notes:
+        note(line)
+    y = None if found.y is None else torch.from_numpy(found.y)
+    return Images(torch.from_numpy(found.x), y, found.classes)
+
+
+def _data_folder(name):
+    "The folder of a data set: an existing path as it is, or else the place that `data_dir` finds."
+    if not isinstance(name, (str, Path)) or not str(name):
+        raise TypeError(f'expected the name of a data set or the path of a folder, got {name!r}')
+    text = str(name)
+    if not is_utf8(text):
+        raise ValueError(
+            f'the name of the data folder {shown(text)} is not UTF-8: rename the folder, '
+            'because a run stores its name'
+        )
+    if text in HUB:
+        return data_dir(text)
+    path = Path(text).expanduser()
+    is_path = isinstance(name, Path) or path.name != text
+    if is_path and path.is_dir():
+        return path
+    if is_path and path.exists():
+        raise NotADirectoryError(f'{path} is a file, expected a folder of images')
+    found = data_dir(text)
+    if is_path or not path.is_dir():
+        return found
+    if found is not None and not found.samefile(path):
+        raise ValueError(
+            f'{text!r} is the folder {found} and the folder {path.resolve()}: '
+            f'write {f"./{text}"!r} or a whole path'
+        )
+    return path
 
 
 def _find_source(name, split):
-    "A data set of this machine or, if there is none, of the Hugging Face Hub."
-    d = data_dir(name)
-    if d and any(d.iterdir()):
-        return _local_source(d, split)
+    "A data set of this machine or, if there is none, of the Hugging Face Hub; and its place."
+    d = _data_folder(name)
+    if d and (any(d.iterdir()) or name not in HUB):
+        source = local_source(d)
+        if not source.has_splits and Path(name).name.startswith('celeba'):
+            raise FileNotFoundError(
+                f'{d} holds images without list_eval_partition.txt or .csv and without the '
+                'folders train, validation and test: the splits of CelebA are unknown'
+            )
+        return source, d
     advice = (
-        f'no dataset {name!r}. Put its parquet files or images under $PDAE_NB_DATA/{name} '
-        f'or data/{name}, or '
+        f'no dataset {str(name)!r}. Put its parquet files or images under $PDAE_NB_DATA/{name} '
+        f'or data/{name}, name an existing folder, or '
     )
     if name not in HUB:
         raise FileNotFoundError(
             f'{advice}use a name the Hugging Face Hub is asked for: {sorted(HUB)}.'
         )
     try:
-        return _hub(name, split)
+        return HubSource(name, split), name
     except Exception as e:
         raise FileNotFoundError(
             f'{advice}connect to the Hugging Face Hub, which has {HUB[name]!r} '
@@ -586,24 +293,51 @@ def _find_source(name, split):
 
 
 def load_images(
-    name: str,  # mnist, digits, cifar10, celeba, celeba64, or a folder of $PDAE_NB_DATA or data/
+    name: str | Path,  # mnist, digits, cifar10, celeba, celeba64, or a folder: see below
     split: str = 'train',  # train, validation or test
     size: int | None = None,  # height and width, pixels; None is the data set's usual size
-    channels: int | None = None,  # 1 or 3; None is 1 if every image is grey, 3 otherwise
+    channels: int | None = None,  # 1 or 3; None is 1 if all images are grey, 3 otherwise
 ) -> Images:
-    "A data set from this machine or the Hugging Face Hub, decoded once and memory-mapped."
+    """A data set from this machine or the Hugging Face Hub, decoded once and memory-mapped.
+
+    A folder is an existing path, or the name of a folder of `$PDAE_NB_DATA` or `data`. It holds
+    parquet files, CelebA's download, or images in the folders train, validation and test.
+    Channels and classes are settled over all splits. A folder without splits has the same images
+    in each split, and a message says so.
+    """
     if split == 'valid':
         split = 'validation'
-    if split not in _SPLITS:
+    if split not in SPLITS:
         raise ValueError(f'split must be train, validation or test, got {split!r}')
+    _check_request(size, channels)
     if name == 'digits':
         grey = digits(split, size)
         return Images(grey.x.repeat(1, channels or 1, 1, 1), grey.y, grey.classes)
-    size = size or SIZE.get(name, 64)
-    crop = D2C_CROP if name.startswith('celeba') else None
-    images = _cached(name, split, size, channels, crop, lambda: _find_source(name, split))
-    images.classes = images.classes or CLASSES.get(name, '').split()
-    return images
+    source, where = _find_source(name, split)
+    if split != 'train' and not source.has_splits:
+        note(
+            f'{shown(where)} has no folders train, validation and test: the split {split!r} '
+            'has the same images as the training'
+        )
+    return _load(source, where, split, size or SIZE.get(Path(where).name, 64), channels)
+
+
+def check_splits(
+    name: str | Path,  # data set; errors begin with it
+    train: Images,  # images for training
+    test: Images,  # images for the test
+) -> None:
+    "Raise unless training and test have the same channels, height, width and classes."
+    if train.x.shape[1:] != test.x.shape[1:]:
+        raise ValueError(
+            f'{shown(name)}: the images are {tuple(train.x.shape[1:])} for training '
+            f'and {tuple(test.x.shape[1:])} for the test'
+        )
+    if train.classes != test.classes:
+        raise ValueError(
+            f'{shown(name)}: the classes are {listed(train.classes, 8) or "none"} for training '
+            f'and {listed(test.classes, 8) or "none"} for the test'
+        )
 
 
 # %% ../nbs/toolbox/data.ipynb #f32c24c8
@@ -615,8 +349,14 @@ def folder(
     "Images of any size from a folder, cropped to the central square and resized."
     path = Path(path).expanduser().resolve()
     if not path.is_dir():
-        raise FileNotFoundError(f'{path} is not a folder')
-    return _cached(str(path), 'all', size, channels, None, lambda: _folder(path))
+        raise FileNotFoundError(f'{shown(path)} is not a folder')
+    _check_request(size, channels)
+    source = local_source(path)
+    if source.has_splits:
+        raise ValueError(
+            f'{shown(path)} has the splits {sorted(source.sizes)}: use load_images(path, split)'
+        )
+    return _load(source, path, 'train', size, channels)
 
 
 # %% ../nbs/toolbox/data.ipynb #701c0519
@@ -744,11 +484,14 @@ def _image_batch(source):
     x = source
     while x.ndim < 4:
         x = x[None]
-    if source.ndim not in (2, 3, 4) or x.shape[1] not in (1, 3):
+    if source.ndim not in (2, 3, 4) or x.shape[1] not in (1, 3) or not x.numel():
+        last = '; the channels must be the first axis of an image' if x.shape[-1] in (1, 3) else ''
         raise ValueError(
             'an image tensor must be (H,W), (C,H,W) or (B,C,H,W) with 1 or 3 channels, '
-            f'got {tuple(source.shape)}'
+            f'got {tuple(source.shape)}{last}'
         )
+    if x.is_floating_point() and not x.isfinite().all():
+        raise ValueError(f'{(~x.isfinite()).sum()} of {x.numel()} pixels are NaN or infinite')
     if x.is_floating_point() and (x.abs() > 1.001).any():
         raise ValueError(f'a float image must be in [-1,1], got {x.min():.3g} … {x.max():.3g}')
     return x
@@ -757,6 +500,10 @@ def _image_batch(source):
 def _tensor_x0(source, size, c, log):
     "An image tensor as x_0; another size or number of channels is converted by way of pixels."
     x = _image_batch(source)
+    if x.is_floating_point() and x.min() >= 0 and x.max() > x.min():
+        log('no pixel is below 0, the middle grey: images in [0,1] must be scaled to [-1,1]')
+    if x.dtype == torch.uint8 and x.max() == 1:
+        log('no pixel is above 1: the white of uint8 images is 255')
     if x.shape[1:] == (c, size, size):
         return to_signed(x) if x.dtype == torch.uint8 else x.float()
     from PIL import Image
@@ -767,39 +514,46 @@ def _tensor_x0(source, size, c, log):
 
 
 # %% ../nbs/toolbox/data.ipynb #c144e1c2
-def _file_of(source):
-    "Name and bytes of an image file; a PIL image becomes a PNG."
-    if not hasattr(source, 'save'):
-        return str(source), Path(source).expanduser().read_bytes()
-    png = io.BytesIO()
-    source.save(png, 'PNG')
-    return 'the picture', png.getvalue()
-
-
-def _geometry(name, raw):
-    "Height and width of an image file in pixels, and whether it is grey."
-    try:
-        x = torch.from_numpy(np.array(decode_image(raw, None, 3)))
-        grey = bool((x[0] == x[1]).all() and (x[1] == x[2]).all())
-    except Exception as e:
-        raise ValueError(f'{name}: not a readable image ({type(e).__name__}: {e})') from e
-    return (*x.shape[1:], grey)
+def _is_grey(image):
+    "Whether no pixel of a PIL image has a colour."
+    x = np.asarray(image)
+    return x.ndim == 2 or bool((x[..., :1] == x).all())
 
 
 def as_x0(
-    source,  # path, PIL image, or tensor (uint8, or float in [-1,1]): (H,W), (C,H,W), (B,C,H,W)
+    source,  # path, PIL image, or array (uint8, or float in [-1,1]): (H,W), (C,H,W), (B,C,H,W)
     size: int,  # height and width wanted, pixels
     c: int,  # channels wanted: 1 or 3
     log: Callable = print,  # receives a message about each conversion
 ) -> Tensor:  # float32 (B,c,size,size) in [-1,1]
-    "Any image as the x_0 of a network: size and colours are converted if necessary."
+    """Any image as the x_0 of a network: size and colours are converted if necessary.
+
+    An array is a tensor or a numpy array. Files and PIL images are decoded as by `read_image`.
+    """
+    if isinstance(source, np.ndarray):
+        source = torch.from_numpy(np.array(source))
     if torch.is_tensor(source):
         return _tensor_x0(source, size, c, log)
-    name, raw = _file_of(source)
-    height, width, grey = _geometry(name, raw)
+    if isinstance(source, str):
+        source = Path(source)
+    if isinstance(source, Path):
+        source = source.expanduser()
+    elif not isinstance(source, bytes) and not hasattr(source, 'save'):
+        raise TypeError(
+            f'an image must be a path, a PIL image, an array or a tensor, got {type(source)}'
+        )
+    name = name_of(source)
+    try:
+        image, remarks = read_image(source)
+        height, width, grey = image.height, image.width, _is_grey(image)
+    except FileNotFoundError:
+        raise
+    except Exception as e:
+        raise ValueError(f'{name}: not a readable image ({type(e).__name__}: {e})') from e
+    for remark in remarks:
+        log(f'{name}: {remark}')
     if (height, width, grey) != (size, size, c == 1):
         found = f'{width}x{height} {"grey" if grey else "colour"}'
         wanted = f'{size}x{size} {"grey" if c == 1 else "colour"}'
         log(f'{name}: {found} taken as {wanted}')
-    u8 = torch.from_numpy(np.array(decode_image(raw, size, c)))
-    return to_signed(u8[None])
+    return to_signed(torch.from_numpy(square(image, size, c).copy())[None])

@@ -41,7 +41,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .data import IMAGE_TYPES, as_x0, load_images, mnist_or_digits, to_signed
+from .data import as_x0, load_images, mnist_or_digits, to_signed
+from .decode import image_files, shown
 from .denoise import Denoiser, loss_curve
 from .files import write_json
 from .forward import Schedule
@@ -93,9 +94,10 @@ def held_out_images(
 def _image_files(paths):
     "The files among the paths, and the image files in the folders among them."
     files = []
-    for path in map(Path, paths):
+    for path in paths:
+        path = Path(path).expanduser()
         if path.is_dir():
-            files.extend(sorted(p for p in path.rglob('*') if p.suffix.lower() in IMAGE_TYPES))
+            files.extend(image_files(path))
         else:
             files.append(path)
     return files
@@ -111,12 +113,12 @@ def _read(paths, shape, log):
     for file in files:
         try:
             images.append(as_x0(file, size, c, log))
-            names.append(file.name)
+            names.append(shown(file.name))
         except (ValueError, OSError) as e:
-            unreadable.append(str(file))
+            unreadable.append(shown(file))
             log(f'left out: {e}')
     if not images:
-        found = ', '.join(map(str, files[:5])) or f'no image files in {" ".join(map(str, paths))}'
+        found = ', '.join(map(shown, files[:5])) or f'no image files in {" ".join(map(str, paths))}'
         raise ValueError(f'none of {len(files)} pictures could be read: {found}')
     return torch.cat(images), names, unreadable
 
@@ -554,10 +556,10 @@ def _measure(x, x0, y, eval_classifier, feats):
 # %% ../nbs/toolbox/evaluation.ipynb #a1694db9
 def _sums(path, mark):
     "The sums that an earlier call wrote for the same weights `mark`; without a file, no rows."
-    if not path or not Path(path).exists():
+    if not path or not Path(path).expanduser().exists():
         return dict(rows={}, print=mark)
     try:
-        sums = json.loads(Path(path).read_text('utf-8'))
+        sums = json.loads(Path(path).expanduser().read_text(encoding='utf-8'))
         old_mark = sums['print']
         sums['rows'].keys()
     except (ValueError, KeyError, TypeError, AttributeError) as e:

@@ -87,7 +87,7 @@ def write_bytes(
     data: bytes,
 ) -> None:
     "Write a file completely or not at all: temporary name, fsync, rename."
-    path = Path(path)
+    path = Path(path).expanduser()
     tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -488,7 +488,7 @@ def locked(
     out: str | Path,  # folder of the run; made if it does not exist
 ):
     "Allow one run per folder, by a file lock."
-    out = Path(out)
+    out = Path(out).expanduser()
     out.mkdir(parents=True, exist_ok=True)
     with open(out / '.lock', 'w', encoding='utf-8') as f:
         try:

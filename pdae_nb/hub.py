@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .data import as_x0, cache_dir, load_images
+from .data import Images, as_x0, cache_dir, check_splits, load_images
 from .files import (
     assets_dir,
     checkout,
@@ -48,7 +48,7 @@ from .files import (
 from .logs import summary_writer, while_open
 from .methods.classifier import EvalClassifier, NoisyClassifier
 from .methods.diffae import DiffAE
-from .methods.dpm import DPM, ClassConditionalDPM, LabelUNet
+from .methods.dpm import DPM, ClassConditionalDPM, LabelUNet, check_labels
 from .methods.label_pdae import LabelPDAE
 from .methods.latent import LatentDPM
 from .methods.pdae import PDAE
@@ -479,6 +479,7 @@ def train(
         summary_writer()  # before the images are read
     images = load_images(recipe.data, 'train', recipe.px)
     test = load_images(recipe.data, 'test', recipe.px)
+    _check_data(recipe, images, test)
     below = load(recipe.base) if isinstance(recipe.base, (str, Path)) else recipe.base
     with seeded(recipe.seed, torch.device('cpu')):
         model = _build_model(recipe, images, below, build)
@@ -487,6 +488,17 @@ def train(
         with locked(out):
             _keep_base(below, out)
     return train_model(model, recipe, out, images, test, name=name, **options)
+
+
+def _check_data(recipe: Recipe, images: Images, test: Images) -> None:
+    "Raise unless training and test fit together, and have labels if the method needs them."
+    check_splits(recipe.data, images, test)
+    if issubclass(recipe.method, _OF_LABELS):
+        check_labels(recipe, images)
+        check_labels(recipe, test)
+
+
+_OF_LABELS = (ClassConditionalDPM, LabelPDAE, NoisyClassifier, EvalClassifier)
 
 
 def _check_same_base(record: dict, recipe: Recipe, out: Path) -> None:

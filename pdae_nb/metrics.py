@@ -39,9 +39,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .data import Images, cache_dir, to_signed, to_uint8
+from .cache import keep_cached, read_cached
+from .data import Images, cache_file, to_signed, to_uint8
 from .edit import slerp
-from .files import read_tensors, write_tensors
 from .forward import real_type
 from .methods.classifier import EvalClassifier
 
@@ -230,6 +230,19 @@ class Stats(NamedTuple):
     n: int | None = None  # number of images
 
 
+class _ImageStats(Stats):
+    "Statistics of images of a known shape"
+
+    shape: tuple[int, ...]  # of one image: (C,H,W)
+
+    @classmethod
+    def of(cls, found: Stats, shape: tuple[int, ...]) -> '_ImageStats':
+        "Statistics and the shape of the images"
+        known = cls(*found)
+        known.shape = tuple(shape)
+        return known
+
+
 def _rows(f) -> Tensor:
     "Features (N,D) as float64 on the CPU; raises for anything else"
     if isinstance(f, tuple):
@@ -332,12 +345,32 @@ def features(
     return torch.cat([feats(x).cpu() for x in batches])
 
 
+def _shape_of(images) -> tuple[int, ...] | None:
+    "The shape (C,H,W) of one image, of `Images`, a tensor or `Stats`; None if it is unknown"
+    if isinstance(images, tuple):
+        shape = getattr(images, 'shape', None)
+        return None if shape is None else tuple(shape)
+    x = images.x if isinstance(images, Images) else images
+    return tuple(x.shape[1:])
+
+
+def _check_shapes(real, fake) -> None:
+    "Raise unless two sets of images have the same channels, height and width"
+    a, b = _shape_of(real), _shape_of(fake)
+    if a is not None and b is not None and a != b:
+        raise ValueError(f'expected images of one shape (C,H,W), got {a} and {b}: resize one set')
+
+
 def fid(
     feats: Feats,  # feature network; report `feats.name` beside the number
     real: Images | Tensor | tuple,  # images in [-1,1], or `Stats` as from `reference_stats`
     fake: Images | Tensor | tuple,  # images or `Stats`
 ) -> float:  # squared units of the features; its bias falls with N, so report N
-    "Fréchet distance of features, f'FID-{feats.name}' (Heusel et al. 2017; PDAE Table 2)"
+    """Fréchet distance of features, f'FID-{feats.name}' (Heusel et al. 2017; PDAE Table 2).
+
+    Images of different channels or sizes raise ValueError.
+    """
+    _check_shapes(real, fake)
     f1 = real if isinstance(real, tuple) else features(feats, real)
     f2 = fake if isinstance(fake, tuple) else features(feats, fake)
     return frechet(f1, f2)
@@ -418,6 +451,7 @@ def kid(
     **kw,  # for `mmd`: blocks, seed
 ) -> tuple[float, float]:  # value, which may be below 0, and standard error
     "Kernel distance of features, f'KID-{feats.name}' (Bińkowski et al. 2018)"
+    _check_shapes(real, fake)
     return mmd(features(feats, real), features(feats, fake), **kw)
 
 
@@ -545,24 +579,27 @@ def at_hand(
 
 
 # %% ../nbs/toolbox/metrics.ipynb #ee1cfa92
-def _stats_path(images: Images, about: dict) -> Path:
-    "File in `cache_dir()`, named after the network and a hash of `about` and the pixels"
+def _stats_path(images: Images, about: dict) -> Path | None:
+    "File in the cache, named after the network and a hash of `about` and the pixels"
     digest = hashlib.sha256(repr(about).encode())
     for pixels in images.x.split(10_000):
         digest.update(pixels.cpu().contiguous().numpy())
     name = re.sub('[^0-9A-Za-z]+', '-', about['feats'])
-    return cache_dir() / f'stats-{name}-{digest.hexdigest()[:20]}.safetensors'
+    return cache_file(f'stats-{name}-{digest.hexdigest()[:20]}.safetensors')
 
 
-def _stored_stats(path: Path, about: dict) -> Stats | None:
+def _stored_stats(path: Path | None, about: dict) -> Stats | None:
     "Statistics from a file; None if it is missing, damaged or of other images"
+    read = read_cached(path)
+    if read is None:
+        return None
+    tensors, stored = read
     try:
-        tensors, stored = read_tensors(path)
         found = Stats(tensors['mean'], tensors['cov'], about['shape'][0])
         _root(found)  # raises if they are no statistics
-    except (OSError, ValueError, KeyError):
+    except (ValueError, KeyError):
         return None
-    return found if stored == about else None
+    return _ImageStats.of(found, about['shape'][1:]) if stored == about else None
 
 
 def reference_stats(
@@ -571,20 +608,20 @@ def reference_stats(
     crop: str = '',  # how they were cropped and resized, for the key of the cache
     bs: int = 500,  # images per batch
 ) -> Stats:
-    """`Stats` of real images, stored in `cache_dir()`.
+    """`Stats` of real images, stored in the cache.
 
     The key is a hash of pixels, shape, `crop` and network. A damaged file is replaced.
     """
     if not isinstance(images, Images):
         raise TypeError(f'expected Images, got {type(images).__name__}')
     if feats.key is None:
-        return stats(features(feats, images, bs))
+        return _ImageStats.of(stats(features(feats, images, bs)), images.x.shape[1:])
     about = dict(feats=feats.name, key=feats.key, shape=list(images.x.shape), crop=str(crop))
     path = _stats_path(images, about)
     found = _stored_stats(path, about)
     if found is None:
-        found = stats(features(feats, images, bs))
-        write_tensors(path, dict(mean=found.mean, cov=found.cov), about)
+        found = _ImageStats.of(stats(features(feats, images, bs)), images.x.shape[1:])
+        keep_cached(path, dict(mean=found.mean, cov=found.cov), about)
     return found
 
 

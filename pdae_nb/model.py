@@ -748,7 +748,7 @@ def write_model(
 
     Each file is written completely or not at all. A folder without `run.json` holds no model.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     record = _record(model, folder, dtype)
     for name, network in model.named_children():
         state = network.state_dict()
@@ -805,7 +805,7 @@ def read_record(
     folder: str | Path,  # folder of a run
 ) -> dict:
     "The checked contents of `run.json`."
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     try:
         record = json.loads((folder / 'run.json').read_text('utf-8'))
     except (ValueError, RecursionError) as e:
@@ -826,7 +826,7 @@ def read_model(
     trust: bool = False,  # import classes from outside the package
 ) -> Model:  # in eval mode, float32
     "The model of a folder that `write_model` wrote."
-    folder = Path(folder).resolve()
+    folder = Path(folder).expanduser().resolve()
     record = read_record(folder)
     cls = _model_class(record, folder, trust)
     networks = {}

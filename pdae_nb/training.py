@@ -76,7 +76,7 @@ class Recipe:
     "The configuration of one training run."
 
     method: type  # class of the model, e.g. `PDAE`
-    data: str  # data set: a name of `load_images`, or the path of a folder of images
+    data: str | Path  # data set: a name of `load_images`, or the path of a folder of images
     px: int  # height and width of the images, pixels
     images: int  # length of the run: images in all its batches
     base: Any = None  # the frozen model underneath: name or path of a run, or a `Model`
@@ -121,6 +121,8 @@ class Recipe:
         "The fields as JSON holds them: class and base by name, settings as a dict."
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         fields['method'] = class_path(self.method)
+        if isinstance(self.data, Path):
+            fields['data'] = os.path.join('.', self.data)
         if isinstance(self.base, Model):
             fields['base'] = self.base.card.name
         elif self.base is not None:
@@ -797,7 +799,7 @@ def train_model(
     is called every `every` steps and after the last step. Output never stops the training: if `log`
     raises an OSError, it is not called again, and a log file that cannot be written is left out.
     """
-    out = Path(out)
+    out = Path(out).expanduser()
     log = while_open(log)
     device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     if min(every, log_every) < 1:

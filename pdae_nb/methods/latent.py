@@ -24,9 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data import Images, cache_dir, to_signed
+from ..cache import keep_cached, read_cached
+from ..data import Images, cache_file, to_signed
 from ..denoise import Denoiser, denoising_loss
-from ..files import fingerprint, read_tensors, write_tensors
+from ..files import fingerprint
 from ..forward import Schedule
 from ..model import Draw, GenerativeModel
 from ..sampling import ddim_step, sample
@@ -36,12 +37,12 @@ from .scorevae import code_noise
 
 # %% ../../nbs/course/12_latent.ipynb #c298a079
 def _codes_file(enc, images):
-    "File in `cache_dir()`; its name is a hash of the encoder (class, config, weights) and pixels."
+    "File in the cache; its name is a hash of the encoder (class, config, weights) and pixels."
     network = f'{type(enc).__name__} {getattr(enc, "config", None)} {fingerprint(enc)}'
     h = hashlib.sha256(f'{network} {tuple(images.x.shape)}'.encode())
     for pixels in images.x.split(10_000):
         h.update(pixels.cpu().contiguous().numpy())
-    return cache_dir() / f'codes-{h.hexdigest()[:20]}.safetensors'
+    return cache_file(f'codes-{h.hexdigest()[:20]}.safetensors')
 
 
 @torch.no_grad()
@@ -50,20 +51,19 @@ def encode_all(
     images: Images,  # the data set
     bs: int = 500,  # images per forward pass
 ) -> Tensor:  # codes: float32 (N,D), on the CPU
-    "The codes of a data set, computed once and kept in `cache_dir()`."
+    "The codes of a data set, computed once and kept in the cache."
     if enc.training:
         raise ValueError('the encoder is in training mode, where codes can be random: call eval()')
     path = _codes_file(enc, images)
-    try:
-        return read_tensors(path)[0]['z']
-    except (OSError, ValueError, KeyError):
-        pass  # no file, or a damaged one
+    found = read_cached(path)
+    if found is not None and 'z' in found[0]:
+        return found[0]['z']
     device = next(enc.parameters()).device
     z = torch.cat([enc(to_signed(u8.to(device))).float().cpu() for u8 in images.x.split(bs)])
     if not z.isfinite().all():
         bad = (~z.isfinite()).any(1).sum()
         raise ValueError(f'{bad} of {len(z)} images have codes with NaN or infinite numbers')
-    write_tensors(path, dict(z=z))
+    keep_cached(path, dict(z=z))
     return z
 
 
