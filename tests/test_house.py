@@ -24,7 +24,7 @@ LAYERS = [
     'data plot files',
     'forward denoise sampling solvers unet networks',
     'gap guidance weighting',
-    'model training',
+    'model training store',
     'methods.dpm methods.classifier methods.pdae methods.label_pdae methods.diffae '
     'methods.scorevae methods.vae methods.latent',
     'pretrained adapters',
