@@ -404,5 +404,7 @@ def load_results(
     "The numbers of an experiment, from the file that `results_path` names."
     path = results_path(experiment, size)
     if not path.exists():
-        raise FileNotFoundError(f'no results {path}; `pdae evaluate` and `pdae stages` make them')
+        raise FileNotFoundError(
+            f'no results {path}; `pdae evaluate` and `pdae reproduce` make them'
+        )
     return json.loads(path.read_text())

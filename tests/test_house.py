@@ -31,7 +31,8 @@ LAYERS = [
     'recipes hub',
     'edit metrics evaluation',
     'speed experiments.critical_stage experiments.training_efficiency experiments.autoencoding '
-    'experiments.latent_space experiments.generation experiments.scorevae',
+    'experiments.latent_space experiments.generation experiments.scorevae experiments.figures '
+    'experiments.items experiments.runs',
     'cli',
 ]
 LAYER = {module: number for number, line in enumerate(LAYERS, 1) for module in line.split()}
