@@ -14,9 +14,10 @@ import pytest
 from PIL import Image
 
 from pdae_nb.cli import main
-from pdae_nb.experiments import runs
+from pdae_nb.experiments import runs, training_efficiency
 from pdae_nb.experiments.items import ITEMS, PAPERS, STATUSES, Item, find_item, markdown, table
 from pdae_nb.experiments.runs import EXPERIMENTS, reproduce, run_page, sizes_of, write_figure
+from pdae_nb.experiments.training_efficiency import training_race
 from pdae_nb.store import ResultFile, differences
 
 matplotlib.use('Agg')
@@ -392,6 +393,37 @@ def test_measuring_item_is_continued_after_it_was_killed(tmp_path):
     again = subprocess.run(line, env=env, capture_output=True, text=True)
     assert json.loads(again.stdout)[0]['finished_before']
     assert 'finished before' in again.stderr
+
+
+@pytest.mark.slow
+def test_interrupted_race_is_continued(tmp_path, monkeypatch):
+    "The finished run is kept; step times are measured once; fewer seeds than runs are an error."
+    monkeypatch.setenv('PDAE_NB_CACHE', str(tmp_path / 'cache'))
+    path = tmp_path / 'race.json'
+    curve_of = training_efficiency._learning_curve
+    trained = []
+
+    def one_run(name, *args):
+        trained.append(name)
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        return curve_of(name, *args)
+
+    monkeypatch.setattr(training_efficiency, '_learning_curve', one_run)
+    with pytest.raises(KeyboardInterrupt):
+        training_race(path, 'smoke', (0,), 10)
+    assert not path.exists()
+    d = training_race(path, 'smoke', (0,), 10)
+    assert trained == ['mnist14_pdae', 'mnist14_diffae', 'mnist14_diffae']
+    assert list(d['runs']) == ['mnist14_pdae 0', 'mnist14_diffae 0']
+    assert d['step_seconds'].keys() == d['about']['recipes'].keys()
+    assert training_race(path, 'smoke', (0,), 10) == d
+    assert len(trained) == 3
+    with pytest.raises(ValueError, match='images 10, not 11'):
+        training_race(path, 'smoke', (0,), 11)
+    with pytest.raises(ValueError, match='holds 2 runs, 0 seeds would give 0'):
+        training_race(path, 'smoke', (), 10)
+    write_figure(EXPERIMENTS['mnist14_diffae'].figure(d), tmp_path / 'race.png')
 
 
 @pytest.mark.slow

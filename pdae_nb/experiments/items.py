@@ -112,7 +112,7 @@ ITEMS = (
          'experiments/latent_space_figures', ('7906303c', '1473e29b'), ('mnist_label_pdae',),
          'truncation/n', 7),
     Item('pdae-sec3.4', 'Weight, coefficient of the loss',
-         'With equal weights of all timesteps, training is extremely unstable.',
+         'The weights of Eq. 10 improve training; with equal weights it is extremely unstable.',
          'mnist 14', 60, 3, 'weaker',
          'Equal weights close less of the gap in each seed, but training is not unstable. Two of '
          'the four variants have two seeds.',
@@ -134,9 +134,9 @@ ITEMS = (
     Item('pdae-table2', 'FID of unconditional samples',
          'PDAE has a lower FID than DDIM and mostly than Diff-AE; all fall with the steps.',
          'mnist 28', 10_000, 1, 'weaker',
-         'PDAE is lowest in each column, significantly only with 10 steps. With 20, 50 and 100 '
-         'steps there are 1,000, 400 and 200 samples, so the trend in the steps is not measured. '
-         'FID is of features of our own classifier.',
+         'PDAE is lowest in each column, but by more than two standard errors of both others only '
+         'with 10 steps. With 20, 50 and 100 steps there are 1,000, 400 and 200 samples, so the '
+         'trend in the steps is not measured. FID is of features of our own classifier.',
          'experiments/generation_figures', ('1feee0d6',), ('mnist_pdae_latent',), 'counts/n'),
     Item('pdae-table3', 'Few-shot conditional samples',
          'With few labels, PDAE has a lower FID than D2C, and mostly than Diff-AE.',

@@ -270,12 +270,12 @@ def run_page(
 ) -> dict[str, list[bytes]]:  # id of the cell -> its pictures, PNG
     "Run a page in a fresh kernel up to the last of these cells."
     path = page_path(page)
-    nbformat, nbclient = _client()
-    notebook = nbformat.read(path, as_version=4)
-    ids = [cell['id'] for cell in notebook.cells]
+    ids = [cell['id'] for cell in json.loads(path.read_text(encoding='utf-8'))['cells']]
     missing = [cell for cell in cells if cell not in ids]
     if missing:
         raise ValueError(f'{path} has no cell {missing[0]!r}')
+    nbformat, nbclient = _client()
+    notebook = nbformat.read(path, as_version=4)
     last = max(ids.index(cell) for cell in cells)
     notebook.cells = copy.deepcopy(notebook.cells[: last + 1])
     client = nbclient.NotebookClient(
