@@ -18,12 +18,12 @@ from pdae_nb.experiments import runs, training_efficiency
 from pdae_nb.experiments.items import ITEMS, PAPERS, STATUSES, Item, find_item, markdown, table
 from pdae_nb.experiments.runs import EXPERIMENTS, reproduce, run_page, sizes_of, write_figure
 from pdae_nb.experiments.training_efficiency import training_race
+from pdae_nb.files import load_results
 from pdae_nb.store import ResultFile, differences
 
 matplotlib.use('Agg')
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / 'data/results'
 
 
 def by_name(item):
@@ -33,7 +33,16 @@ def by_name(item):
 
 def content(name):
     "A file of results at size lesson."
-    return json.loads((RESULTS / name / 'lesson.json').read_text(encoding='utf-8'))
+    return load_results(name)
+
+
+def is_measured(name):
+    "Whether there is a file of results at size lesson."
+    try:
+        content(name)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def cells_of(page):
@@ -107,11 +116,7 @@ def test_the_cells_of_an_item_show_pictures(item):
         assert 'image/png' in json.dumps(cells[cell]['outputs'])
 
 
-MEASURED = [
-    item
-    for item in ITEMS
-    if item.results and all((RESULTS / name / 'lesson.json').exists() for name in item.results)
-]
+MEASURED = [item for item in ITEMS if item.results and all(map(is_measured, item.results))]
 
 
 def test_most_experiments_were_measured():
@@ -261,7 +266,7 @@ def test_finished_evaluation_is_not_measured_again(tmp_path, monkeypatch):
     folder = tmp_path / 'mnist_label_pdae'
     folder.mkdir()
     file = folder / 'lesson.json'
-    file.write_bytes((RESULTS / 'mnist_label_pdae/lesson.json').read_bytes())
+    file.write_text(json.dumps(content('mnist_label_pdae')), encoding='utf-8')
     lines = []
     done = reproduce('pdae-fig9', 'lesson', out=tmp_path, log=lines.append)
     assert done['finished_before']
