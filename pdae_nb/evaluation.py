@@ -30,7 +30,6 @@ __all__ = [
 ]
 
 # %% ../nbs/toolbox/evaluation.ipynb #e8de7772
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -44,7 +43,6 @@ from torch import Tensor
 from .data import as_x0, load_images, mnist_or_digits, to_signed
 from .decode import image_files, shown
 from .denoise import Denoiser, loss_curve
-from .files import write_json
 from .forward import Schedule
 from .gap import FIG1_TIMES, compare_losses, gap_curve, scaled_times
 from .methods.classifier import (
@@ -59,6 +57,7 @@ from .model import GenerativeModel, Model, model_fingerprint, noise
 from .recipes import RECIPES
 from .sampling import invert, restored, sample
 from .solvers import dpmpp_step, round_trip, snr_times
+from .store import ResultFile
 from .training import add_result, hardware, noise_mse, versions
 
 
@@ -554,27 +553,6 @@ def _measure(x, x0, y, eval_classifier, feats):
 
 
 # %% ../nbs/toolbox/evaluation.ipynb #a1694db9
-def _sums(path, mark):
-    "The sums that an earlier call wrote for the same weights `mark`; without a file, no rows."
-    if not path or not Path(path).expanduser().exists():
-        return dict(rows={}, print=mark)
-    try:
-        sums = json.loads(Path(path).expanduser().read_text(encoding='utf-8'))
-        old_mark = sums['print']
-        sums['rows'].keys()
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ValueError(
-            f'{path} holds no sums of a table ({type(e).__name__}: {e}); '
-            'choose another path, or delete the file'
-        ) from e
-    if old_mark != mark:
-        raise ValueError(
-            f'{path} holds the sums of another model or evaluation classifier; '
-            'choose another path, or delete the file'
-        )
-    return sums
-
-
 def _add(row, values):
     "The row's sums after more images: n, and (sum, sum of squares) of each metric."
     row = row or dict(n=0)
@@ -669,7 +647,8 @@ def reconstruction_table(
     ways: tuple[str, ...] = tuple(WAYS),  # which ways to decode
 ) -> dict:  # '<method> <way> <steps>' -> n, mean and standard error of mse, ssim, lpips, kept
     "Reconstruction errors for each way to decode, for a model and its DPM alone (PDAE Table 1)."
-    sums = _sums(path, weights_mark(model, eval_classifier))
+    about = dict(weights=weights_mark(model, eval_classifier))
+    sums = ResultFile(path, about, kind='sums of a table', device=model.device)
     feats = eval_feats(eval_classifier)
     decoders = _decoders(model)
     rows = _rows(decoders, ways, steps)
@@ -679,18 +658,16 @@ def reconstruction_table(
         end = first + len(images)
         denoisers = {method: bind(images) for method, bind in decoders.items()}
         for row in rows:
-            old = sums['rows'].get(row.name)
+            old = sums.get('rows', row.name)
             measured = old['n'] if old else 0
             if measured >= end:
                 continue
             x = WAYS[row.way](denoisers[row.method], images, model.sched, row.steps, first)
             values = _measure(x, images, labels, eval_classifier, feats)
             skip = max(0, measured - first)  # each image counts once
-            sums['rows'][row.name] = _add(old, {k: v[skip:] for k, v in values.items()})
-            if path:
-                write_json(path, sums)
+            sums.put('rows', row.name, _add(old, {k: v[skip:] for k, v in values.items()}))
         log(f'{end} of {len(x0)} images')
-    return {k: _means(v) for k, v in sums['rows'].items()}
+    return {k: _means(v) for k, v in sums.finish()['rows'].items()}
 
 
 # %% ../nbs/toolbox/evaluation.ipynb #eab9d613

@@ -602,5 +602,7 @@ def load_results(
     path = find_results(experiment, size)
     if path is None:
         wanted = results_path(experiment, size)
-        raise FileNotFoundError(f'no results {wanted}; `pdae evaluate` and `pdae stages` make them')
+        raise FileNotFoundError(
+            f'no results {wanted}; `pdae evaluate` and `pdae reproduce` make them'
+        )
     return json.loads(path.read_text('utf-8'))

@@ -26,14 +26,15 @@ LAYERS = [
     'decode readers tables cache data logs plot files release',
     'forward denoise sampling solvers unet networks',
     'gap guidance weighting',
-    'model training',
+    'model training store',
     'methods.dpm methods.classifier methods.pdae methods.label_pdae methods.diffae '
     'methods.scorevae methods.vae methods.latent',
     'pretrained adapters',
     'recipes hub',
     'edit metrics evaluation',
     'speed experiments.critical_stage experiments.training_efficiency experiments.autoencoding '
-    'experiments.latent_space experiments.generation experiments.scorevae',
+    'experiments.latent_space experiments.generation experiments.scorevae experiments.figures '
+    'experiments.items experiments.runs',
     'cli',
 ]
 LAYER = {module: number for number, line in enumerate(LAYERS, 1) for module in line.split()}

@@ -582,7 +582,8 @@ def test_comparison_with_fewer_seeds_is_an_error(tmp_path):
     "Rows of more seeds are not overwritten."
     path = tmp_path / 'cases.json'
     rows = {f'{case} {seed}': {} for case in CASES for seed in (0, 1, 2)}
-    path.write_text(json.dumps(dict(runs=rows, priors={})))
+    about = dict(size='smoke')
+    path.write_text(json.dumps(dict(about=about, seconds=0, runs=rows, priors={})))
     before = path.read_bytes()
     n = len(CASES)
     with pytest.raises(ValueError, match=f'holds {3 * n} runs, 1 seeds would give {n}'):

@@ -251,7 +251,7 @@ def test_interrupted_comparison_is_continued(models, tmp_path, monkeypatch):
         m.setattr('pdae_nb.experiments.autoencoding._rough', interrupted)
         with pytest.raises(KeyboardInterrupt):
             compare(path, models, DDIM='dpm', VAE='vae')
-    half = row_of(path, 'VAE')
+    half = row_of(path.with_name('space.part.json'), 'VAE')
     assert {'nonlinearity', 'legible'} <= half.keys()
     assert 'ppl' not in half
     assert row_of(path, 'DDIM') == first
@@ -300,7 +300,7 @@ def test_comparison_of_other_runs_is_an_error(models, space_file):
     before = space_file.read_bytes()
     with pytest.raises(ValueError, match='other weights of VAE'):
         compare(space_file, models, DDIM='dpm', VAE='scorevae')
-    with pytest.raises(ValueError, match='by another evaluation classifier or first model'):
+    with pytest.raises(ValueError, match='of other settings .yard '):
         compare(space_file, models, VAE='vae')
     assert space_file.read_bytes() == before
 

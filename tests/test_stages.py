@@ -227,11 +227,17 @@ def computed_cells(path):
     return int(printed)
 
 
+def unfinished(path):
+    "The file that keeps the parts of a measurement until it is finished."
+    return path.with_name(f'{path.stem}.part.json')
+
+
 def cells_of(path):
-    "The packed cells of a file; none if there is no file."
-    if not path.exists():
-        return {}
-    return json.loads(path.read_text())['cells']
+    "The packed cells of a grid, finished or not; none if there is no file."
+    for file in (unfinished(path), path):
+        if file.exists():
+            return json.loads(file.read_text(encoding='utf-8'))['cells']
+    return {}
 
 
 @pytest.mark.slow
@@ -247,10 +253,13 @@ def test_killed_grid_is_continued(tmp_path):
     process.communicate()
     kept = cells_of(killed)
     assert 5 <= len(kept) < 56
+    assert not killed.exists(), 'the file is there only when it is complete'
     assert computed_cells(killed) == 56 - len(kept)
     assert computed_cells(whole) == 56
     assert cells_of(killed) == cells_of(whole)
     assert len(cells_of(whole)) == 56
+    assert not unfinished(killed).exists()
+    assert json.loads(killed.read_text(encoding='utf-8'))['shortest']['samples'] == 30
 
 
 class SquaredNorm:
@@ -276,6 +285,7 @@ def test_nan_is_an_error_and_no_cell(tmp_path):
     with pytest.raises(ValueError, match='NaN'):
         stage_grid(broken, SquaredNorm(), eval_classifier, xT, y, SCHED, step=250, path=path)
     assert not path.exists()
+    assert not unfinished(path).exists()
 
 
 DAMAGED = [
@@ -293,7 +303,7 @@ def test_damaged_file_of_a_grid_is_an_error(tmp_path, text):
     path.write_text(text)
     xT = torch.randn(6, 2)
     y = torch.arange(6) % 3
-    with pytest.raises(ValueError, match='g.json is not a whole stage grid'):
+    with pytest.raises(ValueError, match='g.json holds no stage grid'):
         stage_grid(None, None, None, xT, y, SCHED, step=250, path=path)
     assert path.read_text() == text, 'the file is unchanged'
 

@@ -15,8 +15,6 @@ __all__ = [
 ]
 
 # %% ../../nbs/experiments/autoencoding.ipynb #e205d891
-import json
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -27,7 +25,6 @@ from torch import Tensor
 
 from ..data import Images, load_images, to_signed
 from ..evaluation import Estimate, _measure, check_channels
-from ..files import write_json
 from ..hub import load, models_dirs
 from ..methods.classifier import EvalClassifier
 from ..methods.dpm import DPM
@@ -39,7 +36,8 @@ from ..model import GenerativeModel, model_fingerprint, noise
 from ..recipes import RECIPES
 from ..sampling import sample
 from ..speed import race
-from ..training import Recipe, hardware, versions
+from ..store import ResultFile
+from ..training import Recipe, hardware
 from .generation import drawn, fid_kid, shuffled, ways, with_bases
 from .latent_space import manipulation_fid, nonlinearity, pca, probe_auroc, walks
 from .training_efficiency import step_seconds
@@ -365,61 +363,23 @@ MEASUREMENTS = (  # in the order in which they are made
 )
 
 
-# %% ../../nbs/experiments/autoencoding.ipynb #b30c84fc
-def _begun(path, about, weights):
-    "The measurement of an earlier call, if it was of the same runs; else an empty one."
-    if not path.exists():
-        return dict(about=about, rows={}, seconds=0)
-    try:
-        d = json.loads(path.read_text('utf-8'))
-        old_about = d['about']
-        old_weights = {k: v['weights'] for k, v in d['rows'].items()}
-        d['seconds'] + 0  # a number
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ValueError(
-            f'{path} holds no measurement of codes ({type(e).__name__}: {e}); '
-            'choose another path, or delete the file'
-        ) from e
-    changed = [k for k in weights if k in old_weights and old_weights[k] != weights[k]]
-    if changed or old_about != json.loads(json.dumps(about)):
-        other = 'counts, or by another evaluation classifier or first model'
-        if changed:
-            other = f'weights of {", ".join(changed)}'
-        raise ValueError(
-            f'{path} holds a measurement of other {other}; choose another path, or delete the file'
-        )
-    return d
-
-
 # %% ../../nbs/experiments/autoencoding.ipynb #073f385e
-class _Results:
-    "Rows of results in a JSON file, one for each label. The file is written after each number."
+def _check_rows(data):
+    "Raise KeyError unless each row of the file states the weights of its model."
+    for label, row in data['rows'].items():
+        if 'weights' not in row:
+            raise KeyError(f'weights of {label}')
 
-    def __init__(self, path, about, weights, device, log):
-        self.path = path
-        self.weights = weights  # label -> fingerprints of the model
-        self.device = device
-        self.log = log
-        self.data = _begun(path, about, weights)
 
-    def keep(self, label, key, measure):
-        "Store `measure(old)`, unless it is None or equals the old value."
-        row = self.data['rows'].setdefault(label, dict(weights=self.weights.get(label)))
-        t0 = time.time()
-        old = row.get(key)
-        value = measure(old)
-        if value is None or value == old:
-            return
-        row[key] = value
-        self.data['hardware'] = hardware(self.device)
-        self.data['versions'] = versions()
-        self.data['seconds'] = round(self.data['seconds'] + time.time() - t0, 1)
-        write_json(self.path, self.data)
-        self.log(f'{label}, {key}: done')
-
-    def keep_new(self, label, key, measure):
-        "Store `measure()`, unless an earlier call has stored a value."
-        self.keep(label, key, lambda old: old or measure())
+def _update_row(results, label, key, measure, *, weights, log):
+    "Store `measure(old)` in the row of a label, unless it is None or equals the old value."
+    row = results.get('rows', label) or dict(weights=weights.get(label))
+    old = row.get(key)
+    value = measure(old)
+    if value is None or value == old:
+        return
+    results.put('rows', label, row | {key: value})
+    log(f'{label}, {key}: done')
 
 
 # %% ../../nbs/experiments/autoencoding.ipynb #e29747e5
@@ -473,24 +433,28 @@ def _labelled_images(yard, n):
     return images, shuffled(test)
 
 
-def _measure_models(results, setup, models):
+def _measure_models(update_row, setup, models):
     "Every measurement of every model to which it applies."
     for measurement in MEASUREMENTS:
         for label, model in models.items():
             if measurement.applies(model):
                 update = partial(measurement.update, setup, model)
-                results.keep(label, measurement.key, update)
+                update_row(label, measurement.key, update)
 
 
-def _measure_baselines(results, images, test, labels):
+def _measure_baselines(results, update_row, images, test, labels):
     "Linear probes of principal components, in the widths of the models' codes, and of pixels."
     some = images.x[:10_000]
 
-    def probe_pca(width):
+    def probe_pca(width, old):
+        if old:
+            return old
         code = pca(images.x, width)
         return _probe_accuracy(code(some), code(test.x), images, test)
 
-    def probe_pixels():
+    def probe_pixels(old):
+        if old:
+            return old
         a = to_signed(some).flatten(1)
         b = to_signed(test.x).flatten(1)
         return _probe_accuracy(a, b, images, test)
@@ -498,8 +462,8 @@ def _measure_baselines(results, images, test, labels):
     rows = results.data['rows']
     widths = {rows[k]['legible']['width'] for k in labels if 'legible' in rows.get(k, {})}
     for width in sorted(widths):
-        results.keep_new(f'PCA, {width}', 'legible', partial(probe_pca, width))
-    results.keep_new('pixels', 'legible', probe_pixels)
+        update_row(f'PCA, {width}', 'legible', partial(probe_pca, width))
+    update_row('pixels', 'legible', probe_pixels)
 
 
 # %% ../../nbs/experiments/autoencoding.ipynb #bae51de4
@@ -520,7 +484,6 @@ def evaluate_space(
     models are of one kind of images with classes. The costs are ratios to those of the first model.
     """
     _check_models(models)
-    path = Path(path)
     yard = next(iter(models.values()))
     check_channels(eval_classifier, yard)
     weights = {label: _mark(model) for label, model in models.items()}
@@ -533,10 +496,14 @@ def evaluate_space(
         fid_images=fid_images,
         t=TIMES,
     )
-    results = _Results(path, about, weights, yard.device, log)
+    results = ResultFile(
+        path, about, kind='measurement of codes', check=_check_rows, device=yard.device
+    )
+    results.check_weights('rows', weights)
+    update_row = partial(_update_row, results, weights=weights, log=log)
     images, test = _labelled_images(yard, n)
     feats = eval_feats(eval_classifier)
     setup = Setup(yard, images, test, eval_classifier, feats, n, steps, fid_images, seconds, log)
-    _measure_models(results, setup, models)
-    _measure_baselines(results, images, test, models)
-    return json.loads(path.read_text('utf-8'))
+    _measure_models(update_row, setup, models)
+    _measure_baselines(results, update_row, images, test, models)
+    return results.finish()

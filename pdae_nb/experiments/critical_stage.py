@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = [
+    'STAGES',
     'pair_logs',
     'stage_accuracy',
     'grid_calls',
     'unpack_cells',
     'stage_grid',
     'shortest_window',
+    'measure_stages',
 ]
 
 # %% ../../nbs/experiments/critical_stage.ipynb #6fd2961b
 import json
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -25,13 +26,15 @@ import torch
 from torch import Tensor
 
 from ..denoise import Denoiser
-from ..files import write_json
 from ..forward import Schedule
 from ..logs import read_log
-from ..methods.classifier import classifier_guided
+from ..methods.classifier import EvalClassifier, NoisyClassifier, classifier_guided
+from ..methods.dpm import DPM
+from ..model import model_fingerprint, noise
 from ..plot import bar
 from ..sampling import sample
-from ..training import _json
+from ..store import ResultFile
+from ..unet import autocast, bf16_pays
 
 
 # %% ../../nbs/experiments/critical_stage.ipynb #c979ffd1
@@ -173,49 +176,7 @@ def unpack_cells(
     return cells
 
 
-def _stored(path, about):
-    "The cells that an earlier call stored, and the seconds that it took."
-    if not path or not Path(path).exists():
-        return {}, 0.0
-    try:
-        d = json.loads(Path(path).read_text('utf-8'))
-        old = d['about']
-        cells = unpack_cells(d)
-        seconds = d['seconds']
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ValueError(
-            f'{path} is not a whole stage grid ({type(e).__name__}: {e}); '
-            'choose another path, or delete it'
-        ) from e
-    for key in old | about:
-        if old.get(key) != about.get(key):
-            raise ValueError(
-                f'{path} holds a grid of another {key}: {old.get(key)}, not {about.get(key)}. '
-                'Choose another path, or delete that one'
-            )
-    return cells, seconds
-
-
 # %% ../../nbs/experiments/critical_stage.ipynb #754a296f
-class _Cells:
-    "The cells (t1,t2) -> bool (B,) of a grid, and the file that keeps them."
-
-    def __init__(self, path, about):
-        self.path = path
-        self.about = about
-        self.cells, self.seconds = _stored(path, about)
-        self.start = time.time()
-
-    def add(self, window, hit):
-        "Add a cell, and write the file."
-        self.cells[window] = hit
-        if not self.path:
-            return
-        packed = {f'{t1}-{t2}': _pack(cell) for (t1, t2), cell in sorted(self.cells.items())}
-        seconds = round(self.seconds + time.time() - self.start)
-        write_json(self.path, dict(about=self.about, seconds=seconds, cells=packed))
-
-
 def _guided_down_to(sampler, denoiser, x, t2, last):
     "Guide from t2 to the timestep `last` of the grid. Yields each timestep t1 and the sample x_t1."
     for t1 in range(t2 - sampler.step, last - 1, -sampler.step):
@@ -234,8 +195,8 @@ def stage_grid(
     *,
     step: int = 50,  # distance of the grid's timesteps
     path=None,  # JSON file that keeps every finished cell; what it has is not computed again
-    about: dict
-    | None = None,  # further entries of the file; they must be those of an existing file
+    # further entries of the file's settings; they must be those of an existing file
+    about: dict | None = None,
     progress: Callable = bar,  # wraps the list of t2
     scale: float = 1.0,  # this and the following as in `stage_accuracy`
     substeps: int = 1,
@@ -259,16 +220,19 @@ def stage_grid(
         seed=seed,
         T=sched.T,
     )
-    store = _Cells(path, _json(settings | (about or {})))
-    cells = store.cells
+    about = settings | (about or {})
+    store = ResultFile(path, about, ('cells',), kind='stage grid', check=unpack_cells)
+    cells = unpack_cells(store.data)
     guide = classifier_guided(dpm, clf, y, sched, scale=scale)
     if len(cells) == len(grid) * (len(grid) - 1) // 2 + 1:
-        return cells
+        return _finished(store, cells, sched)
     sampler = _Sampler(sched, step, substeps, eta, clip, seed)
 
     def finish(window, x, t):
         x0 = sampler.run(dpm, x, t, 0)
-        store.add(window, (eval_classifier(x0).argmax(1) == y).cpu())
+        cells[window] = (eval_classifier(x0).argmax(1) == y).cpu()
+        t1, t2 = window
+        store.put('cells', f'{t1}-{t2}', _pack(cells[window]))
 
     x = xT  # unguided sample at t2
     for t2 in progress(grid[:-1]):
@@ -280,7 +244,7 @@ def stage_grid(
         x = sampler.run(dpm, x, t2, t2 - step)
     if (0, 0) not in cells:
         finish((0, 0), x, 0)
-    return cells
+    return _finished(store, cells, sched)
 
 
 # %% ../../nbs/experiments/critical_stage.ipynb #2f3c7be5
@@ -356,3 +320,79 @@ def shortest_window(
             full=_held_out_accuracy(right, left_out.sum(), everywhere),
         ),
     )
+
+
+# %% ../../nbs/experiments/critical_stage.ipynb #69f8cb52
+def _ends(cell):
+    "The ends t1, t2 of the window of a stored cell."
+    key, _ = cell
+    return tuple(map(int, key.split('-')))
+
+
+def _finished(store, cells, sched):
+    "End the file of a grid with what follows from all cells. Returns the cells."
+    if store.path is not None and not store.is_finished:
+        about = store.about
+        store.data['cells'] = dict(sorted(store.data['cells'].items(), key=_ends))
+        shortest = shortest_window(cells)
+        calls = grid_calls(sched, about['step'], about['substeps'])
+        store.finish(shortest=shortest, calls=calls)
+    return cells
+
+
+# %% ../../nbs/experiments/critical_stage.ipynb #554e0acd
+STAGES = dict(  # size -> samples per window, and arguments of `stage_grid`
+    smoke=dict(samples=20, step=250),
+    lesson=dict(samples=500),
+    paper=dict(samples=1000, substeps=50),
+)
+
+
+def _in_chunks(denoiser, rows=100):
+    "A denoiser that calls another with 100 images at a time, which fit the cache of a CPU."
+
+    def chunked(xt, t):
+        chunks = zip(xt.split(rows), t.split(rows), strict=True)
+        return torch.cat([denoiser(x_chunk, t_chunk) for x_chunk, t_chunk in chunks])
+
+    return chunked
+
+
+def measure_stages(
+    path: str | Path,  # JSON file to write; an existing one is continued
+    sampler: str,  # ddim or ddpm
+    size: str,  # smoke, lesson or paper
+    *,
+    dpm: DPM,  # an unconditional DPM
+    classifier: NoisyClassifier,  # classifier of noisy images, which guides
+    eval_classifier: EvalClassifier,  # classifier of clean images, which evaluates the samples
+    scale: float = 3.0,  # guidance scale
+) -> dict:  # the content of the file: settings, cells, shortest window, network calls
+    "Measure the critical stage: accuracy of guidance in each window of timesteps (PDAE Fig. 3)."
+    if sampler not in ('ddim', 'ddpm'):
+        raise ValueError(f'sampler must be ddim or ddpm, got {sampler!r}')
+    if size not in STAGES:
+        raise ValueError(f'size must be one of {", ".join(STAGES)}, got {size!r}')
+    grid = dict(STAGES[size])
+    n = grid.pop('samples')
+    models = dict(dpm=dpm, classifier=classifier, eval_classifier=eval_classifier)
+    about = dict(
+        **{k: model.card.name for k, model in models.items()},
+        weights={k: model_fingerprint(model) for k, model in models.items()},
+        bf16=bf16_pays(dpm.device),
+    )
+    with autocast(dpm.device):
+        stage_grid(
+            _in_chunks(dpm.denoiser()),
+            classifier,
+            eval_classifier.net,
+            noise(dpm.shape, n, 0).to(dpm.device),
+            torch.arange(n, device=dpm.device) % classifier.net.config['classes'],
+            dpm.sched,
+            path=path,
+            about=about,
+            scale=scale,
+            eta=float(sampler == 'ddpm'),
+            **grid,
+        )
+    return json.loads(Path(path).read_text(encoding='utf-8'))

@@ -6,7 +6,6 @@
 __all__ = ['CASES', 'Case', 'compare_cases']
 
 # %% ../../nbs/experiments/scorevae.ipynb #1144eea3
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -16,7 +15,6 @@ from typing import Any
 import torch
 
 from ..data import Images, cache_dir, load_images, to_signed
-from ..files import write_json
 from ..hub import cached_run, train
 from ..logs import read_log
 from ..methods.dpm import DPM
@@ -24,7 +22,8 @@ from ..methods.scorevae import CodedModel, ScoreVAE, ScoreVAESettings
 from ..methods.vae import VAESettings
 from ..model import Model, model_fingerprint
 from ..recipes import recipe, size_or_default
-from ..training import NonFinite, Recipe, hardware, versions
+from ..store import ResultFile
+from ..training import NonFinite, Recipe
 
 
 # %% ../../nbs/experiments/scorevae.ipynb #164b2525
@@ -63,32 +62,12 @@ CASES = {
 
 
 # %% ../../nbs/experiments/scorevae.ipynb #f341ff04
-def _earlier(path: Path, seeds) -> dict:
-    "Results that an earlier call has written, or empty ones; raises if these seeds give fewer runs"
-    try:
-        results = json.loads(path.read_text('utf-8')) if path.exists() else dict(runs={}, priors={})
-        found, _ = (len(results[part]) for part in ('runs', 'priors'))
-    except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(
-            f'{path} holds no comparison of cases ({type(e).__name__}: {e}); '
-            'choose another path, or delete it'
-        ) from e
-    wanted = len(CASES) * len(seeds)
-    if not wanted or found > wanted:
-        raise ValueError(
-            f'{path} holds {found} runs, {len(seeds)} seeds would give {wanted}; '
-            'choose another path, or more seeds'
-        )
-    return results
-
-
 @dataclass
 class _Study:
     "Training runs and results of one call of `compare_cases`"
 
-    path: Path  # JSON file
     size: str  # smoke or lesson
-    results: dict  # content of the JSON file
+    results: ResultFile
     device: torch.device  # of evaluations with other priors
     log: Callable  # takes a line of text
 
@@ -111,14 +90,13 @@ class _Study:
 
     def keep(self, part: str, case: str, seed: int, models: list[Model], measure: Callable) -> None:
         "Write the row that `measure` returns, unless the file has one for the same weights."
-        rows = self.results[part]
         key = f'{case} {seed}'
         weights = ' '.join(model_fingerprint(model) for model in models)
-        if rows.get(key, {}).get('weights') == weights:
+        row = self.results.get(part, key)
+        if row is not None and row.get('weights') == weights:
             return
-        rows[key] = measure() | dict(case=case, seed=seed, weights=weights)
-        machine = dict(hardware=hardware(self.device), versions=versions())
-        write_json(self.path, self.results | machine)
+        row = measure() | dict(case=case, seed=seed, weights=weights)
+        self.results.put(part, key, row)
         self.log(f'{case}, seed {seed}: done')
 
 
@@ -180,17 +158,19 @@ def compare_cases(
     (claim 2 of ScoreVAE Sec. 1). Each finished row is written at once, and a repeated call
     continues after the last one.
     """
-    path = Path(path)
     size = size_or_default(size)
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    study = _Study(path, size, _earlier(path, seeds), device, log)
+    parts = ('runs', 'priors')
+    results = ResultFile(path, dict(size=size), parts, kind='comparison of cases', device=device)
+    results.check_at_most('runs', len(CASES) * len(seeds), f'{len(seeds)} seeds')
+    study = _Study(size, results, device, log)
     own = cached_run('mnist14_dpm', size=size)
     test = load_images(own.card.recipe['data'], 'test', 14)
     n = recipe('mnist14_dpm', size).images
     half = study.train_dpm('half', n // 2)
     twice = study.train_dpm('twice', 2 * n)
     priors = dict(own=own, half=half, twice=twice)
-    study.results['dpm'] = {
+    dpms = {
         name: dict(
             images=prior.card.images_seen,
             noise_mse=prior.card.result['test_noise_mse'],
@@ -202,4 +182,4 @@ def compare_cases(
             model = _compare_runs(study, case, seed, own, f'{seed}-{number}')
             if number == 0 and model is not None:
                 _compare_priors(study, case, seed, model, priors=priors, test=test)
-    return json.loads(path.read_text('utf-8'))
+    return results.finish(dpm=dpms)

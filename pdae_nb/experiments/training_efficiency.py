@@ -32,15 +32,16 @@ from torch import Tensor
 
 from ..data import Images, batches, cache_dir, load_images, to_signed
 from ..denoise import Denoiser
-from ..files import output_file, write_json
+from ..files import output_file
 from ..forward import Schedule, at, score_to_eps
 from ..hub import cached_run, load, train
 from ..methods.pdae import PDAE, PDAESettings, pdae_denoiser
-from ..model import GenerativeModel, Model
+from ..model import GenerativeModel, Model, model_fingerprint
 from ..recipes import recipe, size_or_default
 from ..sampling import restored
 from ..speed import _sync, race
-from ..training import EMA, Recipe, autoencoder_noise_mse, fit, hardware, seeded, versions
+from ..store import ResultFile
+from ..training import EMA, Recipe, autoencoder_noise_mse, fit, seeded
 
 
 # %% ../../nbs/experiments/training_efficiency.ipynb #8e5d41bf
@@ -171,61 +172,34 @@ def train_variant(
 
 
 # %% ../../nbs/experiments/training_efficiency.ipynb #e363322e
-def _stored_study(path, about):
-    "The study in a file, if it has this recipe and DPM; a new study if there is no file."
-    if not path.exists():
-        return about | dict(runs={})
-    try:
-        stored = json.loads(path.read_text('utf-8'))
-        if not isinstance(stored, dict):
-            raise TypeError(f'expected a JSON object, got {type(stored).__name__}')
-    except (ValueError, TypeError) as e:
-        raise ValueError(
-            f'{path} holds no study ({type(e).__name__}: {e}); choose another path, or delete it'
-        ) from e
-    if (stored.get('recipe'), stored.get('dpm')) != (about['recipe'], about['dpm']):
-        raise ValueError(
-            f'{path} holds a study of another recipe or DPM; '
-            'choose another path, or delete that one'
-        )
-    return stored
-
-
 def study(
     path: str | Path,  # JSON file of all finished runs; an existing file is continued
     size: str | None = None,  # smoke or lesson; None takes $PDAE_NB_SIZE
     seeds: Iterable[int] = (0, 1, 2),  # of weights, order, timesteps and noise
     variants: Iterable[str] = VARIANTS,  # keys of `VARIANTS`
     log: Callable = print,  # receives a message about each finished run
-) -> dict:  # recipe, DPM, and a row for each variant and seed
+) -> dict:  # recipe and DPM (`about`), and a row for each variant and seed (`runs`)
     """Train all variants with all seeds (PDAE Sections 3.2 and 3.4).
 
     Each finished run is written to the file at once, and is not trained again.
     """
     size = size_or_default(size)
     r = recipe('mnist14_pdae', size)
-    path = Path(path)
     base = cached_run('mnist14_dpm', size=size)
-    about = dict(
-        recipe=r.as_json(),
-        dpm=base.card.result,
-        hardware=hardware(torch.device('cpu')),
-        versions=versions(),
-    )
-    results = _stored_study(path, about)
+    about = dict(recipe=r.as_json(), dpm=base.card.result)
+    results = ResultFile(path, about, ('runs',), kind='study')
     for seed in seeds:
         for variant in variants:
             key = f'{variant} {seed}'
-            if key in results['runs']:
+            if results.get('runs', key) is not None:
                 continue
             start = time.time()
             row = train_variant(replace(r, seed=seed, base=base), variant)
             seconds = round(time.time() - start)
-            results['runs'][key] = row | dict(variant=variant, seed=seed, seconds=seconds)
-            write_json(path, results)
+            results.put('runs', key, row | dict(variant=variant, seed=seed, seconds=seconds))
             error = row['own']['random']
             log(f'{variant}, seed {seed}: {seconds} s, MSE from random x_T {error:.4f}')
-    return results
+    return results.finish()
 
 
 # %% ../../nbs/experiments/training_efficiency.ipynb #79569756
@@ -323,18 +297,6 @@ def step_seconds(
 
 
 # %% ../../nbs/experiments/training_efficiency.ipynb #ff2c61db
-def _check_race(path, seeds):
-    "Raise if the file holds more runs than these seeds give."
-    if not path.exists():
-        return
-    had = len(json.loads(path.read_text('utf-8'))['runs'])
-    if had > 2 * len(seeds):
-        raise ValueError(
-            f'{path} holds {had} runs, more than these seeds give; '
-            'choose another path, or delete it'
-        )
-
-
 def _race_recipes(base, size):
     "Recipes of PDAE and Diff-AE at a constant learning rate, with equally many images in all."
     diffae = replace(recipe('mnist14_diffae', size), cooldown=0.0)
@@ -357,31 +319,33 @@ def training_race(
     seeds: Sequence[int] = (0, 1, 2),  # of weights, order, timesteps and noise
     images: int = 1000,  # number of held-out images
     log: Callable = print,  # receives a message about each finished run
-) -> dict:  # curves of all runs, and the seconds of a training step
+) -> dict:  # settings (`about`), curves of all runs, and the seconds of a training step
     """Learning curves of PDAE and Diff-AE of one size, at a constant rate (PDAE Section 4.1).
 
     After an interruption, the same call continues.
     """
     size = size_or_default(size)
-    path = Path(path)
-    _check_race(path, seeds)
     base = cached_run('mnist14_dpm', size=size)
     x0 = to_signed(load_images(base.card.recipe['data'], 'test', 14).x[:images])
     rows = _race_recipes(base, size)
-    results = dict(
-        dpm=dict(images=base.card.images_seen, noise_mse=_noise_mse(base, x0).mean().item()),
-        runs={},
+    about = dict(
         images=len(x0),
         recipes={k: r.as_json() for k, r in rows.items()},
+        dpm=model_fingerprint(base),
     )
+    dev = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    results = ResultFile(path, about, ('runs',), kind='training race', device=dev)
+    results.check_at_most('runs', len(rows) * len(seeds), f'{len(seeds)} seeds')
     for seed in seeds:
         for name, r in rows.items():
+            key = f'{name} {seed}'
+            if results.get('runs', key) is not None:
+                continue
             out = cache_dir() / 'runs' / f'race-{name}-{size}-{seed}'
             curve = _learning_curve(name, replace(r, seed=seed), out, x0)
-            results['runs'][f'{name} {seed}'] = curve
+            results.put('runs', key, curve)
             log(f'{name}, seed {seed}: {curve["noise_mse"][-1]:.4f}')
-    dev = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    results['step_seconds'] = step_seconds(rows, dev)
-    results |= dict(hardware=hardware(dev), versions=versions())
-    write_json(path, results)
-    return json.loads(path.read_text('utf-8'))
+    if results.is_finished:
+        return results.data
+    dpm = dict(images=base.card.images_seen, noise_mse=_noise_mse(base, x0).mean().item())
+    return results.finish(dpm=dpm, step_seconds=step_seconds(rows, dev))
