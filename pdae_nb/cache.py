@@ -30,20 +30,15 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from .decode import Header, bits_of, note, read_header, read_image, shown, square
-from .files import read_tensors, write_tensors
+from .files import _lock, read_tensors, write_tensors
 from .readers import Source
-
-try:
-    import fcntl
-except ImportError:  # Windows has no file locks of this kind
-    fcntl = None
 
 # %% ../nbs/toolbox/cache.ipynb #cach0006
 _CHUNK_BYTES = 2**26  # of image files that are decoded together
@@ -321,10 +316,8 @@ _DAY = 86_400  # seconds
 
 def _try_lock(file):
     "Lock an opened file if that is possible at once; return whether it was."
-    if fcntl is None:
-        return False
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(file)
         return True
     except OSError:
         return False
@@ -335,25 +328,33 @@ def _turn(path):
     "Wait while another process makes the same cache file."
     lock = path.with_name(f'.{path.name}.lock')
     with open(lock, 'wb') as file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError as e:
-                note(
-                    f'{shown(path.parent)} is on a file system without locks ({e.strerror}): '
-                    'processes that start together may decode the same images'
-                )
+        _wait_for_lock(file, path.parent)
         try:
             yield
         finally:
-            lock.unlink(missing_ok=True)
+            with suppress(OSError):  # Windows removes no file that another process has opened
+                lock.unlink()
+
+
+def _wait_for_lock(file, folder):
+    "Lock an opened file as soon as it is free. Without locks, say so."
+    while True:
+        try:
+            return _lock(file)
+        except BlockingIOError:
+            time.sleep(0.1)
+        except OSError as e:
+            return note(
+                f'{shown(folder)} is on a file system without locks ({e.strerror}): '
+                'processes that start together may decode the same images'
+            )
 
 
 def _is_abandoned(path):
     "Whether the process that made a temporary file has ended, as far as a lock or its age tells."
     if time.time() - path.stat().st_mtime > _DAY:
         return True
-    if fcntl is None or path.is_dir() or path.suffix != '.part':
+    if path.is_dir() or path.suffix != '.part':
         return False
     with open(path, 'rb') as file:
         return _try_lock(file)

@@ -33,7 +33,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .data import Images, as_x0, cache_dir, check_splits, load_images
+from .data import (
+    SIZE,
+    Images,
+    as_x0,
+    cache_dir,
+    check_splits,
+    load_images,
+    mnist_or_digits,
+    to_signed,
+)
 from .files import (
     assets_dir,
     checkout,
@@ -588,16 +597,34 @@ def _silent(line):
 
 # %% ../nbs/toolbox/hub.ipynb #8444dc5a
 def images(
-    source,  # path of an image file, PIL image or tensor, or a list of them
+    source,  # name of a data set; or path of an image file, PIL image or tensor, or a list of them
     model: Model,  # model whose images they should become
     log: Callable = print,  # receives a message about each conversion
+    *,
+    n: int = 16,  # number of images, of a data set
+    split: str = 'test',  # train, validation or test, of a data set
 ) -> Tensor:  # on the model's device, in [-1,1]: (B,c,size,size)
-    "Any images in the form that a model takes."
+    """Any images in the form that a model takes.
+
+    Of a data set, the first n images of a split. If MNIST is not available, its test images are
+    those that the package contains.
+    """
     if len(model.shape) != 3:
         raise ValueError(f'{type(model).__name__} is a model of {model.shape}, not of images')
     c, size, _ = model.shape
+    if isinstance(source, str) and source in (*SIZE, 'digits'):
+        if n < 1:
+            raise ValueError(f'n must be at least 1, got {n}')
+        return to_signed(_data_set(source, split, size, c, log).x[:n]).to(model.device)
     sources = source if isinstance(source, (list, tuple)) else [source]
     return torch.cat([as_x0(item, size, c, log) for item in sources]).to(model.device)
+
+
+def _data_set(name, split, size, c, log):
+    "A data set. Test images of MNIST are those of the package, if there are no others."
+    if (name, split, c) == ('mnist', 'test', 1):
+        return mnist_or_digits(split, size, log=log)
+    return load_images(name, split, size, c)
 
 
 # %% ../nbs/toolbox/hub.ipynb #b39e788c

@@ -186,8 +186,10 @@ def _append(url, part, size):
         )
         if answer.status != 200 and not resumes:
             raise OSError(f'{url}: asked for bytes from {have} on, got status {answer.status}')
-        have = have if resumes else 0
-        with open(part, 'ab' if resumes else 'wb') as file:
+        if not resumes:
+            part.unlink(missing_ok=True)
+            have = 0
+        with open(part, 'ab') as file:
             while have <= size and (chunk := answer.read(_CHUNK)):
                 file.write(chunk)
                 have += len(chunk)

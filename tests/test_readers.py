@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pdae_nb import cache, decode
+from pdae_nb import cache, decode, files
 from pdae_nb.data import as_x0, folder, load_images, to_signed
 from pdae_nb.evaluation import _image_files
 from pdae_nb.files import locked, write_json
@@ -794,12 +794,12 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch, told):
         assert loaded(root)[0] == [0, 1]  # from the cache file
 
 
-@pytest.mark.skipif(cache.fcntl is None, reason='no file locks')
+@pytest.mark.skipif(files.fcntl is None, reason='no file locks')
 def test_a_file_system_without_locks(tmp_path, monkeypatch, told):
     def flock(file, operation):
         raise OSError(37, 'No locks available')
 
-    monkeypatch.setattr(cache.fcntl, 'flock', flock)
+    monkeypatch.setattr(files.fcntl, 'flock', flock)
     assert loaded(layout(tmp_path / 'mine', '0.png', '1.png'))[0] == [0, 1]
     assert 'No locks available' in told()
 

@@ -119,7 +119,7 @@ def without_mnist(monkeypatch, tmp_path):
     def unreachable(name, split):
         raise ConnectionError('no network')
 
-    monkeypatch.setattr('pdae_nb.data._hub', unreachable)
+    monkeypatch.setattr('pdae_nb.data.HubSource', unreachable)
 
 
 def serve_from_checkout(server, name):
