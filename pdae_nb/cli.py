@@ -37,6 +37,7 @@ from pathlib import Path
 
 import torch
 from fastcore.script import anno_parser
+from tqdm import tqdm
 
 from .data import load_images, mnist_test_images, to_signed
 from .edit import attribute as labels_of
@@ -51,6 +52,7 @@ from .evaluation import (
     _device,
     _log_to_stderr,
     add_missing_result,
+    data_of,
     evaluate_cdpm,
     evaluate_classifier,
     evaluate_coder,
@@ -155,11 +157,15 @@ def cmd_train(
     *,
     # folder of the run: checkpoints, samples, log and, at the end, the model; otherwise runs/NAME
     out: str = None,
+    # length of the run, instead of the recipe's: images in all batches, e.g. 500k or 2M. A larger
+    # number continues a finished run.
+    images: str = None,
     steps: int = None,  # total number of training steps, instead of the recipe's
     # the frozen model underneath, instead of the recipe's. For PDAE or ScoreVAE it is a DPM: a run,
     # a checkpoint file, a diffusers folder, or user/name on the Hugging Face Hub. For a latent DPM
     # it is the run of the autoencoder.
     base: str = None,
+    init: str = None,  # run whose weights are the initial ones; otherwise they are random
     seed: int = 0,  # seed of the initial weights, the order of the images, the timesteps and noise
     device: str = None,  # cpu, cuda or mps (Apple); otherwise the CUDA GPU, if there is one
     compile: bool = False,  # compile the networks with torch.compile
@@ -171,13 +177,18 @@ def cmd_train(
 ) -> dict:  # results of the run
     "Train a run, or resume it: the same command continues an interrupted training"
     r = recipe(name, size)
-    images = r.images if steps is None else steps * r.batch
-    r = replace(r, seed=seed, images=images)
+    if images is not None and steps is not None:
+        raise ValueError('--images and --steps both give the length of the run: name one of them')
+    length = r.images if images is None else _number_of(images)
+    if steps is not None:
+        length = steps * r.batch
+    r = replace(r, seed=seed, images=length)
     model = train(
         name,
         r,
         out=out,
         base=_base_model(r, name, base),
+        init=init,
         device=device,
         compile=compile,
         every=every,
@@ -185,6 +196,18 @@ def cmd_train(
         tensorboard=tensorboard,
     )
     return model.card.result
+
+
+def _number_of(text):
+    "A number such as 500k or 2M."
+    factors = dict(k=1_000, m=1_000_000)
+    digits = text.replace('_', '').replace(',', '').lower()
+    factor = factors.get(digits[-1:], 1)
+    digits = digits[:-1] if factor > 1 else digits
+    try:
+        return round(float(digits) * factor)
+    except (ValueError, OverflowError):
+        raise ValueError(f'expected a number of images such as 500k or 2M, got {text!r}') from None
 
 
 def _base_model(r, name, base):
@@ -362,11 +385,14 @@ def cmd_reconstruct(
         raise ValueError(f'{name} is no model of images that reconstructs: {model.title}')
     x0, names, unread = inputs(images, model, n or 16)
     x0 = x0[:n]
-    denoiser = model.denoiser(model.encode(x0) if model.is_autoencoder else None)
-    xT, x_inferred = round_trip(denoiser, x0, model.sched, steps, exact)
+    codes = model.encode(x0) if model.is_autoencoder else None
+    trips = []
+    for part, its_codes in tqdm(list(_chunks(x0, codes)), f'reconstruct {name}', disable=None):
+        trips.append(round_trip(model.denoiser(its_codes), part, model.sched, steps, exact))
+    xT, x_inferred = (torch.cat(parts) for parts in zip(*trips, strict=True))
     rows = {'input': x0, 'inferred $x_T$': x_inferred}
     if model.is_autoencoder:
-        x_random = model.sample_codes(model.encode(x0), seed=seed, steps=steps)
+        x_random = model.sample_codes(codes, seed=seed, steps=steps)
         rows['random $x_T$'] = x_random
     result = dict(
         picture=_picture(rows, out, f'{name}, {steps} steps', captions=names and names[:n]),
@@ -467,7 +493,7 @@ def cmd_manipulate(
 
 def _direction(model, attribute, labels):
     "The direction of an attribute: fitted to training images, else the one of the package."
-    data = model.card.recipe['data']
+    data = data_of(model)
     try:
         images = load_images(data, 'train', model.shape[-1])[:labels]
     except FileNotFoundError as e:
@@ -635,6 +661,7 @@ def cmd_convert(
     head_channels: int = None,  # channels of an attention head, instead of --heads
     new_order: bool = False,  # q, k, v in the order of guided-diffusion's use_new_attention_order
     cosine: bool = False,  # cosine noise schedule instead of the published one
+    timesteps: int = 1000,  # number of timesteps of the cosine schedule
     groups: int = None,  # groups of each group normalisation; otherwise 32
     lag: int = None,  # timestep that the network counts as 0: 0 if trained here, otherwise 1
     stats: str = None,  # file with the mean and standard deviation of codes, if it is separate
@@ -655,7 +682,7 @@ def cmd_convert(
             base=load(base) if base else None,
             data=data,
             new_order=new_order,
-            sched=Schedule.cosine() if cosine else None,
+            sched=Schedule.cosine(timesteps) if cosine else None,
             log=_log_to_stderr,
             **hints,
         )
@@ -972,11 +999,26 @@ def _usage():
     )
 
 
+_AT_LEAST_1 = ('n', 'steps', 'test_images', 'gap_images', 'labels', 'seeds', 'every', 'timesteps')
+
+
+def _check_numbers(keywords):
+    "Raise ValueError for a count below 1 or a negative seed."
+    for name in _AT_LEAST_1:
+        value = keywords.get(name)
+        if value is not None and value < 1:
+            raise ValueError(f'--{name.replace("_", "-")} must be at least 1, got {value}')
+    seed = keywords.get('seed')
+    if seed is not None and seed < 0:
+        raise ValueError(f'--seed must be at least 0, got {seed}')
+
+
 def _call(name, words):
     "Run a command with the words of a command line, and print its result as JSON."
     command = COMMANDS[name]
     parameters = inspect.signature(command).parameters
-    parsed = vars(anno_parser(command, prog=f'pdae {name}').parse_args(words))
+    parser = anno_parser(command, prog=f'pdae {name}')
+    parsed = vars(parser.parse_intermixed_args(words))  # files may come after options
     keywords = {k: v for k, v in parsed.items() if k in parameters}
     positional = []
     if any(p.kind is p.VAR_POSITIONAL for p in parameters.values()):
@@ -986,6 +1028,7 @@ def _call(name, words):
                 positional.extend(value or ())
                 break
             positional.append(value)
+    _check_numbers(keywords)
     result = command(*positional, **keywords)
     if result is None:
         return

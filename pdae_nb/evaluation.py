@@ -7,6 +7,7 @@ __all__ = [
     'TIMES',
     'WAYS',
     'TIMES_5',
+    'data_of',
     'held_out_images',
     'inputs',
     'add_missing_result',
@@ -72,18 +73,25 @@ def _device(
 
 
 # %% ../nbs/toolbox/evaluation.ipynb #9fd70682
+def data_of(
+    model: Model,  # a model
+) -> str:  # name or path of its data set
+    "The data set with which a model was trained, as its recipe names it."
+    recipe = model.card.recipe
+    if not recipe or not recipe.get('data'):
+        raise ValueError(
+            f'the model {model.card.name!r} has no recipe that names its data; give images, or '
+            'name the data when the model is converted (--data)'
+        )
+    return recipe['data']
+
+
 def held_out_images(
     model: Model,  # a trained model of images
     n: int,  # number of images, at least 1
 ) -> tuple[Tensor, Tensor | None]:  # images in [-1,1] (n,c,size,size); their labels (n,...)
     "The first test images of a model's data, and their labels, on the model's device."
-    recipe = model.card.recipe
-    if not recipe:
-        raise ValueError(
-            f'the model {model.card.name!r} has no recipe that names its data; '
-            'only models trained with a recipe have test images'
-        )
-    test = load_images(recipe['data'], 'test', model.shape[-1])
+    test = load_images(data_of(model), 'test', model.shape[-1])
     x0 = to_signed(test.x[:n]).to(model.device)
     y = None if test.y is None else test.y[:n].to(model.device)
     return x0, y

@@ -42,6 +42,7 @@ import json
 import math
 import os
 import signal
+import warnings
 import zlib
 from contextlib import contextmanager
 from pathlib import Path
@@ -452,11 +453,16 @@ class Stopped(Exception):
 
 @contextmanager
 def stoppable():  # yields the list of the numbers of the received signals
-    "Record SIGTERM and SIGINT (Ctrl-C) instead of ending the process or raising an error."
+    """Record SIGTERM and SIGINT (Ctrl-C) instead of ending the process or raising an error.
+
+    A second signal interrupts what is running: it raises `KeyboardInterrupt`.
+    """
     received = []
 
     def record(signum, frame):
         received.append(signum)
+        if len(received) > 1:
+            raise KeyboardInterrupt
 
     previous = {}
     try:
@@ -495,6 +501,12 @@ def locked(
             _lock(f)
         except BlockingIOError:
             raise RuntimeError(f'another run is writing to {out}') from None
+        except OSError as e:
+            warnings.warn(
+                f'{out} is on a file system without locks ({e.strerror}): '
+                'a second run in this folder is not noticed',
+                stacklevel=3,
+            )
         yield
 
 

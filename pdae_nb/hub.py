@@ -20,10 +20,12 @@ __all__ = [
 ]
 
 # %% ../nbs/toolbox/hub.ipynb #d28ed7f2
+import html
 import json
 import re
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -49,6 +51,7 @@ from .files import (
     fill,
     home,
     incomplete,
+    is_locked,
     locked,
     models_dir,
     models_dirs,
@@ -467,20 +470,29 @@ def train(
     size: str | None = None,  # smoke, lesson or paper; None takes $PDAE_NB_SIZE, else lesson
     out: str | Path | None = None,  # folder of the run; None: runs/NAME
     base: str | Path | Model | None = None,  # the model underneath, in place of the recipe's
+    init: str | Path | None = None,  # run whose weights are the initial ones
     build: Callable | None = None,  # network class in place of the method's own
     **options,  # for `train_model`: device, compile, every, log_every, look, log, tensorboard
 ) -> Model:  # the trained model
-    "Train a run. The same call resumes a run that was interrupted, or loads a finished one."
+    """Train a run. The same call resumes a run that was interrupted, or loads a finished one.
+
+    With more images in the recipe, the call continues a finished run. The learning rate then
+    follows the new length.
+    """
     recipe = recipe or recipe_of(name, size)
     out = Path(out or f'runs/{name}').expanduser()
     if base is not None:
         recipe = replace(recipe, base=base)
+    if init is not None:
+        recipe = replace(recipe, init=str(init))
     if (out / 'run.json').exists():
         record = read_record(out)
         if not isinstance(record.get('recipe'), dict) or not record['recipe']:
             raise ValueError(f'{out} holds a model without a recipe. Choose another folder')
         _check_same(record['recipe'], recipe, out)
-        if record.get('result') is not None:  # None: stopped before the evaluation was stored
+        is_whole = record['recipe'].get('images') == recipe.images
+        # without a result, the run was stopped before its evaluation was stored
+        if is_whole and record.get('result') is not None:
             _check_same_base(record, recipe, out)
             while_open(options.get('log', tqdm.write))(f'{out} is finished')
             return load(out, network=build, trust=build is not None)
@@ -493,6 +505,8 @@ def train(
     with seeded(recipe.seed, torch.device('cpu')):
         model = _build_model(recipe, images, below, build)
     check_storable(model, build)
+    if recipe.init is not None:
+        _start_from(model, load(recipe.init), recipe.init)
     if below is not None and (below.path is None or not (below.path / 'run.json').exists()):
         with locked(out):
             _keep_base(below, out)
@@ -508,6 +522,16 @@ def _check_data(recipe: Recipe, images: Images, test: Images) -> None:
 
 
 _OF_LABELS = (ClassConditionalDPM, LabelPDAE, NoisyClassifier, EvalClassifier)
+
+
+def _start_from(model: Model, source: Model, name: str) -> None:
+    "Copy the weights of a trained model into an untrained one of the same class and shapes."
+    if type(source) is not type(model):
+        raise ValueError(
+            f'the initial weights must be those of a {type(model).__name__}, '
+            f'{name} is a {type(source).__name__}'
+        )
+    fill(model, source.state_dict(), name)
 
 
 def _check_same_base(record: dict, recipe: Recipe, out: Path) -> None:
@@ -578,6 +602,10 @@ def cached_run(
     if recipe.base is not None:
         recipe = replace(recipe, base=_cached_base(recipe, size))
     out = cache_dir() / 'runs' / f'{name}-{size}'
+    if is_locked(out):
+        print(f'waiting for another process that trains {name}')
+    while is_locked(out):
+        time.sleep(1)
     return train(name, recipe, out=out, log=_silent)
 
 
@@ -648,14 +676,15 @@ def model_card(
     networks = dict(model.named_children())
     lines = [
         '---',
-        f'license: {licence or "apache-2.0"}',
+        f'license: {json.dumps(licence or "apache-2.0")}',
         'library_name: pdae_nb',
         'tags: [diffusion, autoencoder]',
         *([f'datasets: [{json.dumps(data)}]'] if data else []),
         '---',
-        f'# {card.name}: {type(model).__name__}',
+        f'# {_escaped(card.name)}: {type(model).__name__}',
         '',
-        f'{_origin(card)}. Data: {data or "unknown"}, {size} pixels. {weights:,} weights.',
+        f'{_escaped(_origin(card))}. Data: {_escaped(data or "unknown")}, {size} pixels. '
+        f'{weights:,} weights.',
         '',
         '| network | class |',
         '|---|---|',
@@ -664,11 +693,23 @@ def model_card(
         *_result_table(card.result or {}),
         '```python',
         'import pdae_nb',
-        f"model = pdae_nb.load('USER/{card.name}')",
+        f"model = pdae_nb.load('{_address(card)}')",
         '```',
         '',
     ]
     return '\n'.join(lines)
+
+
+def _address(card: Card) -> str:
+    "Where the model card says that the model is; `push_run` puts the real place there."
+    return f'USER/{card.name}' if re.fullmatch(r'[\w.-]+', card.name) else 'USER/MODEL'
+
+
+def _escaped(text: str) -> str:
+    "A text that Markdown and HTML show as it is, on one line."
+    one_line = ' '.join(str(text).split())
+    printable = ''.join(c if c.isprintable() else repr(c)[1:-1] for c in one_line)
+    return re.sub(r'([\\`*_\[\]|])', r'\\\1', html.escape(printable, quote=False))
 
 
 def _origin(card: Card) -> str:
@@ -689,7 +730,7 @@ def _result_table(result: dict) -> list[str]:
     for name, value in result.items():
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             number = f'{value:.4g}' if isinstance(value, float) else f'{value:,}'
-            rows.append(f'| {name.replace("_", " ")} | {number} |')
+            rows.append(f'| {_escaped(name.replace("_", " "))} | {number} |')
     if not rows:
         return []
     return ['| result | |', '|---|---|', *rows, '']
@@ -709,7 +750,7 @@ def push_run(
     if not re.fullmatch(r'[\w.-]+/[\w.-]+', repo):
         raise ValueError(f'a place on the Hub is called user/name, got {repo!r}')
     model = load(name)
-    text = model_card(model, licence).replace('USER/' + model.card.name, repo)
+    text = model_card(model, licence).replace(_address(model.card), repo)
     api = api or HfApi()
     api.create_repo(repo, exist_ok=True, **kw)
     with tempfile.TemporaryDirectory() as d:

@@ -828,6 +828,14 @@ def read_model(
     "The model of a folder that `write_model` wrote."
     folder = Path(folder).expanduser().resolve()
     record = read_record(folder)
+    model = _read_model(folder, record, find_base, network=network, trust=trust)
+    if read_record(folder) != record:  # replaced by another process in the meantime
+        return read_model(folder, find_base, network=network, trust=trust)
+    return model
+
+
+def _read_model(folder, record, find_base, *, network, trust):
+    "The model that a record describes."
     cls = _model_class(record, folder, trust)
     networks = {}
     for name, spec in record['networks'].items():

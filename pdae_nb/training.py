@@ -92,6 +92,7 @@ class Recipe:
     weight_decay: float = 0.0
     flip: bool = False  # mirror images at random
     seed: int = 0  # of initial weights, order of the images, timesteps and noise
+    init: str | None = None  # run whose weights are the initial ones; None: random weights
 
     def __post_init__(self):
         if not isinstance(self.method, type) or not issubclass(self.method, Model):
@@ -121,6 +122,8 @@ class Recipe:
         "The fields as JSON holds them: class and base by name, settings as a dict."
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         fields['method'] = class_path(self.method)
+        if self.init is None:
+            del fields['init']
         if isinstance(self.data, Path):
             fields['data'] = os.path.join('.', self.data)
         if isinstance(self.base, Model):
@@ -403,12 +406,18 @@ def _json(o):
 
 
 def _check_same(old, r, out):
-    "Raise if the recipe `old`, as stored in the folder `out`, is not `r`."
+    """Raise if the recipe `old`, as stored in the folder `out`, is not `r`, or a shorter `r`.
+
+    Bases are compared by their fingerprints elsewhere: one base has many names and paths.
+    """
     new = r.as_json()
     changes = []
     for name in sorted(old.keys() | new.keys()):
-        if old.get(name) != new.get(name):
-            changes.append(f'{name} {old.get(name)} → {new.get(name)}')
+        was, now = old.get(name), new.get(name)
+        have_bases = name == 'base' and was is not None and now is not None
+        is_longer = name == 'images' and isinstance(was, int) and was < now
+        if was != now and not have_bases and not is_longer:
+            changes.append(f'{name} {was} → {now}')
     if changes:
         raise ValueError(
             f'{out} holds a run of another recipe: {", ".join(changes)}. '
@@ -622,6 +631,12 @@ def _resume(run, log):
         run.seconds = meta['seconds']
         run.skipped = meta['skipped']
         log(f'going on at step {run.i} of {run.recipe.steps}')
+        images = (meta.get('recipe') or {}).get('images', run.recipe.images)
+        if images < run.recipe.images:
+            log(
+                f'the run was planned for {images:,} images and now has {run.recipe.images:,}: '
+                'the learning rate follows the new length'
+            )
     return _trim_log(run.out / 'log.jsonl', run.i, log)
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..data import Images, load_images, to_signed
-from ..evaluation import Estimate, _measure, check_channels
+from ..evaluation import Estimate, _measure, check_channels, data_of
 from ..hub import load, models_dirs
 from ..methods.classifier import EvalClassifier
 from ..methods.dpm import DPM
@@ -321,7 +321,7 @@ def _measure_probes(setup, model):
 def _measure_manipulation(setup, model):
     fids = {}
     options = dict(real=setup.real, feats=setup.feats, n=setup.n, steps=setup.steps)
-    for a, b in PAIRS.get(model.card.recipe['data'], []):
+    for a, b in PAIRS.get(data_of(model), []):
         fids[f'{a} to {b}'], _ = manipulation_fid(model, setup.images, setup.test, a, b, **options)
     return fids
 
@@ -423,7 +423,7 @@ def _check_models(models):
 
 def _labelled_images(yard, n):
     "Training images and shuffled test images of a model's data, which must have classes."
-    name = yard.card.recipe['data']
+    name = data_of(yard)
     images = load_images(name, 'train', yard.shape[1])
     test = load_images(name, 'test', yard.shape[1])
     if images.y is None or images.y.ndim != 1:

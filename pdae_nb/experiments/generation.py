@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ..data import Images, cache_dir, load_images, to_signed, to_uint8
 from ..edit import fit_probe, oversample, passes
-from ..evaluation import _provenance, check_channels, size_of
+from ..evaluation import _provenance, check_channels, data_of, size_of
 from ..files import read_tensors, write_tensors
 from ..methods.classifier import EvalClassifier
 from ..methods.dpm import DPM, ClassConditionalDPM
@@ -100,7 +100,7 @@ def _codes_of_test_images(model):
 
 def _images_of(model, split):
     "The training or test images of a model's data, in its size."
-    return load_images(model.card.recipe['data'], split, model.shape[1])
+    return load_images(data_of(model), split, model.shape[1])
 
 
 def _codes_in_100_steps(codes):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..data import Images, cache_dir, load_images, to_signed
+from ..evaluation import data_of
 from ..hub import cached_run, train
 from ..logs import read_log
 from ..methods.dpm import DPM
@@ -165,7 +166,7 @@ def compare_cases(
     results.check_at_most('runs', len(CASES) * len(seeds), f'{len(seeds)} seeds')
     study = _Study(size, results, device, log)
     own = cached_run('mnist14_dpm', size=size)
-    test = load_images(own.card.recipe['data'], 'test', 14)
+    test = load_images(data_of(own), 'test', 14)
     n = recipe('mnist14_dpm', size).images
     half = study.train_dpm('half', n // 2)
     twice = study.train_dpm('twice', 2 * n)

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from ..data import Images, batches, cache_dir, load_images, to_signed
 from ..denoise import Denoiser
+from ..evaluation import data_of
 from ..files import output_file
 from ..forward import Schedule, at, score_to_eps
 from ..hub import cached_run, load, train
@@ -326,7 +327,7 @@ def training_race(
     """
     size = size_or_default(size)
     base = cached_run('mnist14_dpm', size=size)
-    x0 = to_signed(load_images(base.card.recipe['data'], 'test', 14).x[:images])
+    x0 = to_signed(load_images(data_of(base), 'test', 14).x[:images])
     rows = _race_recipes(base, size)
     about = dict(
         images=len(x0),
