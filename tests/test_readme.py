@@ -19,7 +19,7 @@ from pdae_nb.data import digits
 from pdae_nb.experiments.autoencoding import rival_runs
 from pdae_nb.experiments.critical_stage import unpack_cells
 from pdae_nb.experiments.items import ITEMS
-from pdae_nb.files import load_results, models_dirs
+from pdae_nb.files import assets_dir, load_results, models_dirs
 from pdae_nb.hub import find_run, load
 from pdae_nb.pretrained import to_official
 from pdae_nb.recipes import recipe
@@ -207,14 +207,16 @@ def test_gap_that_remains():
     assert f'{remains} of the gap remains at t = {best}, averaged over {gap["images"]:,}' in README
     assert 'At t ≤ 20, the code closes less than 1 % of the gap' in README
     assert all(share > 0.99 for t, share in left.items() if t <= 20)
+    assert 'From t = 400 to 900, less than 40 % remains' in README
+    assert all(share < 0.4 for t, share in left.items() if 400 <= t <= 900)
 
 
 LABELS = {  # of the README's table -> of the results
     'DPM (no code)': 'DDIM',
     'PDAE': 'PDAE',
     'Diff-AE': 'Diff-AE',
-    'ScoreVAE, published program': 'ScoreVAE',
-    'ScoreVAE, paper': 'ScoreVAE, paper',
+    'ScoreVAE, official preset': 'ScoreVAE',
+    'ScoreVAE, paper preset': 'ScoreVAE, paper',
     'β-VAE': 'beta-VAE',
 }
 
@@ -269,10 +271,22 @@ def test_table_of_methods():
     for title, label in LABELS.items():
         assert table_row(title, d['rows'][label]) in README
     floor = results('mnist_pdae_latent')['floor'][str(settings['fid_images'])]['fid']
-    assert f'Real test images reach {with_error(floor, ".1f")}' in README
+    assert f'Real test images have {with_error(floor, ".1f")} at this number' in README
+    codes = d['rows']['ScoreVAE']['drawn']['ScoreVAE + autoencoding']['fid']
+    assert f'With codes of test images, ScoreVAE has {with_error(codes, ".1f")}' in README
+    pdae = results('mnist_pdae_latent')['table']['PDAE 20']
+    diffae = results('mnist_diffae_latent')['table']['Diff-AE 20']
+    assert pdae['n'] == diffae['n'] == settings['fid_images']
+    assert (
+        f'gives {with_error(pdae["fid"], ".1f")} for PDAE and '
+        f'{with_error(diffae["fid"], ".1f")} for Diff-AE'
+    ) in README
 
 
-def test_what_could_not_be_confirmed():
+def test_what_contradicts_the_papers():
+    *names, last = (item.name for item in ITEMS if item.status == 'contradicts')
+    count = WORDS[len(names) + 1].capitalize()
+    assert f'{count} items contradict the papers: {", ".join(names)} and {last}.' in README
     rows = results('cifar16_space')['rows']
     scorevae, vae = (rows[label]['published']['mean'] for label in ('ScoreVAE, paper', 'beta-VAE'))
     assert (
@@ -281,7 +295,7 @@ def test_what_could_not_be_confirmed():
     ) in README
     assert scorevae['n'] == vae['n']
     seen = about('cifar16_paper_scorevae')['images_seen']
-    assert f'(one run each, {seen:,} training images)' in README
+    assert f'(one run each; {seen:,} images seen, with repetition)' in README
     assert about('cifar16_vae')['images_seen'] == seen
     times = recipe('cifar10_paper_scorevae', 'paper').images / seen
     stated = int(re.search(r'about (\d+) times as many images', README)[1])
@@ -294,8 +308,10 @@ def test_number_of_shipped_models():
     assert set(data_sets) == {'mnist', 'cifar16'}
     mnist, cifar = WORDS[data_sets['mnist']], WORDS[data_sets['cifar16']]
     assert (
-        f'The {mnist} models of MNIST have 28×28 pixels, the {cifar} of CIFAR-10 have 16×16'
+        f'contains {mnist} models of 28×28 MNIST images and {cifar} of 16×16 CIFAR-10 images'
     ) in README
+    inside = list((assets_dir() / 'models').glob('*/run.json'))
+    assert f'{WORDS[len(inside)].capitalize()} of them are in the package' in README
 
 
 def test_length_of_the_prose():

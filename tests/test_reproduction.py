@@ -15,6 +15,7 @@ from PIL import Image
 
 from pdae_nb.cli import main
 from pdae_nb.experiments import runs, training_efficiency
+from pdae_nb.experiments.critical_stage import unpack_cells
 from pdae_nb.experiments.items import ITEMS, PAPERS, STATUSES, Item, find_item, markdown, table
 from pdae_nb.experiments.runs import EXPERIMENTS, reproduce, run_page, sizes_of, write_figure
 from pdae_nb.experiments.training_efficiency import training_race
@@ -162,12 +163,37 @@ def test_order_of_pdae_and_ddim_in_table_2():
 def test_contradictions_are_in_the_files():
     "ScoreVAE has a larger L2 than the VAE on CIFAR-10, and the remark quotes both."
     rows = content('cifar16_space')['rows']
-    scorevae = rows['ScoreVAE, paper']['published']['drawn']
+    scorevae = rows['ScoreVAE, paper']['published']['mean']
     vae = rows['beta-VAE']['published']['mean']
     assert scorevae['l2'][0] > vae['l2'][0]
     assert scorevae['lpips'][0] > vae['lpips'][0]
     remark = find_item('scorevae-table1').remark
     assert f'({scorevae["l2"][0]:.2f} and {vae["l2"][0]:.2f})' in remark
+
+
+def test_numbers_of_remarks_are_in_the_files():
+    def share(grid, window):
+        return unpack_cells(content(grid))[window].double().mean().item()
+
+    remark = find_item('pdae-fig3').remark
+    for grid in ('critical_stage_ddim', 'critical_stage_ddpm'):
+        assert f'{100 * share(grid, (400, 700)):.1f} %' in remark
+        needed = 0.95 * content(grid)['shortest']['full']
+        assert f'{100 * needed:.1f} %' in remark
+        assert share(grid, (400, 700)) < needed
+    truncation = content('mnist_label_pdae')['truncation']
+    fid = dict(zip(truncation['scale'], truncation['fid'], strict=True))
+    remark = find_item('pdae-fig9').remark
+    for scale in (0, 1.5, 3):
+        assert f'{fid[scale]:.1f} ±' in remark
+    copies = content('mnist_diffae_latent')['copies']
+    assert all(space['third'] == 0 for space in copies.values())
+    nearer = copies['pixels']['distance']['nearer']
+    assert f'{100 * nearer:.1f} % of the samples are nearer' in find_item('diffae-fig9').remark
+    rows = content('mnist_space')['rows']
+    remark = find_item('diffae-table8').remark
+    for label in ('Diff-AE', 'pixels', 'PCA, 64'):
+        assert f'{100 * rows[label]["legible"]["accuracy"][0]:.1f} %' in remark
 
 
 # What is printed and written
