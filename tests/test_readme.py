@@ -298,7 +298,7 @@ def test_what_contradicts_the_papers():
     assert f'(one run each; {seen:,} images seen, with repetition)' in README
     assert about('cifar16_vae')['images_seen'] == seen
     times = recipe('cifar10_paper_scorevae', 'paper').images / seen
-    stated = int(re.search(r'about (\d+) times as many images', README)[1])
+    stated = int(re.search(r'about (\d+) times as many of them', README)[1])
     assert abs(stated / times - 1) < 0.01
 
 

@@ -427,8 +427,8 @@ be compared with each other, and not with published numbers.
 The column *n* is the number of images or samples, and *seeds* the number of training runs of each
 model. The numbers were measured at size `lesson`. *Minutes* are those of the measurement at this
 size on two CPU cores, without the training of the shipped models. Items with equal minutes share
-one measurement. A dash means that the minutes were not measured. `pdae reproduce ITEM` runs an item and
-continues it after an interruption. `--size smoke` runs it in a small version.
+one measurement. A dash means that the minutes were not measured. `pdae reproduce ITEM` runs an item
+and continues it after an interruption. `--size smoke` runs it in a small version.
 """
 
 
