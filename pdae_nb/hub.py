@@ -709,7 +709,7 @@ def _escaped(text: str) -> str:
     "A text that Markdown and HTML show as it is, on one line."
     one_line = ' '.join(str(text).split())
     printable = ''.join(c if c.isprintable() else repr(c)[1:-1] for c in one_line)
-    return re.sub(r'([\\`*_\[\]|])', r'\\\1', html.escape(printable, quote=False))
+    return re.sub(r'([\\`*\[\]|])', r'\\\1', html.escape(printable, quote=False))
 
 
 def _origin(card: Card) -> str:

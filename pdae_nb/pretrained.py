@@ -547,6 +547,50 @@ def _starting(state, prefix):
     return {k: v for k, v in state.items() if k.startswith(prefix)}
 
 
+# %% ../nbs/toolbox/pretrained.ipynb #23b82b20
+_WRAPPERS = (  # keys under which other programs store the weights, the averaged ones first
+    'ema',
+    'ema_model',
+    'model_ema',
+    'ema_state_dict',
+    'params_ema',
+    'state_dict',
+    'model_state_dict',
+    'model',
+    'params',
+)
+_PREFIXES = ('module.', '_orig_mod.', 'model.', 'ema_model.', 'ema.', 'net.', 'unet.')
+
+
+def _is_weights(o):
+    "Whether an object is a dictionary of tensors."
+    return isinstance(o, dict) and bool(o) and all(torch.is_tensor(v) for v in o.values())
+
+
+def _unwrapped(d, log):
+    "The weights of a file that stores them under a name such as `model`, but not Diff-AE's."
+    for name in _WRAPPERS:
+        inner = d.get(name)
+        if _is_weights(inner):
+            diffae = ('model.', 'ema_model.', 'classifier.')
+            if name == 'state_dict' and any(str(k).startswith(diffae) for k in inner):
+                return d
+            log(f'The weights are those that the file holds under {name!r}.')
+            return inner
+    return d
+
+
+def _without_prefixes(state, log):
+    "Weights without a prefix that all names share, such as the `module.` of a wrapper."
+    names = list(map(str, state))
+    for prefix in _PREFIXES:
+        if names and all(name.startswith(prefix) for name in names):
+            log(f'The prefix {prefix!r} of all {len(names)} names is removed.')
+            shorter = {str(k).removeprefix(prefix): v for k, v in state.items()}
+            return _without_prefixes(shorter, log)
+    return state
+
+
 # %% ../nbs/toolbox/pretrained.ipynb #12ee4b90
 def from_official(
     state: dict,  # official name -> tensor, of one network, or of Diff-AE's U-Net and encoder
@@ -652,50 +696,8 @@ _CHOICES = dict(  # argument `what` -> names of the networks of a file
     autoencoder=['autoencoder', 'enc', 'G', 'dpm', 'state'],
 )
 
+
 # %% ../nbs/toolbox/pretrained.ipynb #2e5f4df8
-_WRAPPERS = (  # keys under which other programs store the weights, the averaged ones first
-    'ema',
-    'ema_model',
-    'model_ema',
-    'ema_state_dict',
-    'params_ema',
-    'state_dict',
-    'model_state_dict',
-    'model',
-    'params',
-)
-_PREFIXES = ('module.', '_orig_mod.', 'model.', 'ema_model.', 'ema.', 'net.', 'unet.')
-
-
-def _is_weights(o):
-    "Whether an object is a dictionary of tensors."
-    return isinstance(o, dict) and bool(o) and all(torch.is_tensor(v) for v in o.values())
-
-
-def _unwrapped(d, log):
-    "The weights of a file that stores them under a name such as `model`, but not Diff-AE's."
-    for name in _WRAPPERS:
-        inner = d.get(name)
-        if _is_weights(inner):
-            diffae = ('model.', 'ema_model.', 'classifier.')
-            if name == 'state_dict' and any(str(k).startswith(diffae) for k in inner):
-                return d
-            log(f'The weights are those that the file holds under {name!r}.')
-            return inner
-    return d
-
-
-def _without_prefixes(state, log):
-    "Weights without a prefix that all names share, such as the `module.` of a wrapper."
-    names = list(map(str, state))
-    for prefix in _PREFIXES:
-        if names and all(name.startswith(prefix) for name in names):
-            log(f'The prefix {prefix!r} of all {len(names)} names is removed.')
-            shorter = {str(k).removeprefix(prefix): v for k, v in state.items()}
-            return _without_prefixes(shorter, log)
-    return state
-
-
 def _parts_of(d, what, log=print):
     "Contents of a file, of the networks only those that `what` selects; None selects the first."
     d = _unwrapped(d, log)
