@@ -115,7 +115,7 @@ def main():
     x0 = to_signed(mnist_or_digits('test').x[:DIGITS])
     fig, axes = plt.subplots(2, 3, figsize=(9.5, 4.1), height_ratios=(1, 1.05), dpi=160)
     size = x0.shape[-1]
-    captions = ['input', 'from the code', 'from code and\ninferred $x_T$']
+    captions = ['input', 'code and\nrandom $x_T$', 'code and\ninferred $x_T$']
     for column, (title, name, draw_diagram) in enumerate(METHODS):
         diagram, digits = axes[:, column]
         diagram.set(xlim=(0, 1.02), ylim=(0.12, 1))
