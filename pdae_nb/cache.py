@@ -65,7 +65,9 @@ def _on_row(f, row):
     try:
         return f(row.image)
     except Exception as e:
-        raise ValueError(f'{row.where}: not a readable image ({type(e).__name__}: {e})') from e
+        raise ValueError(
+            f'{row.where}: not a readable image ({type(e).__name__}: {e}); repair or remove it'
+        ) from e
 
 
 def _map(f, rows):

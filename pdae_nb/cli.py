@@ -87,7 +87,7 @@ from .recipes import recipe
 from .sampling import ddim_step, sample, trajectory
 from .solvers import belm_step, dpmpp_step, round_trip
 from .speed import bench_pdae, bench_speed
-from .training import hardware
+from .training import hardware, versions
 
 # %% ../nbs/toolbox/cli.ipynb #03730e14
 SOLVERS = dict(ddim=ddim_step, dpmpp=dpmpp_step, belm=belm_step)
@@ -834,24 +834,21 @@ def _gap_picture(results, out):
 
 
 class _Report:
-    "The table that the demo prints: what was done, a number, a picture, and the time it took."
+    "What the demo prints after each part: what was done, a number, a picture, and the seconds."
 
     def __init__(self):
-        self.start = time.time()
-        self.rows = []
+        self.start = time.monotonic()
+        self.last = self.start
 
     def elapsed(self):
-        return time.time() - self.start
+        return time.monotonic() - self.start
 
     def add(self, what, number, picture=''):
-        seconds = self.elapsed() - sum(row[3] for row in self.rows)
-        self.rows.append((what, number, picture, seconds))
-
-    def show(self):
-        widths = [max(len(row[i]) for row in self.rows) for i in range(3)]
-        for *words, seconds in self.rows:
-            cells = [word.ljust(width) for word, width in zip(words, widths, strict=True)]
-            print('  '.join([*cells, f'{seconds:6.1f} s']))
+        now = time.monotonic()
+        print(f'{now - self.last:6.1f} s  {what}: {number}', flush=True)
+        if picture:
+            print(f'          {picture}', flush=True)
+        self.last = now
 
 
 # %% ../nbs/toolbox/cli.ipynb #376fa88e
@@ -881,7 +878,6 @@ def cmd_demo(
     _demo_coded(pdae, x0, out, report)
     _demo_edits(pdae, clf, x0[:8], out, report)
     _demo_gap(pdae, out, report)
-    report.show()
     print(f'{report.elapsed():.0f} s in total, on {hardware(dpm.device)}')
 
 
@@ -1102,6 +1098,9 @@ def _run(argv):
             print(f'pdae {name}: {" ".join(str(why).split())}', file=sys.stderr)
         return status
 
+    if name == '--version':
+        print(f'pdae_nb {versions()["pdae_nb"]}')
+        return 0
     if name not in COMMANDS:
         return fail(f'no such command; there are {", ".join(COMMANDS)}', 2)
     try:

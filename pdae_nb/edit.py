@@ -127,7 +127,9 @@ def attribute(
 ) -> Tensor:  # whether each image has the attribute: bool (N,)
     "Which images have an attribute, or belong to a class."
     if images.y is None:
-        raise ValueError('these images have no labels')
+        raise ValueError(
+            'these images have no labels: put those of each class into a sub-folder of its name'
+        )
     k = images.classes.index(_known(name, images.classes))
     return images.y[:, k] > 0 if images.y.ndim > 1 else images.y == k
 

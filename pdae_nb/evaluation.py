@@ -220,7 +220,9 @@ def check_enough(
 
 def _provenance(device, t0):
     "Seconds since `t0`, hardware and software versions of an evaluation."
-    return dict(seconds=round(time.time() - t0), hardware=hardware(device), versions=versions())
+    return dict(
+        seconds=round(time.monotonic() - t0), hardware=hardware(device), versions=versions()
+    )
 
 
 def _record(numbers, model, t0):
@@ -366,7 +368,7 @@ def evaluate_dpm(
     if eval_classifier is not None:
         check_enough('n', n, 1)
         check_channels(eval_classifier, model)
-    t0 = time.time()
+    t0 = time.monotonic()
     x0, _ = held_out_images(model, test_images)
     denoiser = model.denoiser()
     sched = model.sched
@@ -407,7 +409,7 @@ def evaluate_cdpm(
     check_unconditional(against)
     _check_trained_alike(model, against)
     check_enough('test_images', test_images, 2 * repeats)
-    t0 = time.time()
+    t0 = time.monotonic()
     x0, y = held_out_images(model, test_images)
 
     def conditional(xt, t, y):
@@ -490,7 +492,7 @@ def evaluate_classifier(
             f'the DPM makes images of shape {dpm.shape}, the classifier was built for {model.shape}'
         )
     check_enough('n', n, 2 * model.classes)  # diversity needs two samples of each class
-    t0 = time.time()
+    t0 = time.monotonic()
     x0, y = held_out_images(model, test_images)
     ts = [k * dpm.sched.T // 20 for k in range(21)]
     accuracy = classifier_accuracy(model, x0, y, dpm.sched, ts)
@@ -743,7 +745,7 @@ def evaluate_coder(
     check_enough('test_images', test_images, 2)
     check_enough('gap_images', gap_images, 2)
     check_enough('steps', min(steps), 2)
-    t0 = time.time()
+    t0 = time.monotonic()
     x0, y = held_out_images(model, max(test_images, gap_images))
     if y is None or y.ndim != 1:
         raise ValueError(

@@ -45,6 +45,7 @@ from .data import (
     mnist_or_digits,
     to_signed,
 )
+from .decode import image_files
 from .files import (
     assets_dir,
     checkout,
@@ -625,7 +626,8 @@ def _silent(line):
 
 # %% ../nbs/toolbox/hub.ipynb #8444dc5a
 def images(
-    source,  # name of a data set; or path of an image file, PIL image or tensor, or a list of them
+    # name of a data set, or a folder; or an image file, PIL image or tensor, or a list of them
+    source,
     model: Model,  # model whose images they should become
     log: Callable = print,  # receives a message about each conversion
     *,
@@ -645,6 +647,10 @@ def images(
             raise ValueError(f'n must be at least 1, got {n}')
         return to_signed(_data_set(source, split, size, c, log).x[:n]).to(model.device)
     sources = source if isinstance(source, (list, tuple)) else [source]
+    if isinstance(source, (str, Path)) and Path(source).expanduser().is_dir():
+        sources = image_files(Path(source).expanduser())
+        if not sources:
+            raise ValueError(f'{source} holds no image files')
     return torch.cat([as_x0(item, size, c, log) for item in sources]).to(model.device)
 
 

@@ -34,7 +34,9 @@ import inspect
 import itertools
 import json
 import os
+import re
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -291,6 +293,7 @@ class Model(nn.Module):
         if dtype not in (torch.float16, torch.float32):
             raise ValueError(f'weights are stored as float16 or float32, got {dtype}')
         tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+        _remove_leftovers(path)
         old_name = self.card.name
         self.card.name = name
         stores_base = bundle or self._base_is_in(path) or self._base_is_deleted()
@@ -783,6 +786,19 @@ def _check_replaceable(path):
     if others or (names and 'run.json' not in names):
         example = min(others or names)
         raise FileExistsError(f'{path} holds something else than a model, e.g. {example!r}')
+
+
+_DAY = 86_400  # seconds
+
+
+def _remove_leftovers(path):
+    "Remove temporary folders beside `path` that a killed process left at least a day ago."
+    if not path.parent.is_dir():
+        return
+    form = re.compile(re.escape(f'.{path.name}.') + r'\d+\.tmp')
+    for leftover in path.parent.iterdir():
+        if form.fullmatch(leftover.name) and time.time() - leftover.stat().st_mtime > _DAY:
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def replace_folder(

@@ -204,7 +204,7 @@ def bench_speed(
 
     The defaults are channels_last, and bf16 where it pays. The ratios are measured in one race.
     """
-    start = time.time()
+    start = time.monotonic()
     dev = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     ours = torch.bfloat16 if bf16_pays(dev) else torch.float32
     tops = dict(fp32=peak(dev, torch.float32, seconds), ours=peak(dev, ours, seconds))
@@ -214,7 +214,7 @@ def bench_speed(
     if cold:
         d['seconds_to_first_sample'] = run_python(COLD)
         d['import_seconds_beyond_torch'] = min(run_python(IMPORT) for _ in range(3))
-    d['seconds'] = round(time.time() - start)
+    d['seconds'] = round(time.monotonic() - start)
     return d
 
 

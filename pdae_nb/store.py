@@ -60,7 +60,7 @@ class ResultFile:
         self.device = device or torch.device('cpu')
         self.changed = False
         self.data = self._opened(check)
-        self._last = time.time()
+        self._last = time.monotonic()
 
     @property
     def unfinished(self) -> Path:
@@ -147,7 +147,7 @@ class ResultFile:
         "Store a part, and write the file of unfinished parts."
         self.data[part][key] = _json(value)
         self.changed = True
-        now = time.time()
+        now = time.monotonic()
         if self.data['seconds'] is not None:  # None: an earlier call did not count them
             self.data['seconds'] = round(self.data['seconds'] + now - self._last, 1)
         self._last = now

@@ -274,6 +274,18 @@ def test_a_folder_that_is_replaced_while_it_is_read(dpm, tmp_path, monkeypatch):
         same_weights(got, load(folder))
 
 
+def test_leftovers_of_killed_processes_are_removed(dpm, tmp_path):
+    names = ['.x[1].123.tmp', '.x[1].456.tmp', '.x1.123.tmp', '.x[1].old.tmp']
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'net.safetensors').touch()
+        if '456' not in name:  # a process that is writing now
+            os.utime(tmp_path / name, (0, 0))
+    model = DPM(dpm.net, dpm.sched, dpm.shape)
+    model.save(tmp_path / 'x[1]')
+    assert {path.name for path in tmp_path.iterdir()} == {'x[1]', *names[1:]}
+
+
 # Texts from files
 
 

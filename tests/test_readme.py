@@ -314,6 +314,13 @@ def test_number_of_shipped_models():
     assert f'{WORDS[len(inside)].capitalize()} of them are in the package' in README
 
 
+def test_speed_of_training():
+    run = about('mnist_dpm')
+    speed = run['images_seen'] / run['seconds']
+    assert f'mnist_dpm: {speed:.0f} images/s on 2 cores' in README
+    assert run['hardware'].startswith('2 CPU cores')
+
+
 def test_length_of_the_prose():
     "Without code, tables and pictures."
     prose = re.sub(r'^```.*?^```', '', README, flags=re.M | re.S)

@@ -522,7 +522,7 @@ def evaluate_latent(
     See PDAE Tables 2 and 3, and Diff-AE Tables 3 and 4 and Fig. 9. A row of s steps has
     min(n, calls // s) images.
     """
-    t0 = time.time()
+    t0 = time.monotonic()
     latent = isinstance(model, LatentDPM)
     decoder = model.base if latent else model
     check_channels(eval_classifier, decoder)

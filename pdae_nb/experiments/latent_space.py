@@ -287,7 +287,7 @@ def evaluate_label(
     steps: int = 20,  # DDIM steps
 ) -> dict:  # numbers, ready for JSON
     "The truncation-like effect of a model (PDAE Fig. 9)."
-    t0 = time.time()
+    t0 = time.monotonic()
     check_channels(eval_classifier, model)
     feats = eval_feats(eval_classifier)
     images = load_images(data_of(model), 'train', model.shape[1])

@@ -293,13 +293,14 @@ def run_page(
 
 
 # %% ../../nbs/experiments/reproduction_runs.ipynb #07bbc273
-def _run_page_item(item, path, size):
+def _run_page_item(item, path, size, log):
     "Run the page of an item, and write its pictures beside the file. Returns their paths."
     about = dict(item=item.name, page=item.page, cells=item.cells, size=size)
     results = ResultFile(path, about, ('pictures',), kind='pictures')
     files = [path.with_name(name) for name in results.data['pictures']]
     if results.is_finished and all(file.exists() for file in files):
         return files
+    log(f'running the page {item.page} up to the cell of the figure, at size {size}')
     found = run_page(item.page, item.cells, size)
     files = []
     for cell, pictures in found.items():
@@ -379,7 +380,7 @@ def reproduce(
     item = find_item(name)
     size = size_or_default(size)
     _check_options(item, size, seeds, device)
-    start = time.time()
+    start = time.monotonic()
     paths = []
     pictures_to_write = []
     for folder in item.results or (item.name,):
@@ -395,7 +396,7 @@ def reproduce(
         options = dict(seeds=seeds, device=device, log=log)
         pictures.append(_run_experiment(folder, path, picture, size, **options))
     if not item.results:
-        pictures = [str(file) for file in _run_page_item(item, paths[0], size)]
+        pictures = [str(file) for file in _run_page_item(item, paths[0], size, log)]
     finished_before = before == [_content(path) for path in paths]
     if finished_before:
         log(f'{item.name}, size {size}: finished before, nothing was measured')
@@ -406,5 +407,5 @@ def reproduce(
         files=[str(path) for path in paths],
         pictures=pictures,
         finished_before=finished_before,
-        seconds=round(time.time() - start, 1),
+        seconds=round(time.monotonic() - start, 1),
     )

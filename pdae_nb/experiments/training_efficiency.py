@@ -194,9 +194,9 @@ def study(
             key = f'{variant} {seed}'
             if results.get('runs', key) is not None:
                 continue
-            start = time.time()
+            start = time.monotonic()
             row = train_variant(replace(r, seed=seed, base=base), variant)
-            seconds = round(time.time() - start)
+            seconds = round(time.monotonic() - start)
             results.put('runs', key, row | dict(variant=variant, seed=seed, seconds=seconds))
             error = row['own']['random']
             log(f'{variant}, seed {seed}: {seconds} s, MSE from random x_T {error:.4f}')
