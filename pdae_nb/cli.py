@@ -592,7 +592,7 @@ def cmd_evaluate(
         if value is not None and option in parameters:
             takes_several = isinstance(parameters[option].default, tuple)
             given[option] = (value,) if takes_several else value
-    counts = _largest_counts(parameters, given)
+    counts = _counts_of(parameters, given)
     _check_not_smaller(before, counts)
     given |= _other_models(parameters, base, eval_classifier, device)
     add_missing_result(model)
@@ -615,14 +615,22 @@ def _other_models(parameters, base, eval_classifier, device):
     return models
 
 
-def _largest_counts(parameters, given):
-    "Each count of an evaluation, given or by default; of several numbers the largest."
+def _counts_of(parameters, given):
+    "Each count of an evaluation, given or by default, as JSON holds it."
     counts = {}
     for k in _COUNTS:
         if k in parameters:
             value = given.get(k, parameters[k].default)
-            counts[k] = max(value) if isinstance(value, tuple) else value
+            counts[k] = list(value) if isinstance(value, tuple) else value
     return counts
+
+
+def _is_less(new, old):
+    "Whether a count is smaller than that of an earlier evaluation, or leaves out some of it."
+    if isinstance(new, list) and isinstance(old, list):
+        return not set(old) <= set(new)
+    largest = max(new) if isinstance(new, list) else new
+    return largest < (max(old) if isinstance(old, list) else old)
 
 
 def _check_not_smaller(path, counts):
@@ -638,8 +646,8 @@ def _check_not_smaller(path, counts):
         ) from e
     smaller = []
     for k, count in counts.items():
-        if count < old.get(k, 0):
-            known = old[k] if old[k] < unbounded else 'unknown or unbounded'
+        if _is_less(count, old.get(k, 0)):
+            known = 'unknown or unbounded' if old[k] == unbounded else old[k]
             smaller.append(f'{k} {known}, not {count}')
     if smaller:
         raise ValueError(

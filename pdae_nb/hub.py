@@ -85,7 +85,7 @@ from .networks import GradientEstimator
 from .pretrained import load_dpm
 from .recipes import RECIPES, size_or_default
 from .recipes import recipe as recipe_of
-from .release import PACKAGED, ModelInfo, describe, fetch_run, released
+from .release import PACKAGED, ModelInfo, describe, fetch_run, is_released, released
 from .training import Recipe, _check_same, seeded, train_model
 
 
@@ -230,13 +230,18 @@ def models() -> list[ModelInfo]:  # in alphabetical order
     places = {assets_dir() / 'models': 'package', home() / 'models': 'home'}
     if checkout() is not None:
         places[checkout() / 'data/models'] = 'checkout'
-    listed = {name: replace(info, where='to download') for name, info in released().items()}
+    releases = released()
+    listed = {name: replace(info, where='to download') for name, info in releases.items()}
     for folder in reversed(models_dirs()):  # the first folder of a name wins
         for record in sorted(folder.glob('[!.]*/run.json')):
             run = record.parent
             where = places.get(folder, str(folder))
             try:
-                listed[run.name] = describe(run, where)
+                info = describe(run, where)
+                released_one = releases.get(run.name)
+                if released_one is not None and is_released(run, released_one):
+                    info = replace(info, licence=released_one.licence)
+                listed[run.name] = info
             except (OSError, ValueError, AttributeError, TypeError):
                 listed[run.name] = ModelInfo(
                     run.name, 'unreadable', '', 0, 0, '', 0, '', '', (), where

@@ -15,6 +15,7 @@ __all__ = [
     'address',
     'download',
     'fetch_run',
+    'is_released',
 ]
 
 # %% ../nbs/toolbox/release.ipynb #6390d3d5
@@ -23,13 +24,14 @@ import http.client
 import json
 import os
 import shutil
+import time
 import urllib.error
 import urllib.request
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from .files import assets_dir, home, incomplete, locked
+from .files import assets_dir, home, incomplete, is_locked, locked
 
 # %% ../nbs/toolbox/release.ipynb #fa31219c
 PACKAGED = ('mnist_dpm', 'mnist_pdae', 'mnist_classifier')  # models that the package contains
@@ -97,7 +99,6 @@ def describe(
     folder = Path(folder)
     record = json.loads((folder / 'run.json').read_text(encoding='utf-8'))
     recipe = record.get('recipe') or {}
-    was_trained = bool(recipe) and not record.get('source')
     return ModelInfo(
         name=folder.name,
         method=str(record.get('method') or 'version 1').rpartition('.')[2],
@@ -106,7 +107,7 @@ def describe(
         images_seen=record.get('images_seen') or 0,
         result=main_result(record.get('result')),
         bytes=sum(path.stat().st_size for path in _files_of(folder)),
-        licence='Apache-2.0' if was_trained else '',
+        licence=str(record.get('licence') or ''),
         base=(record.get('base') or {}).get('name', ''),
         where=where,
     )
@@ -154,7 +155,10 @@ def released() -> dict[str, ModelInfo]:  # name -> row
 
 def address() -> str:  # without a slash at the end
     "Address of the release's files: `$PDAE_NB_RELEASE`, or that in `assets/models.json`."
-    return (os.environ.get('PDAE_NB_RELEASE') or _table()['address']).rstrip('/')
+    url = (os.environ.get('PDAE_NB_RELEASE') or _table()['address']).rstrip('/')
+    if not url.startswith(('http://', 'https://')):
+        raise ValueError(f'$PDAE_NB_RELEASE must be an address with http or https, got {url!r}')
+    return url
 
 
 # %% ../nbs/toolbox/release.ipynb #8401aec1
@@ -243,9 +247,12 @@ def fetch_run(
     info = models[name]
     folder = home() / 'models' if folder is None else Path(folder)
     run = folder / name
+    _check_free(run, info)
     log(f'{name} is not here; downloading {info.bytes / 1e6:.1f} MB from {address()} to {run}')
     parts = folder / '.downloads'
-    with locked(parts):
+    while is_locked(parts / name):  # another process downloads the same model
+        time.sleep(1)
+    with locked(parts / name):
         wanted = [file for file in info.files if not _is_complete(run / file.name, file)]
         for file in wanted:
             if not _is_complete(parts / name / file.name, file):
@@ -255,6 +262,24 @@ def fetch_run(
             (parts / name / file.name).replace(run / file.name)
     shutil.rmtree(parts / name, ignore_errors=True)
     return run
+
+
+def _check_free(run, info):
+    "Raise if a folder holds a run, or a training, that is not the model of the release."
+    has_other = (run / 'run.json').exists() and not is_released(run, info)
+    if has_other or (run / 'checkpoints').exists():
+        raise FileExistsError(
+            f'{run} holds another run than the model {info.name!r} of the release; rename it first'
+        )
+
+
+def is_released(
+    run: Path,  # run folder
+    info: ModelInfo,  # a model of the release
+) -> bool:
+    "Whether the description of a run is that of the model of the release."
+    release_files = {file.name: file for file in info.files}
+    return _is_complete(run / 'run.json', release_files['run.json'])
 
 
 def _is_complete(path, file):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from .files import write_json
+from .files import finite, write_json
 from .training import _json, hardware, versions
 
 
@@ -145,7 +145,7 @@ class ResultFile:
         value,  # what JSON can hold
     ) -> None:
         "Store a part, and write the file of unfinished parts."
-        self.data[part][key] = _json(value)
+        self.data[part][key] = _json(finite(value))
         self.changed = True
         now = time.monotonic()
         if self.data['seconds'] is not None:  # None: an earlier call did not count them
@@ -172,7 +172,7 @@ class ResultFile:
     ) -> dict:  # the content of the file
         "Write the file, unless it exists and no part was added; end the file of unfinished parts."
         if not self.is_finished:
-            self.data |= _json(found)
+            self.data |= _json(finite(found))
             if self.path is not None:
                 write_json(self.path, self.data)
         if self.path is not None:

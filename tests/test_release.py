@@ -1,5 +1,6 @@
 """Where models, results and data are found, and release files from a server on this machine."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -42,9 +43,9 @@ from pdae_nb.files import (
     results_path,
     write_json,
 )
-from pdae_nb.hub import load, models
+from pdae_nb.hub import load
 from pdae_nb.model import model_fingerprint
-from pdae_nb.release import PACKAGED, download, fetch_run, released, sha256_of
+from pdae_nb.release import PACKAGED, download, released, sha256_of
 
 ROOT = Path(__file__).parent.parent
 CLOSED = 'http://127.0.0.1:9'  # nothing listens at this port
@@ -236,13 +237,13 @@ def test_each_model_is_stored_once():
 
 
 def test_models_are_listed_with_their_place(installed, capsys):
-    places = {info.name: info.where for info in models()}
+    places = {info.name: info.where for info in hub.models()}
     assert places['mnist_dpm'] == 'package'
     assert places['mnist_diffae'] == 'to download'
     shutil.copytree(assets_dir() / 'models/mnist_dpm', installed / 'models/mine')
     (installed / 'models/broken').mkdir()
     (installed / 'models/broken/run.json').write_text('{', encoding='utf-8')
-    rows = {info.name: info for info in models()}
+    rows = {info.name: info for info in hub.models()}
     assert rows['mine'].where == 'home'
     assert rows['mine'].images_seen == 720_000
     assert rows['broken'].method == 'unreadable'
@@ -400,7 +401,7 @@ def test_an_unknown_model_is_not_asked_for(server, installed):
         load('mnist_dmp')
     assert server.requests == []
     with pytest.raises(ValueError, match="no model 'mnist_dmp' in the release"):
-        fetch_run('mnist_dmp')
+        release.fetch_run('mnist_dmp')
 
 
 def test_the_address_is_made_from_the_settings(monkeypatch):
@@ -511,3 +512,36 @@ def test_manipulate_without_training_images(without_mnist, tmp_path, capsys):
     assert 'Using the direction in the package' in capsys.readouterr().err
     with pytest.raises(FileNotFoundError):
         load_images('mnist', 'train')
+
+
+def test_a_users_run_of_the_same_name_is_not_replaced(tmp_path):
+    run = tmp_path / 'cifar16_dpm'
+    run.mkdir()
+    (run / 'run.json').write_text('{}', 'utf-8')
+    with pytest.raises(FileExistsError, match='holds another run'):
+        release.fetch_run('cifar16_dpm', tmp_path)
+    assert (run / 'run.json').read_text('utf-8') == '{}'
+    training = tmp_path / 'mnist_vae'
+    (training / 'checkpoints').mkdir(parents=True)
+    with pytest.raises(FileExistsError, match='holds another run'):
+        release.fetch_run('mnist_vae', tmp_path)
+
+
+@pytest.mark.parametrize('url', ['/mnt/mirror', 'file:///mnt/mirror', 'mirror.example'])
+def test_an_address_of_another_kind_is_refused(url, monkeypatch):
+    monkeypatch.setenv('PDAE_NB_RELEASE', url)
+    with pytest.raises(ValueError, match='http or https'):
+        release.address()
+
+
+def test_only_models_of_the_release_have_its_licence(tmp_path, monkeypatch):
+    source = ROOT / 'data/models/mnist_cdpm'
+    folder = tmp_path / 'mnist_cdpm'
+    shutil.copytree(source, folder)
+    record = json.loads((folder / 'run.json').read_text('utf-8'))
+    record['images_seen'] = 5
+    (folder / 'run.json').write_text(json.dumps(record), 'utf-8')
+    monkeypatch.setenv('PDAE_NB_MODELS', str(tmp_path))
+    licences = {info.name: info.licence for info in hub.models()}
+    assert licences['mnist_cdpm'] == ''
+    assert licences['mnist_dpm'] == 'Apache-2.0'

@@ -19,7 +19,7 @@ from pdae_nb.experiments.critical_stage import unpack_cells
 from pdae_nb.experiments.items import ITEMS, PAPERS, STATUSES, Item, find_item, markdown, table
 from pdae_nb.experiments.runs import EXPERIMENTS, reproduce, run_page, sizes_of, write_figure
 from pdae_nb.experiments.training_efficiency import training_race
-from pdae_nb.files import load_results
+from pdae_nb.files import find_results, load_results
 from pdae_nb.store import ResultFile, differences
 
 matplotlib.use('Agg')
@@ -194,6 +194,37 @@ def test_numbers_of_remarks_are_in_the_files():
     remark = find_item('diffae-table8').remark
     for label in ('Diff-AE', 'pixels', 'PCA, 64'):
         assert f'{100 * rows[label]["legible"]["accuracy"][0]:.1f} %' in remark
+
+
+FINISHED = [
+    'mnist14_scorevae',
+    'mnist_cdpm',
+    'mnist_diffae',
+    'mnist_diffae_latent',
+    'mnist_label_pdae',
+    'mnist_pdae',
+    'mnist_pdae_latent',
+]
+
+
+@pytest.mark.parametrize('name', FINISHED)
+def test_a_shipped_measurement_is_not_repeated(name, tmp_path, monkeypatch):
+    import pdae_nb.experiments.scorevae as scorevae
+
+    def refuse(*args, **options):
+        pytest.fail('a model was loaded or trained')
+
+    monkeypatch.setattr(runs, 'load', refuse)
+    monkeypatch.setattr(scorevae, 'cached_run', refuse)
+    item = next(item for item in ITEMS if item.results == (name,))
+    path = tmp_path / name / 'lesson.json'
+    path.parent.mkdir()
+    path.write_bytes(find_results(name).read_bytes())
+    before = path.read_bytes()
+    result = runs.reproduce(item.name, 'lesson', out=tmp_path, log=lambda line: None)
+    assert result['finished_before']
+    assert path.read_bytes() == before
+    assert all(Path(picture).stat().st_size > 1000 for picture in result['pictures'])
 
 
 # What is printed and written

@@ -19,6 +19,7 @@ __all__ = [
 import base64
 import copy
 import importlib
+import io
 import json
 import os
 import time
@@ -41,7 +42,7 @@ from ..experiments.figures import (
     figure_study,
     figure_truncation,
 )
-from ..files import find_results, results_path, write_bytes, write_json
+from ..files import find_results, output_file, results_path, write_bytes, write_json
 from ..hub import load
 from ..recipes import size_or_default
 from ..store import ResultFile, differences
@@ -151,7 +152,7 @@ def _is_measured(path, run, counts):
 def _evaluation(job, run, evaluate):
     "Evaluate a shipped run, as `pdae evaluate` does."
     options = _COUNTS[evaluate][job.size]
-    counts = {k: max(v) if isinstance(v, tuple) else v for k, v in options.items()}
+    counts = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
     if _is_measured(job.path, run, counts):
         return
     model = load(run, device=job.device)
@@ -190,7 +191,7 @@ EXPERIMENTS = {  # folder in data/results -> experiment
     'critical_stage_ddpm': _stages_of('ddpm'),
     'mnist14_diffae': Experiment(_race, figure_race, ('smoke', 'lesson'), seeds=3),
     'mnist14_pdae': Experiment(_loss_study, figure_study, ('smoke', 'lesson'), seeds=3),
-    'mnist14_scorevae': Experiment(_cases, figure_cases, ('smoke', 'lesson'), seeds=3),
+    'mnist14_scorevae': Experiment(_cases, figure_cases, ('smoke', 'lesson'), seeds=1),
     'mnist_cdpm': _evaluation_of('mnist_cdpm', evaluate_cdpm, figure_label),
     'mnist_diffae': _evaluation_of('mnist_diffae', evaluate_coder, figure_reconstruction),
     'mnist_diffae_latent': _evaluation_of(
@@ -210,9 +211,10 @@ def write_figure(
     "Write a figure as PNG, and close it."
     import matplotlib.pyplot as plt
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=144)
+    content = io.BytesIO()
+    figure.savefig(content, dpi=144, format='png')
     plt.close(figure)
+    write_bytes(path, content.getvalue())
     return str(path)
 
 
@@ -327,10 +329,8 @@ def sizes_of(
 def _check_options(item, size, seeds, device):
     "Raise unless the item can be run in this size and takes the given options."
     if not item.is_runnable:
-        raise ValueError(
-            f'{item.name} is not made by a command: it is {item.status!r} or asserted '
-            f'on a page. {item.remark}'
-        )
+        why = 'it was not done' if item.status == 'not done' else f'the page {item.page} shows it'
+        raise ValueError(f'{item.name} is not made by a command: {why}. {item.remark}')
     if size not in sizes_of(item):
         raise ValueError(
             f'{item.name} has no size {size!r}; its sizes are {", ".join(sizes_of(item))}'
@@ -352,11 +352,8 @@ def _content(path):
 def _run_experiment(name, path, picture, size, *, seeds, device, log):
     "Run an experiment, and plot its figure. Returns the path of the figure."
     experiment = EXPERIMENTS[name]
-    before = _content(path)
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     experiment.run(Job(path, size, seeds or experiment.seeds or 1, device, log))
-    if picture.exists() and _content(path) == before:
-        return str(picture)
     return write_figure(experiment.figure(json.loads(path.read_text(encoding='utf-8'))), picture)
 
 
@@ -390,6 +387,10 @@ def reproduce(
         pictures_to_write.append(path.with_suffix('.png'))
         shipped = find_results(folder, size) if out is None else None
         paths.append(shipped or path)
+    for path, picture in zip(paths, pictures_to_write, strict=True):
+        output_file(picture)
+        if not path.exists():
+            output_file(path)
     before = [_content(path) for path in paths]
     pictures = []
     for folder, path, picture in zip(item.results, paths, pictures_to_write, strict=False):
@@ -403,6 +404,7 @@ def reproduce(
     return dict(
         item=item.name,
         title=item.title,
+        page=item.page,
         size=size,
         files=[str(path) for path in paths],
         pictures=pictures,

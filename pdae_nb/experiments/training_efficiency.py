@@ -179,16 +179,21 @@ def study(
     seeds: Iterable[int] = (0, 1, 2),  # of weights, order, timesteps and noise
     variants: Iterable[str] = VARIANTS,  # keys of `VARIANTS`
     log: Callable = print,  # receives a message about each finished run
-) -> dict:  # recipe and DPM (`about`), and a row for each variant and seed (`runs`)
+) -> dict:  # recipe (`about`), `dpm`, and a row for each variant and seed (`runs`)
     """Train all variants with all seeds (PDAE Sections 3.2 and 3.4).
 
     Each finished run is written to the file at once, and is not trained again.
     """
     size = size_or_default(size)
     r = recipe('mnist14_pdae', size)
+    variants = list(variants)
+    seeds = list(seeds)
+    results = ResultFile(path, dict(recipe=r.as_json()), ('runs',), kind='study')
+    results.check_at_most('runs', len(variants) * len(seeds), f'{len(seeds)} seeds')
+    wanted = [f'{variant} {seed}' for variant in variants for seed in seeds]
+    if results.is_finished and all(key in results.data['runs'] for key in wanted):
+        return results.data
     base = cached_run('mnist14_dpm', size=size)
-    about = dict(recipe=r.as_json(), dpm=base.card.result)
-    results = ResultFile(path, about, ('runs',), kind='study')
     for seed in seeds:
         for variant in variants:
             key = f'{variant} {seed}'
@@ -200,7 +205,7 @@ def study(
             results.put('runs', key, row | dict(variant=variant, seed=seed, seconds=seconds))
             error = row['own']['random']
             log(f'{variant}, seed {seed}: {seconds} s, MSE from random x_T {error:.4f}')
-    return results.finish()
+    return results.finish(dpm=base.card.result)
 
 
 # %% ../../nbs/experiments/training_efficiency.ipynb #79569756
