@@ -100,7 +100,8 @@ def stamp_of(
     stamp = []
     for file in source.files:
         status = file.stat()
-        stamp.append((str(file), status.st_size, status.st_mtime_ns))
+        dates = (status.st_mtime_ns, status.st_ctime_ns)
+        stamp.append((str(file.resolve()), status.st_size, *dates))
     return tuple(stamp)
 
 

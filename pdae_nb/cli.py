@@ -51,7 +51,6 @@ from .edit import (
 from .evaluation import (
     _device,
     _log_to_stderr,
-    add_missing_result,
     data_of,
     evaluate_cdpm,
     evaluate_classifier,
@@ -71,7 +70,7 @@ from .files import (
     write_json,
 )
 from .forward import Schedule
-from .hub import load, load_base, models, models_dirs, train
+from .hub import add_missing_result, load, load_base, models, models_dirs, train
 from .logs import read_history, while_open
 from .methods.classifier import EvalClassifier, NoisyClassifier, classifier_guided
 from .methods.diffae import DiffAE

@@ -204,7 +204,8 @@ def open_image(
         source = io.BytesIO(source)
     else:
         _check_file(source)
-    with Image.open(source) as image:
+    formats = [kind for kind in Image.OPEN if kind not in _NOT_READ]  # EPS starts Ghostscript
+    with Image.open(source, formats=formats) as image:
         _check_pixels(image)
         yield image
 

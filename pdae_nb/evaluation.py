@@ -10,7 +10,6 @@ __all__ = [
     'data_of',
     'held_out_images',
     'inputs',
-    'add_missing_result',
     'size_of',
     'Estimate',
     'check_enough',
@@ -59,7 +58,7 @@ from .recipes import RECIPES
 from .sampling import invert, restored, sample
 from .solvers import dpmpp_step, round_trip, snr_times
 from .store import ResultFile
-from .training import add_result, hardware, noise_mse, versions
+from .training import hardware, noise_mse, versions
 
 
 # %% ../nbs/toolbox/evaluation.ipynb #eafe7112
@@ -156,19 +155,6 @@ def inputs(
 
 
 # %% ../nbs/toolbox/evaluation.ipynb #0c20ca7e
-def add_missing_result(
-    model: Model,  # a model that was loaded from a folder
-) -> None:
-    "Measure the result of a training whose evaluation failed, and add it to its `run.json`."
-    recipe = model.card.recipe
-    if model.card.result is not None or not recipe or model.path is None:
-        return
-    test = model.data(load_images(recipe['data'], 'test', recipe['px']))
-    x = test.x[:10_000].to(model.device)
-    y = None if test.y is None else test.y[:10_000].to(model.device)
-    add_result(model, to_signed(x) if x.dtype == torch.uint8 else x, y)
-
-
 def size_of(
     model: Model,  # a trained model
 ) -> str:  # smoke, lesson, paper, or custom

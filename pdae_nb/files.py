@@ -6,6 +6,7 @@
 __all__ = [
     'PICTURES',
     'write_bytes',
+    'check_file',
     'write_tensors',
     'read_tensors',
     'checksum',
@@ -13,6 +14,7 @@ __all__ = [
     'shapes_of',
     'check_shapes',
     'fill',
+    'leftovers',
     'save_checkpoint',
     'load_checkpoint',
     'package_dir',
@@ -25,6 +27,7 @@ __all__ = [
     'cast',
     'Stopped',
     'stoppable',
+    'Busy',
     'locked',
     'is_locked',
     'results_dir',
@@ -41,6 +44,7 @@ import importlib
 import json
 import math
 import os
+import re
 import signal
 import warnings
 import zlib
@@ -112,6 +116,29 @@ def _crc(tensors, note):
 
 
 # %% ../nbs/toolbox/files.ipynb #2da692cc
+def _apart(tensors):
+    "Tensors of which no two share memory: safetensors stores no tied weights."
+    seen = set()
+    apart = {}
+    for name, v in tensors.items():
+        place = v.untyped_storage().data_ptr()
+        apart[name] = v.clone() if place in seen else v
+        seen.add(place)
+    return apart
+
+
+def check_file(
+    path: str | Path,  # a file that is to be read
+    most: int | None = None,  # largest number of bytes; None: any
+) -> None:
+    "Raise unless a path is a regular file of at most this size. A pipe would be read for ever."
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise ValueError(f'{path} is no regular file')
+    if most is not None and path.exists() and path.stat().st_size > most:
+        raise ValueError(f'{path} has {path.stat().st_size:,} bytes, the limit is {most:,}')
+
+
 def write_tensors(
     path: str | Path,  # file to write
     tensors: dict[str, Tensor],  # name -> tensor
@@ -121,7 +148,7 @@ def write_tensors(
     for name, v in tensors.items():
         if not torch.is_tensor(v):
             raise TypeError(f'{name!r} must be a tensor, got {type(v).__name__}')
-    tensors = {name: v.detach().cpu().contiguous() for name, v in tensors.items()}
+    tensors = _apart({name: v.detach().cpu().contiguous() for name, v in tensors.items()})
     note = json.dumps(meta or {})
     # All metadata is one entry, because safetensors writes several entries in random order.
     write_bytes(path, save(tensors, metadata=dict(note=f'{_crc(tensors, note)} {note}')))
@@ -152,6 +179,7 @@ def read_tensors(
     path: str | Path,  # safetensors file
 ) -> tuple:  # name -> tensor, and the JSON that was written with the tensors
     "Read a safetensors file and check its checksum. Nothing is unpickled."
+    check_file(path)
     try:
         tensors, metadata = _read(path)
         crc, note = _note(metadata)
@@ -192,6 +220,7 @@ def shapes_of(
     path: str | Path,  # safetensors file
 ) -> dict[str, tuple[int, ...]]:  # name -> shape
     "Names and shapes of the tensors in a file, from its header."
+    check_file(path)
     try:
         with safe_open(path, 'pt') as f:
             return {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}  # noqa: SIM118
@@ -250,6 +279,15 @@ def _params(opt):
     for group in opt.param_groups:
         params += group['params']
     return params
+
+
+def leftovers(
+    folder: Path,  # a folder, which need not exist
+) -> list[Path]:
+    "The temporary files of `write_bytes` that killed processes left in a folder."
+    if not folder.is_dir():
+        return []
+    return [path for path in folder.iterdir() if re.fullmatch(r'\..+\.\d+\.tmp', path.name)]
 
 
 def _check_finite(tensors, path):
@@ -347,7 +385,7 @@ def load_checkpoint(
     log=print,  # takes a message on each damaged file
 ) -> dict:  # the note stored with the checkpoint, or {} if there is no checkpoint
     "Continue from the newest checkpoint that is whole."
-    for tmp in Path(folder).glob('.*.tmp'):
+    for tmp in leftovers(Path(folder)):
         tmp.unlink()  # a killed process left it
     found = _newest(folder, log)
     if found is None:
@@ -489,6 +527,10 @@ def _lock(file):
         raise BlockingIOError(e.errno, e.strerror) from e
 
 
+class Busy(RuntimeError):
+    "Raised if another process writes to a folder."
+
+
 @contextmanager
 def locked(
     out: str | Path,  # folder of the run; made if it does not exist
@@ -496,11 +538,11 @@ def locked(
     "Allow one run per folder, by a file lock."
     out = Path(out).expanduser()
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / '.lock', 'w', encoding='utf-8') as f:
+    with open(out / '.lock', 'a', encoding='utf-8') as f:
         try:
             _lock(f)
         except BlockingIOError:
-            raise RuntimeError(f'another run is writing to {out}') from None
+            raise Busy(f'another run is writing to {out}') from None
         except OSError as e:
             warnings.warn(
                 f'{out} is on a file system without locks ({e.strerror}): '

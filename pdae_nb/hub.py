@@ -12,6 +12,7 @@ __all__ = [
     'read_version_1',
     'recipe_of_version_1',
     'train',
+    'add_missing_result',
     'check_storable',
     'cached_run',
     'images',
@@ -47,7 +48,10 @@ from .data import (
 )
 from .decode import image_files
 from .files import (
+    Busy,
     assets_dir,
+    cast,
+    check_shapes,
     checkout,
     fill,
     home,
@@ -57,6 +61,7 @@ from .files import (
     models_dir,
     models_dirs,
     read_tensors,
+    shapes_of,
 )
 from .logs import summary_writer, while_open
 from .methods.classifier import EvalClassifier, NoisyClassifier
@@ -70,8 +75,10 @@ from .methods.vae import VAE, VAESettings
 from .model import (
     Card,
     Model,
+    at_most,
     build,
     card_of,
+    check_name,
     class_path,
     model_fingerprint,
     read_model,
@@ -86,7 +93,7 @@ from .pretrained import load_dpm
 from .recipes import RECIPES, size_or_default
 from .recipes import recipe as recipe_of
 from .release import PACKAGED, ModelInfo, describe, fetch_run, is_released, released
-from .training import Recipe, _check_same, seeded, train_model
+from .training import Recipe, _check_same, add_result, seeded, train_model
 
 
 # %% ../nbs/toolbox/hub.ipynb #74d65b9b
@@ -242,7 +249,7 @@ def models() -> list[ModelInfo]:  # in alphabetical order
                 if released_one is not None and is_released(run, released_one):
                     info = replace(info, licence=released_one.licence)
                 listed[run.name] = info
-            except (OSError, ValueError, AttributeError, TypeError):
+            except (OSError, ValueError, AttributeError, TypeError, RecursionError):
                 listed[run.name] = ModelInfo(
                     run.name, 'unreadable', '', 0, 0, '', 0, '', '', (), where
                 )
@@ -426,9 +433,15 @@ def _pair_of_version_1(parts):
             drop = rest.get('drop', 0.0)
         case other:
             raise ValueError(f'{folder}: the gradient estimator has the description {other!r}')
+    file = folder / 'G.safetensors'
+    stored = shapes_of(file)
+    with torch.device('meta'), at_most(len(stored), file):  # no memory until all shapes fit
+        described = build(dpm_spec, folder)
+        GradientEstimator.on(described, z_dim, drop)
+    of_base = {k.removeprefix('dpm.'): v for k, v in stored.items() if k.startswith('dpm.')}
+    check_shapes(described, of_base, file)
     network = build(dpm_spec, folder)
     G = GradientEstimator.on(network, z_dim, drop)
-    file = folder / 'G.safetensors'
     tensors, _ = read_tensors(file)
     base_weights = {k.removeprefix('dpm.'): v for k, v in tensors.items() if k.startswith('dpm.')}
     fill(network, base_weights, file)
@@ -485,6 +498,7 @@ def train(
     With more images in the recipe, the call continues a finished run. The learning rate then
     follows the new length.
     """
+    check_name(name)
     recipe = recipe or recipe_of(name, size)
     out = Path(out or f'runs/{name}').expanduser()
     if base is not None:
@@ -502,6 +516,8 @@ def train(
             _check_same_base(record, recipe, out)
             while_open(options.get('log', tqdm.write))(f'{out} is finished')
             return load(out, network=build, trust=build is not None)
+        if not (out / 'checkpoints').is_dir():
+            return _without_checkpoints(out, recipe, is_whole, build)
     if options.get('tensorboard'):
         summary_writer()  # before the images are read
     images = load_images(recipe.data, 'train', recipe.px)
@@ -513,7 +529,7 @@ def train(
     check_storable(model, build)
     if recipe.init is not None:
         _start_from(model, load(recipe.init), recipe.init)
-    if below is not None and (below.path is None or not (below.path / 'run.json').exists()):
+    if below is not None and not _is_stored(below):
         with locked(out):
             _keep_base(below, out)
     return train_model(model, recipe, out, images, test, name=name, **options)
@@ -528,6 +544,31 @@ def _check_data(recipe: Recipe, images: Images, test: Images) -> None:
 
 
 _OF_LABELS = (ClassConditionalDPM, LabelPDAE, NoisyClassifier, EvalClassifier)
+
+
+def add_missing_result(
+    model: Model,  # a model that was loaded from a folder
+) -> None:
+    "Measure the result of a training whose evaluation failed, and add it to its `run.json`."
+    recipe = model.card.recipe
+    if model.card.result is not None or not recipe or model.path is None:
+        return
+    test = model.data(load_images(recipe['data'], 'test', recipe['px']))
+    x = test.x[:10_000].to(model.device)
+    y = None if test.y is None else test.y[:10_000].to(model.device)
+    add_result(model, to_signed(x) if x.dtype == torch.uint8 else x, y)
+
+
+def _without_checkpoints(out: Path, recipe: Recipe, is_whole: bool, build) -> Model:
+    "A stored model without checkpoints: it can be evaluated, but not trained any longer."
+    if not is_whole:
+        raise ValueError(
+            f'{out} has no checkpoints, so it cannot be continued to {recipe.images:,} images. '
+            f'Train in another folder, with this run as init'
+        )
+    model = load(out, network=build, trust=build is not None)
+    add_missing_result(model)
+    return model
 
 
 def _start_from(model: Model, source: Model, name: str) -> None:
@@ -562,6 +603,16 @@ def _check_fingerprint(stored: str, base: Model, out: Path) -> None:
         )
 
 
+def _is_stored(base: Model) -> bool:
+    "Whether the folder of a base holds the base as it is: it may have been changed in memory."
+    if base.path is None or not (base.path / 'run.json').exists():
+        return False
+    try:
+        return model_fingerprint(load(base.path)) == model_fingerprint(base)
+    except ValueError:  # a network of the user's own, which cannot be loaded here
+        return True
+
+
 def _keep_base(base: Model, out: Path) -> None:
     "Write a base that has no folder, or no longer has one, into OUT/base."
     folder = (out / 'base').resolve()
@@ -585,12 +636,14 @@ def check_storable(
 ) -> None:
     "Raise before the training if the networks could not be stored and built again."
     for name, module in model.named_children():
-        spec = json.loads(json.dumps(spec_of(module, name)))
+        spec = json.loads(json.dumps(spec_of(module, name), allow_nan=False))
         with torch.device('meta'):
             again = build(spec, name, network, trust=network is not None)
         stored = {k: v.shape for k, v in module.state_dict().items()}
         if {k: v.shape for k, v in again.state_dict().items()} != stored:
             raise ValueError(f'{name}: the `.config` of {spec["kind"]} builds another network')
+        for weight, v in module.state_dict().items():
+            cast(v, torch.float16, f'{name}.{weight}')  # the type in which it will be stored
 
 
 # %% ../nbs/toolbox/hub.ipynb #97e9e706
@@ -608,11 +661,13 @@ def cached_run(
     if recipe.base is not None:
         recipe = replace(recipe, base=_cached_base(recipe, size))
     out = cache_dir() / 'runs' / f'{name}-{size}'
-    if is_locked(out):
-        print(f'waiting for another process that trains {name}')
-    while is_locked(out):
-        time.sleep(1)
-    return train(name, recipe, out=out, log=_silent)
+    while True:
+        try:
+            return train(name, recipe, out=out, log=_silent)
+        except Busy:
+            print(f'waiting for another process that trains {name}')
+        while is_locked(out):
+            time.sleep(1)
 
 
 def _cached_base(recipe, size):

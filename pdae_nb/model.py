@@ -21,9 +21,11 @@ __all__ = [
     'write_card',
     'replace_folder',
     'read_record',
+    'check_name',
     'read_model',
     'card_of',
     'read_network',
+    'at_most',
     'read_sched',
 ]
 
@@ -53,6 +55,7 @@ from .denoise import Denoiser, denoising_loss
 from .files import (
     _fsync,
     cast,
+    check_file,
     check_shapes,
     checksum,
     fill,
@@ -817,21 +820,39 @@ def replace_folder(
 
 
 # %% ../nbs/toolbox/model.ipynb #cf53faff
+_LARGEST_RECORD = 10_000_000  # bytes of run.json
+
+
 def read_record(
     folder: str | Path,  # folder of a run
 ) -> dict:
     "The checked contents of `run.json`."
     folder = Path(folder).expanduser()
+    check_file(folder / 'run.json', most=_LARGEST_RECORD)
     try:
         record = json.loads((folder / 'run.json').read_text('utf-8'))
     except (ValueError, RecursionError) as e:
         raise ValueError(f'{folder}/run.json is not JSON ({e})') from e
     if not isinstance(record, dict):
         raise ValueError(f'{folder}/run.json must hold an object, got {type(record).__name__}')
-    name = record.get('name', folder.name)
-    if name in ('', '..') or name != Path(str(name)).name:
-        raise ValueError(f'{folder}/run.json: {name!r} cannot name a run')
+    try:
+        check_name(record.get('name', folder.name))
+    except ValueError as e:
+        raise ValueError(f'{folder}/run.json: {e}') from e
     return record
+
+
+def check_name(
+    name,  # name of a run
+) -> None:
+    "Raise unless a name can be that of a run: one part of a path, in UTF-8."
+    is_part = isinstance(name, str) and name not in ('', '.', '..') and name == Path(name).name
+    if not is_part or '\0' in name:
+        raise ValueError(f'{name!r} cannot name a run')
+    try:
+        name.encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(f'{name!r} cannot name a run: it is no UTF-8') from e
 
 
 def read_model(
@@ -869,6 +890,8 @@ def _read_model(folder, record, find_base, *, network, trust):
     shape = tuple(record['shape'])
     if not all(type(n) is int and n > 0 for n in shape):
         raise ValueError(f'{folder}/run.json: {record["shape"]!r} is not the shape of a sample')
+    for name, network in networks.items():
+        _check_image_shape(shape, getattr(network, 'config', {}), f'{folder}: {name}')
     try:
         model = cls.restore(networks, sched=sched, shape=shape, settings=settings, base=base)
     except (TypeError, AttributeError) as e:
@@ -876,6 +899,14 @@ def _read_model(folder, record, find_base, *, network, trust):
     model.card = card_of(record)
     model.path = folder
     return model.eval()
+
+
+def _check_image_shape(shape, config, what):
+    "Raise if a network is for images of another shape."
+    if {'c', 'size'} <= config.keys() and len(shape) == 3:
+        built_for = (config['c'], config['size'], config['size'])
+        if shape != built_for:
+            raise ValueError(f'{what} is for images of shape {built_for}, run.json says {shape}')
 
 
 def card_of(
@@ -897,7 +928,7 @@ def read_network(
     "A network with its stored weights."
     file = folder / f'{_named(name, folder)}.safetensors'
     stored = shapes_of(file)
-    with torch.device('meta'), _at_most(len(stored), file):  # no memory until all shapes fit
+    with torch.device('meta'), at_most(len(stored), file):  # no memory until all shapes fit
         described = build(spec, folder, network, trust=trust)
     check_shapes(described, stored, file)
     module = build(spec, folder, network, trust=trust)
@@ -906,12 +937,15 @@ def read_network(
 
 
 @contextmanager
-def _at_most(n, file):
-    "Refuse to build a network of more than n parameters."
+def at_most(n, file):
+    """Refuse to build a network of many more than n parameters.
+
+    A network may register a parameter more than once, e.g. one that replaces another.
+    """
     count = itertools.count(1)
 
     def registered(module, name, parameter):
-        if next(count) > n:
+        if next(count) > 2 * n + 100:
             raise ValueError(
                 f'the network has more parameters than {file}, which holds {n} tensors'
             )

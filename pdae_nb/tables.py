@@ -408,13 +408,17 @@ class ParquetSource(Source):
             return labels._replace(notes=[*self.notes, *labels.notes])
         if not self.columns.attributes:
             return Labels([], dict.fromkeys(self.sizes), self.notes)
-        names = []
+        names = None
         of_split = {}
         for split in self.sizes:
-            names, of_split[split] = _flags(
-                f'{shown(self.root)} {split}', self._values(split, self.columns.attributes)
-            )
-        return Labels(names, of_split, self.notes)
+            where = f'{shown(self.root)} {split}'
+            its_names, of_split[split] = _flags(where, self._values(split, self.columns.attributes))
+            if names not in (None, its_names):
+                raise ValueError(
+                    f'{where} has the attributes {its_names[:5]}, another split has {names[:5]}'
+                )
+            names = its_names
+        return Labels(names or [], of_split, self.notes)
 
 
 # %% ../nbs/toolbox/tables.ipynb #tabl0014

@@ -49,6 +49,7 @@ from .files import (
     cast,
     checksum,
     finite,
+    leftovers,
     load_checkpoint,
     locked,
     save_checkpoint,
@@ -60,6 +61,7 @@ from .model import (
     Card,
     Draw,
     Model,
+    check_name,
     class_path,
     model_fingerprint,
     seed_of,
@@ -621,7 +623,7 @@ def _resume(run, log):
                 'one'
             )
 
-    for leftover in run.out.glob('.*.tmp'):
+    for leftover in [*leftovers(run.out), run.out / '.log.jsonl.tmp']:
         if leftover.is_file():
             leftover.unlink()  # of a process that was killed
     folder = run.out / 'checkpoints'
@@ -822,6 +824,8 @@ def train_model(
             f'every and log_every must be at least 1 step, got {every} and {log_every}'
         )
     model.check_test(len(test))
+    check_name(name or out.name)
+    _check_folder(out)
     if tensorboard:
         summary_writer()
     with locked(out), ExitStack() as stack:
@@ -841,6 +845,19 @@ def train_model(
         _judge(run, look, log)
         log(f'{out} is done')
     return run.average
+
+
+_OF_A_TRAINING = {'.lock', 'base', 'checkpoints', 'held_out.jsonl', 'log.jsonl', 'samples'}
+
+
+def _check_folder(out):
+    "Raise if a folder without a run holds other files than those of a training."
+    if not out.exists() or (out / 'checkpoints').exists() or (out / 'run.json').exists():
+        return
+    names = {path.name for path in out.iterdir()} - _OF_A_TRAINING - {'tensorboard'}
+    names -= {path.name for path in leftovers(out)}
+    if names:
+        raise FileExistsError(f'{out} holds something else than a run, e.g. {min(names)!r}')
 
 
 def _judge(run, look, log):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -206,6 +207,120 @@ def test_a_base_may_be_named_in_several_ways(dpm, tmp_path, monkeypatch):
         train('coder', recipe, out=out, base=another, log=no_log)
 
 
+def test_a_longer_run_needs_checkpoints(tmp_path):
+    out = tmp_path / 'run'
+    first = train('dpm', RECIPE, out=out, log=no_log)
+    shutil.rmtree(out / 'checkpoints')
+    with pytest.raises(ValueError, match='has no checkpoints'):
+        train('dpm', replace(RECIPE, images=96), out=out, log=no_log)
+    same_weights(load(out), first)
+
+
+def test_a_model_without_result_and_checkpoints_is_evaluated_only(tmp_path, monkeypatch):
+    out = tmp_path / 'run'
+    first = train('dpm', RECIPE, out=out, log=no_log)
+    shutil.rmtree(out / 'checkpoints')
+    record = json.loads((out / 'run.json').read_text('utf-8'))
+    (out / 'run.json').write_text(json.dumps(record | dict(result=None)), 'utf-8')
+    monkeypatch.setattr(hub, 'train_model', lambda *a, **k: pytest.fail('trained again'))
+    again = train('dpm', RECIPE, out=out, log=no_log)
+    same_weights(again, first)
+    assert again.card.result == first.card.result
+    assert load(out).card.result == first.card.result
+
+
+@pytest.mark.parametrize('name', ['a/b', '', '..', 'x\udcff', 'a\0b'])
+def test_a_name_that_cannot_name_a_run_is_refused_first(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, 'load_images', lambda *a, **k: pytest.fail('the work began'))
+    with pytest.raises(ValueError, match='cannot name a run'):
+        train(name, RECIPE, out=tmp_path / 'run')
+
+
+def test_a_base_that_was_changed_in_memory_is_stored(dpm, tmp_path):
+    dpm.save(tmp_path / 'base')
+    base = load(tmp_path / 'base')
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.mul_(1.1)
+    recipe = Recipe(PDAE, **SHORT, encoder=dict(z_dim=4, groups=8), base=base)
+    train('coder', recipe, out=tmp_path / 'coder', log=no_log)
+    same_weights(load(tmp_path / 'coder').base, base)
+    same_weights(load(tmp_path / 'base'), dpm)
+
+
+class Tied(UNet):
+    "A network of a user with tied weights."
+
+    def __init__(self, c, size, **kw):
+        super().__init__(c=c, size=size, **kw)
+        self.config = dict(c=c, size=size, **kw)
+        self.a = torch.nn.Linear(3, 3)
+        self.b = torch.nn.Linear(3, 3)
+        self.b.weight = self.a.weight
+
+
+class Infinite(UNet):
+    "A network of a user with a buffer that is not finite."
+
+    def __init__(self, c, size, **kw):
+        super().__init__(c=c, size=size, **kw)
+        self.config = dict(c=c, size=size, **kw)
+        self.register_buffer('mask', torch.tensor([0.0, -torch.inf]))
+
+
+class TooLarge(UNet):
+    "A network of a user with a buffer that float16 cannot hold."
+
+    def __init__(self, c, size, **kw):
+        super().__init__(c=c, size=size, **kw)
+        self.config = dict(c=c, size=size, **kw)
+        self.register_buffer('table', torch.tensor([1e5]))
+
+
+def test_tied_weights_are_stored(tmp_path):
+    model = train('tied', RECIPE, out=tmp_path / 'run', build=Tied, log=no_log)
+    same_weights(load(tmp_path / 'run', network=Tied), model)
+
+
+@pytest.mark.parametrize('network', [Infinite, TooLarge])
+def test_a_network_that_cannot_be_stored_is_refused_first(network, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, 'train_model', lambda *a, **k: pytest.fail('the work began'))
+    with pytest.raises(ValueError, match='too much for torch.float16'):
+        train('x', RECIPE, out=tmp_path / 'run', build=network, log=no_log)
+
+
+@pytest.mark.parametrize('shape', [[1, 200_000, 200_000], [1, 28, 28], [3, 14, 14]])
+def test_a_shape_that_is_not_that_of_the_network_is_refused(dpm, tmp_path, shape):
+    dpm.save(tmp_path / 'x')
+    file = tmp_path / 'x' / 'run.json'
+    file.write_text(json.dumps(json.loads(file.read_text('utf-8')) | dict(shape=shape)), 'utf-8')
+    with pytest.raises(ValueError, match='is for images of shape'):
+        load(tmp_path / 'x')
+
+
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='no pipes')
+@pytest.mark.parametrize('name', ['run.json', 'net.safetensors'])
+def test_pipes_are_not_read(dpm, tmp_path, name):
+    dpm.save(tmp_path / 'x')
+    (tmp_path / 'x' / name).unlink()
+    os.mkfifo(tmp_path / 'x' / name)
+    with pytest.raises(ValueError, match='no regular file'):
+        read_model(tmp_path / 'x', None)
+
+
+def test_temporary_files_of_others_are_kept(tmp_path):
+    out = tmp_path / 'run'
+    train('dpm', RECIPE, out=out, log=no_log)
+    (out / '.notes.tmp').write_text('notes', 'utf-8')
+    (out / '.run.json.123.tmp').touch()
+    (out / 'log.txt').write_text('mine', 'utf-8')
+    (out / '.lock').write_text('text', 'utf-8')
+    train('dpm', replace(RECIPE, images=96), out=out, log=no_log)
+    assert (out / '.notes.tmp').read_text('utf-8') == 'notes'
+    assert (out / '.lock').read_text('utf-8') == 'text'
+    assert not (out / '.run.json.123.tmp').exists()
+
+
 # Signals, locks, replaced folders
 
 
@@ -229,7 +344,12 @@ def test_a_run_on_a_file_system_without_locks(tmp_path, monkeypatch):
 
 def test_a_cached_run_waits_for_another_process(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv('PDAE_NB_CACHE', str(tmp_path))
-    monkeypatch.setattr(hub, 'train', lambda name, recipe, out, log: time.monotonic())
+
+    def train_alone(name, recipe, out, log):
+        with locked(out):
+            return time.monotonic()
+
+    monkeypatch.setattr(hub, 'train', train_alone)
     out = tmp_path / 'runs' / 'mnist_dpm-smoke'
     released = []
     ready = threading.Event()

@@ -331,11 +331,8 @@ def test_a_folder_with_other_files_is_not_deleted(tmp_path, command, capsys):
     folder.mkdir(parents=True)
     precious = folder / 'precious.txt'
     precious.write_text('notes', 'utf-8')
-    if command == 'save':
-        with pytest.raises(FileExistsError, match='precious'):
-            untrained().save(folder)
-    else:
-        trained(folder)
+    with pytest.raises(FileExistsError, match='precious'):
+        untrained().save(folder) if command == 'save' else trained(folder)
     assert precious.read_text('utf-8') == 'notes'
 
 

@@ -921,3 +921,32 @@ def test_parquet_files_without_rows_or_splits(tmp_path):
     table(tmp_path / 'b/faces.parquet', rows([0]))
     with pytest.raises(FileNotFoundError, match=r'faces\.parquet name none of the splits'):
         load_images('./b', size=8)
+
+
+def test_a_file_with_postscript_starts_no_other_program(tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess, 'Popen', lambda *a, **k: pytest.fail('a program was started'))
+    monkeypatch.setattr(subprocess, 'check_call', lambda *a, **k: pytest.fail('a program started'))
+    text = b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n{} loop\n'
+    write(tmp_path / 'mine/0.png', text)
+    with pytest.raises(ValueError, match='not a readable image'):
+        load_images(tmp_path / 'mine', 'train', 8)
+
+
+def test_the_cache_tells_folders_of_one_relative_name_apart(tmp_path, monkeypatch):
+    for name, value in (('A', 10), ('B', 200)):
+        for i in range(2):
+            file = write(tmp_path / name / f'faces/{i}.png', png(value))
+            os.utime(file, (1e9, 1e9))
+    for name, value in (('A', 10), ('B', 200)):
+        monkeypatch.chdir(tmp_path / name)
+        assert values(load_images('./faces', 'train', 8)) == [value, value]
+
+
+def test_attributes_that_differ_between_splits_are_refused(tmp_path):
+    for split, second in (('train', 'Smiling'), ('test', 'Young')):
+        row = dict(image=dict(bytes=png(), path=None), attributes={'Male': 1, second: 0})
+        path = tmp_path / f'data/mine/{split}.parquet'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.Table.from_pylist([row]), path)
+    with pytest.raises(ValueError, match='attributes|differ'):
+        load_images('mine', 'train', 8)
