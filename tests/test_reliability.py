@@ -850,7 +850,7 @@ def test_second_run_in_one_folder_is_refused(server, ref, out):
     wait_until(a_checkpoint_is_written)
     status, last = server.run(out=out)
     assert status == 1
-    assert last == f'RuntimeError: another run is writing to {out}'
+    assert last == f'Busy: another run is writing to {out}'
     os.kill(first, signal.SIGKILL)
     assert server.wait(first) == -signal.SIGKILL
     assert_completes(server, out, ref)  # a killed run holds no lock
