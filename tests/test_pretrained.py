@@ -947,7 +947,7 @@ def test_model_card_of_a_pushed_run_has_facts_and_code_that_runs(hub):
     card = (hub.snapshot / 'README.md').read_text()
     mse = load('mnist_pdae').card.result['test_noise_mse']
     for words in (
-        'license: apache-2.0',
+        'license: "apache-2.0"',
         'mnist',
         '256,000 images',
         f'{mse:.4g}',
