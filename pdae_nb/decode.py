@@ -31,7 +31,7 @@ import os
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -241,13 +241,17 @@ def read_header(
     "Whether an image is grey, and the range of a grey image of more than 8 bits."
     with open_image(source) as image:
         mode = image.mode.split(';')[0]
-        top = int(_wide_grey(image).max()) if mode == 'I' else 0
+        top = 0
+        if mode == 'I':
+            is_large = image.size[0] * image.size[1] > _LARGE
+            with _one_at_a_time if is_large else nullcontext():
+                top = int(_wide_grey(image).max())
         return Header(mode in ('1', 'L', 'LA', 'La', 'I', 'F'), top)
 
 
 def _wide_grey(image):
-    "The values of a grey image of more than 8 bits: int64 (H,W)."
-    values = np.asarray(image).astype(np.int64)
+    "The values of a grey image of more than 8 bits: integers (H,W)."
+    values = np.asarray(image)
     if values.min() < 0 or values.max() > 65535:
         raise ValueError(f'grey values are {values.min()} … {values.max()}, expected 0 … 65535')
     return values

@@ -331,12 +331,18 @@ def _list_file(root, name):
 
 def _list_rows(path):
     "The rows of a list of CelebA: number of the line and its words."
-    text = path.read_text(encoding='utf-8-sig')
-    if path.suffix == '.csv':
-        lines = csv.reader(text.splitlines())
-    else:
-        lines = map(str.split, text.splitlines())
-    return [(i, row) for i, row in enumerate(lines, 1) if row]
+    try:
+        text = path.read_text(encoding='utf-8-sig')
+        if path.suffix == '.csv':
+            lines = list(csv.reader(text.splitlines()))
+        else:
+            lines = list(map(str.split, text.splitlines()))
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise ValueError(f'{shown(path)} is not a readable list ({e})') from e
+    rows = [(i, row) for i, row in enumerate(lines, 1) if row]
+    if len(rows) < 2:
+        raise ValueError(f'{shown(path)} is no list of CelebA: it has {len(rows)} lines')
+    return rows
 
 
 def _face_name(path, line, words, n):
@@ -373,9 +379,13 @@ def _attribute_list(path):
     else:
         names = rows[1][1]
         rows = rows[2:]
+    if len(set(names)) < len(names) or set(names) & {'0', '1', '-1'}:
+        raise ValueError(f'{shown(path)}: the names of the attributes are {names[:5]} …')
     flags_of = {}
     for line, words in rows:
         name = _face_name(path, line, words, len(names) + 1)
+        if name in flags_of:
+            raise ValueError(f'{shown(path)} line {line}: {name} is listed twice')
         try:
             flags_of[name] = [flag(value) for value in words[1:]]
         except ValueError as e:

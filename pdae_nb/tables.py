@@ -28,6 +28,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .decode import all_files, image_files, listed, note, shown
+from .files import check_file
 from .readers import (
     CELEBA_ATTRIBUTES,
     SPLITS,
@@ -229,10 +230,14 @@ def _parquet_file(path):
     "An opened parquet file, which is not read yet."
     import pyarrow.parquet as pq
 
+    check_file(path)  # a pipe would be read for ever
     try:
         return pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
     except Exception as e:
         raise ValueError(f'{shown(path)}: not a readable parquet file ({e})') from e
+
+
+_FEWEST_BYTES = 8  # of a row with an image
 
 
 def _check_unpacked(path, table):
@@ -249,6 +254,9 @@ def _check_unpacked(path, table):
                     f'unpack to {unpacked:,}; the limit is {_MOST_UNPACKED:,} bytes, '
                     f'or {_MOST_RATIO} times the packed size'
                 )
+    rows, size = table.metadata.num_rows, Path(path).stat().st_size
+    if rows > 1000 and rows * _FEWEST_BYTES > size:
+        raise ValueError(f'{shown(path)}: {rows:,} rows of images in {size:,} bytes')
     if table.metadata.num_rows > _MOST_ROWS:
         raise ValueError(
             f'{shown(path)} has {table.metadata.num_rows:,} rows, the limit is {_MOST_ROWS:,}'

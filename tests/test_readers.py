@@ -950,3 +950,45 @@ def test_attributes_that_differ_between_splits_are_refused(tmp_path):
         pq.write_table(pa.Table.from_pylist([row]), path)
     with pytest.raises(ValueError, match='attributes|differ'):
         load_images('mine', 'train', 8)
+
+
+ATTRIBUTES = '2\nMale Young\n000001.jpg 1 -1\n000002.jpg -1 1\n'
+
+
+@pytest.mark.parametrize(
+    'text, wanted',
+    [
+        ('3\nMale Young\n000001.jpg 1 -1\n000001.jpg -1 1\n', 'listed twice'),
+        ('2\nMale Male\n000001.jpg 1 -1\n', 'names of the attributes'),
+        ('', 'no list of CelebA'),
+        ('2\n', 'no list of CelebA'),
+        (ATTRIBUTES.encode() + b'\xff', 'not a readable list'),
+    ],
+)
+def test_damaged_lists_of_attributes(tmp_path, text, wanted):
+    root = tmp_path / 'data/celeba'
+    for i in (1, 2):
+        write(root / f'img_align_celeba/00000{i}.jpg', jpeg())
+    write(root / 'list_eval_partition.txt', '000001.jpg 0\n000002.jpg 0\n')
+    write(root / 'list_attr_celeba.txt', text)
+    with pytest.raises(ValueError, match=wanted):
+        load_images('celeba', 'train', 8)
+
+
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='no pipes')
+def test_a_pipe_in_place_of_a_table(tmp_path):
+    (tmp_path / 'mine').mkdir()
+    os.mkfifo(tmp_path / 'mine/train.parquet')
+    with pytest.raises(ValueError, match='no regular file|broken link'):
+        load_images(tmp_path / 'mine', 'train', 8)
+
+
+def test_a_table_with_more_rows_than_bytes_is_refused(tmp_path):
+    n = 20_000
+    images = pa.DictionaryArray.from_arrays(pa.array([0] * n, pa.int32()), pa.array([png()]))
+    labels = pa.DictionaryArray.from_arrays(pa.array([0] * n, pa.int32()), pa.array(['x' * 9000]))
+    path = tmp_path / 'mine/train.parquet'
+    path.parent.mkdir()
+    pq.write_table(pa.table(dict(image=images, label=labels)), path, compression='zstd')
+    with pytest.raises(ValueError, match='20,000 rows of images in'):
+        load_images(tmp_path / 'mine', 'train', 8)
