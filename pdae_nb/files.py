@@ -29,6 +29,7 @@ __all__ = [
     'stoppable',
     'Busy',
     'locked',
+    'locked_in_turn',
     'is_locked',
     'results_dir',
     'results_path',
@@ -46,9 +47,10 @@ import math
 import os
 import re
 import signal
+import time
 import warnings
 import zlib
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import platformdirs
@@ -549,6 +551,22 @@ def locked(
                 'a second run in this folder is not noticed',
                 stacklevel=3,
             )
+        yield
+
+
+@contextmanager
+def locked_in_turn(
+    out: str | Path,  # a folder; made if it does not exist
+    seconds: float = 1.0,  # between two attempts
+):
+    "`locked`, after waiting until no other process holds the lock."
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(locked(out))
+                break
+            except Busy:
+                time.sleep(seconds)
         yield
 
 

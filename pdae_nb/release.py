@@ -24,14 +24,13 @@ import http.client
 import json
 import os
 import shutil
-import time
 import urllib.error
 import urllib.request
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from .files import assets_dir, home, incomplete, is_locked, locked
+from .files import assets_dir, home, incomplete, locked_in_turn
 
 # %% ../nbs/toolbox/release.ipynb #fa31219c
 PACKAGED = ('mnist_dpm', 'mnist_pdae', 'mnist_classifier')  # models that the package contains
@@ -250,9 +249,7 @@ def fetch_run(
     _check_free(run, info)
     log(f'{name} is not here; downloading {info.bytes / 1e6:.1f} MB from {address()} to {run}')
     parts = folder / '.downloads'
-    while is_locked(parts / name):  # another process downloads the same model
-        time.sleep(1)
-    with locked(parts / name):
+    with locked_in_turn(parts / name):  # another process may download the same model
         wanted = [file for file in info.files if not _is_complete(run / file.name, file)]
         for file in wanted:
             if not _is_complete(parts / name / file.name, file):

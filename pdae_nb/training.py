@@ -847,14 +847,14 @@ def train_model(
     return run.average
 
 
-_OF_A_TRAINING = {'.lock', 'base', 'checkpoints', 'held_out.jsonl', 'log.jsonl', 'samples'}
+_OF_A_TRAINING = {'.lock', 'base', 'held_out.jsonl', 'log.jsonl', 'samples', 'tensorboard'}
 
 
 def _check_folder(out):
     "Raise if a folder without a run holds other files than those of a training."
     if not out.exists() or (out / 'checkpoints').exists() or (out / 'run.json').exists():
         return
-    names = {path.name for path in out.iterdir()} - _OF_A_TRAINING - {'tensorboard'}
+    names = {path.name for path in out.iterdir()} - _OF_A_TRAINING
     names -= {path.name for path in leftovers(out)}
     if names:
         raise FileExistsError(f'{out} holds something else than a run, e.g. {min(names)!r}')

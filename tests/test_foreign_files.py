@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from pdae_nb.adapters import read_official
+from pdae_nb.files import write_tensors
 from pdae_nb.forward import Schedule
 from pdae_nb.hub import load
 from pdae_nb.methods.dpm import DPM
+from pdae_nb.networks import ConvEncoder, GradientEstimator
 from pdae_nb.pretrained import load_dpm, to_official
 from pdae_nb.unet import UNet
 
@@ -175,4 +177,35 @@ def test_absurd_sizes_are_refused_before_memory_is_taken(dpm, tmp_path, config, 
     monkeypatch.setattr(torch.nn.init, 'kaiming_uniform_', kaiming_uniform_)
     with pytest.raises(ValueError):
         load(tmp_path / 'x')
+    assert taken == []
+
+
+def test_absurd_sizes_in_a_run_folder_of_version_1(dpm, tmp_path, monkeypatch):
+    folder = tmp_path / 'old'
+    folder.mkdir()
+    G = GradientEstimator.on(dpm.net, 4)
+    enc = ConvEncoder(1, 14, 4, groups=8)
+    tensors = {f'dpm.{k}': v for k, v in dpm.net.state_dict().items()} | G.state_dict()
+    write_tensors(folder / 'G.safetensors', tensors)
+    write_tensors(folder / 'enc.safetensors', enc.state_dict())
+    write_tensors(folder / 'sched.safetensors', dict(beta=dpm.sched.beta))
+    unet = dict(module='pdae_nb.unet', kind='UNet', config=dict(dpm.net.config))
+    part = dict(module='pdae_nb.pdae', kind='GradientEstimator', config=dict(dpm=unet, z_dim=4))
+    encoder = dict(module='pdae_nb.pdae', kind='ConvEncoder', config=dict(enc.config))
+    record = dict(name='old', parts=dict(G=part, enc=encoder, dpm=unet), recipe=None)
+    (folder / 'run.json').write_text(json.dumps(record), 'utf-8')
+    load(folder)  # the folder itself is whole
+    unet['config']['ch'] = 4096
+    (folder / 'run.json').write_text(json.dumps(record), 'utf-8')
+    taken = []
+    original = torch.nn.init.kaiming_uniform_
+
+    def kaiming_uniform_(tensor, *a, **k):
+        if not tensor.is_meta:
+            taken.append(tensor.numel())
+        return original(tensor, *a, **k)
+
+    monkeypatch.setattr(torch.nn.init, 'kaiming_uniform_', kaiming_uniform_)
+    with pytest.raises(ValueError):
+        load(folder)
     assert taken == []

@@ -403,3 +403,17 @@ def test_pdae_sample_gives_the_same_images_for_another_n(tmp_path, monkeypatch):
         assert cli.main(['sample', 'mnist_dpm', *words]) == 0
     few, many = shown
     torch.testing.assert_close(few, many[:3], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    'new, old, less',
+    [
+        ([10, 20, 50, 100], [10, 20, 50, 100], False),
+        ([100], [10, 20, 50, 100], True),
+        ([10, 20, 50, 100], [100], False),
+        (100, 1000, True),
+        ([100], 100, False),  # a file that has only the largest number
+    ],
+)
+def test_a_table_of_fewer_numbers_of_steps_is_less(new, old, less):
+    assert cli._is_less(new, old) is less

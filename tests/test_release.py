@@ -545,3 +545,30 @@ def test_only_models_of_the_release_have_its_licence(tmp_path, monkeypatch):
     licences = {info.name: info.licence for info in hub.models()}
     assert licences['mnist_cdpm'] == ''
     assert licences['mnist_dpm'] == 'Apache-2.0'
+
+
+def test_two_downloads_of_one_model_at_once(server, installed):
+    serve_from_checkout(server, 'mnist_cdpm')
+    folders = []
+
+    def fetch():
+        folders.append(release.fetch_run('mnist_cdpm', installed, log=lambda line: None))
+
+    threads = [threading.Thread(target=fetch) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert folders == [installed / 'mnist_cdpm'] * 3
+    names = [name for name, _ in server.requests]
+    assert sorted(names) == sorted(set(names))  # each file was asked for once
+    assert load('mnist_cdpm').card.images_seen == 720_000
+
+
+def test_a_hostile_description_does_not_hide_the_other_models(tmp_path, monkeypatch):
+    (tmp_path / 'hostile').mkdir()
+    (tmp_path / 'hostile' / 'run.json').write_text('[' * 200_000, 'utf-8')
+    monkeypatch.setenv('PDAE_NB_MODELS', str(tmp_path))
+    methods = {info.name: info.method for info in hub.models()}
+    assert methods['hostile'] == 'unreadable'
+    assert methods['mnist_dpm'] == 'DPM'

@@ -227,6 +227,24 @@ def test_a_shipped_measurement_is_not_repeated(name, tmp_path, monkeypatch):
     assert all(Path(picture).stat().st_size > 1000 for picture in result['pictures'])
 
 
+def test_an_undefined_number_is_stored_as_null(tmp_path):
+    results = ResultFile(tmp_path / 'x.json', {}, ('rows',))
+    assert results.keep('rows', 'a', lambda: dict(se=float('nan'), mean=1.5))['se'] is None
+    assert results.finish(largest=float('inf'))['largest'] is None
+    stored = json.loads((tmp_path / 'x.json').read_text(encoding='utf-8'))
+    assert stored['rows'] == dict(a=dict(se=None, mean=1.5))
+
+
+def test_a_figure_is_drawn_again_from_its_numbers(tmp_path):
+    path = tmp_path / 'mnist_cdpm' / 'lesson.json'
+    path.parent.mkdir()
+    path.write_bytes(find_results('mnist_cdpm').read_bytes())
+    picture = path.with_suffix('.png')
+    picture.write_bytes(b'an old or unfinished picture')
+    reproduce('pdae-fig1', 'lesson', out=tmp_path, log=lambda line: None)
+    assert Image.open(picture).size[0] > 100
+
+
 # What is printed and written
 
 
