@@ -23,6 +23,7 @@ import json
 import math
 import mmap
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -37,7 +38,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .decode import Header, bits_of, note, read_header, read_image, shown, square
-from .files import _lock, read_tensors, write_tensors
+from .files import _lock, leftovers, read_tensors, write_tensors
 from .readers import Source
 
 # %% ../nbs/toolbox/cache.ipynb #cach0006
@@ -315,6 +316,8 @@ def _in_memory(planned):
 
 # %% ../nbs/toolbox/cache.ipynb #cach0015
 _DAY = 86_400  # seconds
+_MINUTE = 60  # seconds
+_PART = re.compile(r'\..+-[0-9a-f]{16}\.\w{8}\.part')  # a cache file that is being written
 
 
 def _try_lock(file):
@@ -355,9 +358,10 @@ def _wait_for_lock(file, folder):
 
 def _is_abandoned(path):
     "Whether the process that made a temporary file has ended, as far as a lock or its age tells."
-    if time.time() - path.stat().st_mtime > _DAY:
+    age = time.time() - path.stat().st_mtime
+    if age > _DAY:
         return True
-    if path.is_dir() or path.suffix != '.part':
+    if age < _MINUTE or path.suffix != '.part':  # a new file may not be locked yet
         return False
     with open(path, 'rb') as file:
         return _try_lock(file)
@@ -367,12 +371,12 @@ def remove_leftovers(
     folder: Path,  # folder of the cache
 ) -> None:
     "Remove temporary files of processes that were killed."
-    leftovers = [*folder.glob('.*.part'), *folder.glob('.*.tmp')]
-    leftovers += [path.parent for path in folder.glob('.*/x.npy')]  # of earlier versions
-    for path in leftovers:
+    # The folder may hold files of others: only names that the cache itself gives are removed.
+    ours = [path for path in folder.iterdir() if _PART.fullmatch(path.name)]
+    for path in [*ours, *leftovers(folder)]:
         try:
-            if _is_abandoned(path):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if path.is_file() and _is_abandoned(path):
+                path.unlink()
         except OSError:
             continue  # another process removes it, or it belongs to another user
 

@@ -357,8 +357,8 @@ def _face_name(path, line, words, n):
 def _partition(path):
     "Image name -> split, from a list of names and numbers of splits."
     rows = _list_rows(path)
-    if path.suffix == '.csv':
-        rows = rows[1:]
+    if path.suffix == '.csv' and rows[0][1][-1].strip() not in ('0', '1', '2'):
+        rows = rows[1:]  # the names of the columns
     split_of = {}
     for line, words in rows:
         name = _face_name(path, line, words, 2)

@@ -91,6 +91,11 @@ def _check_shards(root, split, files):
         return
     start = 0 if total or min(numbers) == 0 else 1
     stop = start + total if total else max(numbers) + 1
+    if max(numbers) >= stop:
+        raise ValueError(
+            f'{shown(root)}: a parquet file of the split {split!r} has the number {max(numbers)}, '
+            f'but there are {stop - start}'
+        )
     missing = sorted(set(range(start, stop)) - set(numbers))
     if missing:
         raise FileNotFoundError(
@@ -171,7 +176,7 @@ def _class_numbers(where, values):
     numbers = []
     for i, value in enumerate(values):
         is_number = isinstance(value, (int, float)) and math.isfinite(value)
-        if not is_number or value != int(value) or value < 0:
+        if not is_number or value != int(value) or not 0 <= value < 2**63:
             raise ValueError(
                 f'{where} row {i}: the label {shown(repr(value)[:40])} is neither the number '
                 'of a class nor its name'
@@ -324,6 +329,8 @@ def _flags(where, records):
             record = record['attributes']
         if names is None:
             names = [name for name in CELEBA_ATTRIBUTES if name in record]
+            if not names:
+                raise ValueError(f'{where} row {i}: `attributes` holds no attributes of CelebA')
         try:
             rows.append([flag(record[name]) for name in names])
         except (ValueError, KeyError) as e:

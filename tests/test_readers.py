@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -829,12 +830,16 @@ def test_leftovers_of_a_killed_load_are_removed(tmp_path):
         cache.remove_leftovers(tmp_path / 'cache')
         assert held[0].exists()  # its process runs
         process.kill()
-    assert held[0].exists()
-    old = tmp_path / 'cache/.abcdefgh/x.npy'  # of earlier versions
-    write(old, b'')
-    os.utime(old.parent, (0, 0))
+    cache.remove_leftovers(tmp_path / 'cache')
+    assert held[0].exists()  # it is new: another process may be about to lock such a file
+    os.utime(held[0], (time.time() - 120,) * 2)
+    foreign = ['.video.mp4.part', '.mine/x.npy', '.dir.tmp/thesis.txt', '.notes.tmp']
+    for name in foreign:
+        write(tmp_path / 'cache' / name, b'')
+        os.utime(tmp_path / 'cache' / name, (0, 0))
     assert len(load_images(root, size=64)) == 2
-    assert [path.suffix for path in (tmp_path / 'cache').iterdir()] == ['.images']
+    assert not held[0].exists()
+    assert all((tmp_path / 'cache' / name).exists() for name in foreign)
 
 
 def test_a_full_disk_is_an_error_before_decoding(tmp_path, monkeypatch):
@@ -991,4 +996,30 @@ def test_a_table_with_more_rows_than_bytes_is_refused(tmp_path):
     path.parent.mkdir()
     pq.write_table(pa.table(dict(image=images, label=labels)), path, compression='zstd')
     with pytest.raises(ValueError, match='20,000 rows of images in'):
+        load_images(tmp_path / 'mine', 'train', 8)
+
+
+def test_a_partition_without_a_header_keeps_its_first_image(tmp_path):
+    from pdae_nb.readers import _partition
+
+    file = write(tmp_path / 'list_eval_partition.csv', '1.jpg,0\n2.jpg,0\n3.jpg,2\n')
+    assert _partition(file) == {'1.jpg': 'train', '2.jpg': 'train', '3.jpg': 'test'}
+
+
+@pytest.mark.parametrize('label', [1e300, 2.0**63])
+def test_a_label_that_int64_cannot_hold_is_refused(tmp_path, label):
+    path = tmp_path / 'mine/train.parquet'
+    path.parent.mkdir()
+    row = dict(image=dict(bytes=png(), path=None), label=label)
+    pq.write_table(pa.Table.from_pylist([row]), path)
+    with pytest.raises(ValueError, match='neither the number of a class'):
+        load_images(tmp_path / 'mine', 'train', 8)
+
+
+def test_attributes_of_another_kind_are_refused(tmp_path):
+    path = tmp_path / 'mine/train.parquet'
+    path.parent.mkdir()
+    row = dict(image=dict(bytes=png(), path=None), attributes=dict(colour=1))
+    pq.write_table(pa.Table.from_pylist([row]), path)
+    with pytest.raises(ValueError, match='no attributes of CelebA'):
         load_images(tmp_path / 'mine', 'train', 8)
