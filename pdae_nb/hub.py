@@ -506,18 +506,9 @@ def train(
     if init is not None:
         recipe = replace(recipe, init=str(init))
     if (out / 'run.json').exists():
-        record = read_record(out)
-        if not isinstance(record.get('recipe'), dict) or not record['recipe']:
-            raise ValueError(f'{out} holds a model without a recipe. Choose another folder')
-        _check_same(record['recipe'], recipe, out)
-        is_whole = record['recipe'].get('images') == recipe.images
-        # without a result, the run was stopped before its evaluation was stored
-        if is_whole and record.get('result') is not None:
-            _check_same_base(record, recipe, out)
-            while_open(options.get('log', tqdm.write))(f'{out} is finished')
-            return load(out, network=build, trust=build is not None)
-        if not (out / 'checkpoints').is_dir():
-            return _without_checkpoints(out, recipe, is_whole, build)
+        stored = _stored_run(out, recipe, build, options.get('log', tqdm.write))
+        if stored is not None:
+            return stored
     if options.get('tensorboard'):
         summary_writer()  # before the images are read
     images = load_images(recipe.data, 'train', recipe.px)
@@ -557,6 +548,24 @@ def add_missing_result(
     x = test.x[:10_000].to(model.device)
     y = None if test.y is None else test.y[:10_000].to(model.device)
     add_result(model, to_signed(x) if x.dtype == torch.uint8 else x, y)
+
+
+def _stored_run(out: Path, recipe: Recipe, build, log: Callable) -> Model | None:
+    "The run in a folder, if it needs no more training steps; None if it is to be continued."
+    record = read_record(out)
+    if not isinstance(record.get('recipe'), dict) or not record['recipe']:
+        raise ValueError(f'{out} holds a model without a recipe. Choose another folder')
+    _check_same(record['recipe'], recipe, out)
+    is_whole = record['recipe'].get('images') == recipe.images
+    # without a result, the run was stopped before its evaluation was stored
+    if is_whole:
+        _check_same_base(record, recipe, out)
+    if is_whole and record.get('result') is not None:
+        while_open(log)(f'{out} is finished')
+        return load(out, network=build, trust=build is not None)
+    if not (out / 'checkpoints').is_dir():
+        return _without_checkpoints(out, recipe, is_whole, build)
+    return None
 
 
 def _without_checkpoints(out: Path, recipe: Recipe, is_whole: bool, build) -> Model:

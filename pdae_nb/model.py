@@ -756,6 +756,7 @@ def write_model(
     """
     folder = Path(folder).expanduser()
     record = _record(model, folder, dtype)
+    (folder / 'run.json').unlink(missing_ok=True)  # it would describe a mixture, if this fails
     for name, network in model.named_children():
         state = network.state_dict()
         weights = {k: cast(v, dtype, f'{folder}: {name}.{k}') for k, v in state.items()}

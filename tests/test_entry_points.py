@@ -321,6 +321,32 @@ def test_temporary_files_of_others_are_kept(tmp_path):
     assert not (out / '.run.json.123.tmp').exists()
 
 
+def test_a_model_that_cannot_be_replaced_whole_is_no_mixture(dpm, tmp_path, monkeypatch):
+    import pdae_nb.model as module
+
+    out = tmp_path / 'coder'
+    recipe = Recipe(PDAE, **SHORT, encoder=dict(z_dim=4, groups=8), base=dpm)
+    train('coder', recipe, out=out, log=no_log)
+    written = []
+    original = module.write_tensors
+
+    def second_fails(path, tensors, *a):
+        if path.parent == out:
+            written.append(path.name)
+        if len(written) == 2:
+            raise OSError(28, 'No space left on device')
+        return original(path, tensors, *a)
+
+    longer = replace(recipe, images=96)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, 'write_tensors', second_fails)
+        with pytest.raises(OSError):
+            train('coder', longer, out=out, log=no_log)
+    assert not (out / 'run.json').exists()
+    model = train('coder', longer, out=out, log=no_log)  # from the last checkpoint
+    assert model.card.images_seen == 96
+
+
 # Signals, locks, replaced folders
 
 
