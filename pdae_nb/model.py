@@ -8,6 +8,7 @@ __all__ = [
     'seed_of',
     'Draw',
     'Card',
+    'largest_bf16_timestep',
     'Model',
     'Prior',
     'noise',
@@ -40,7 +41,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -65,6 +66,7 @@ from .files import (
     write_tensors,
 )
 from .forward import Schedule
+from .layers import Arithmetic, bf16_pays, computing_in
 from .sampling import ddim_step, invert, sample
 
 
@@ -142,9 +144,41 @@ class Card:
     steps_skipped: int | None = None  # steps whose loss or gradient was not finite
     seconds: float | None = None  # duration of the training
     hardware: str | None = None
+    precision: str | None = None  # dtype in which the networks computed: 'bf16' or 'float32'
     versions: dict | None = None  # package -> version
     result: dict | None = None  # what `test_result` measured
     source: str | None = None  # file from which the weights were converted
+
+
+# %% ../nbs/toolbox/model.ipynb #5fad45b7
+_LARGEST_AMPLIFICATION = 10  # of an error of eps in x̂_0, at which bf16 is used
+
+
+def largest_bf16_timestep(
+    sched: Schedule,  # noise schedule
+) -> int:  # 0…T
+    """The largest t at which the rounding of eps to bf16 is amplified at most ten times in x̂_0.
+
+    An error δ of eps changes x̂_0 by sqrt((1-ᾱ_t)/ᾱ_t)·δ (Diff-AE Eq. 5).
+    """
+    alpha_bar = sched(torch.arange(1, sched.T + 1))
+    amplification = ((1 - alpha_bar) / alpha_bar).sqrt()
+    return int((amplification <= _LARGEST_AMPLIFICATION).sum())
+
+
+def _limits(model):
+    "A model, its base, …, each with its `exact_above`: a model and its base share features."
+    limits = []
+    above = None
+    while model is not None:
+        exact_above = model.exact_above
+        if above is not None and above.sched is model.sched:
+            shared = [limit for limit in (limits[-1][1], exact_above) if limit is not None]
+            exact_above = min(shared, default=None)
+        limits.append((model, exact_above))
+        above = model
+        model = model.base
+    return limits
 
 
 # %% ../nbs/toolbox/model.ipynb #035dcab2
@@ -329,6 +363,28 @@ class Model(nn.Module):
         "Whether the folder of a base no longer exists."
         paths = [model.path for model in self._chain()[1:]]
         return any(path is not None and not (path / 'run.json').exists() for path in paths)
+
+    def networks(self) -> list[nn.Module]:
+        "The networks of this model, of its base, of the base's base, …"
+        return [network for model in self._chain() for network in model.children()]
+
+    @property
+    def exact_above(self) -> int | None:
+        "Largest timestep for bf16 outside of a training; None: bf16 fits at all timesteps."
+        return None if self.sched is None else largest_bf16_timestep(self.sched)
+
+    @contextmanager
+    def in_bf16(self):
+        """Within the block, encoding, sampling and inversion compute in bf16 where it pays.
+
+        They compute in float32 for timesteps above `exact_above`, see `largest_bf16_timestep`.
+        """
+        with ExitStack() as stack:
+            for model, exact_above in _limits(self):
+                if bf16_pays(self.device):
+                    arithmetic = Arithmetic(torch.bfloat16, exact_above)
+                    stack.enter_context(computing_in(model.children(), arithmetic))
+            yield
 
     def compile_networks(self) -> None:
         "Apply `torch.compile` to the networks that are differentiated once."

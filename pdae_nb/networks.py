@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from .unet import Attention, Up, norm
+from .layers import Conv2d, Linear, Network, norm
+from .unet import Attention, Up
 
 # %% ../nbs/toolbox/networks.ipynb #e3bb3f1c
 ENCODERS = {  # image size in pixels: (channels after each halving, halvings before the attention)
@@ -24,7 +25,7 @@ ENCODERS = {  # image size in pixels: (channels after each halving, halvings bef
 
 
 # %% ../nbs/toolbox/networks.ipynb #e365a60e
-class ConvEncoder(nn.Module):
+class ConvEncoder(Network):
     """The encoder z = E_φ(x_0) (PDAE Section 3.3).
 
     Convolutions halve the image until it is 4×4, and a linear layer follows.
@@ -46,15 +47,15 @@ class ConvEncoder(nn.Module):
             raise ValueError(f'there are encoders for images of {sizes} pixels, got {size}')
         self.config = dict(c=c, size=size, z_dim=z_dim, groups=groups, heads=heads)
         channels, attention_after = ENCODERS[size]
-        layers = [nn.Conv2d(c, channels[0], 3, 2, 1)]
+        layers = [Conv2d(c, channels[0], 3, 2, 1)]
         for i, ci in enumerate(channels, 1):
             if i == attention_after:
                 layers.append(Attention(ci, heads, groups))
             layers += [norm(ci, groups), nn.SiLU()]
             if i < len(channels):
-                layers.append(nn.Conv2d(ci, channels[i], 3, 2, 1))
+                layers.append(Conv2d(ci, channels[i], 3, 2, 1))
         self.body = nn.Sequential(*layers)
-        self.head = nn.Linear(channels[-1] * 4 * 4, z_dim)
+        self.head = Linear(channels[-1] * 4 * 4, z_dim)
 
     def forward(
         self,
@@ -67,7 +68,10 @@ class ConvEncoder(nn.Module):
             raise ValueError(
                 f'this encoder was built for images (B,{c},{size},{size}), got {tuple(x0.shape)}'
             )
-        features = self.body(x0)
+        stem, *layers = self.body
+        features = stem(x0).to(self.dtype_at())
+        for layer in layers:
+            features = layer(features)
         return self.head(features.flatten(1)).to(x0.dtype)
 
 
@@ -101,7 +105,7 @@ class GradientEstimator(nn.Module):
     ):
         super().__init__()
         self.config = dict(z_dim=z_dim, dt=dt, chs=list(chs), drop=drop, **geometry)
-        self.label = nn.Linear(z_dim, dt)  # of the code; the official name is `label_emb`
+        self.label = Linear(z_dim, dt)  # of the code; the official name is `label_emb`
         self.up = Up(chs=chs, dt=dt, dz=dt, drop=drop, **geometry)
 
     @classmethod
@@ -128,4 +132,5 @@ class GradientEstimator(nn.Module):
             raise ValueError(
                 f'this gradient estimator wants codes ({batch},{z_dim}), got {tuple(z.shape)}'
             )
-        return self.up(features, e, self.label(z))
+        features = [h.to(e.dtype) for h in features]  # the features of other libraries may differ
+        return self.up(features, e, self.label(z.to(e.dtype)))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .denoise import Denoiser
 from .forward import Schedule, at, eps_to_x0, x0_to_eps
-from .unet import exact_convolutions
+from .layers import exact_convolutions
 
 
 # %% ../nbs/course/03_sample.ipynb #a1c0de01

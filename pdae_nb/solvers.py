@@ -27,8 +27,8 @@ from torch import Tensor
 
 from .denoise import Denoiser
 from .forward import Schedule, at, eps_to_x0
+from .layers import exact_convolutions
 from .sampling import Pair, Past, ddim_step, invert, sample, trajectory
-from .unet import exact_convolutions
 
 
 # %% ../nbs/toolbox/solvers.ipynb #8567d516

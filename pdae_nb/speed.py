@@ -35,12 +35,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from .denoise import denoising_loss
 from .evaluation import _device
 from .forward import Schedule
+from .layers import arithmetic_of, bf16_pays, computing_in, exact_convolutions
 from .methods.dpm import DPM
 from .methods.pdae import EpsAndScore, pdae_loss
 from .networks import ConvEncoder, GradientEstimator
 from .recipes import RECIPES, recipe
 from .training import EMA, fit, hardware, versions
-from .unet import UNet, autocast, bf16_pays, exact_convolutions
+from .unet import UNet
 
 
 # %% ../nbs/toolbox/speed.ipynb #4961f4e4
@@ -170,16 +171,20 @@ def _workload(config, bs, dev, *, ours=True, compile=False):
         return denoising_loss(net, x0, sched, t=t, eps=eps, reduce=None), t
 
     row = replace(recipe('mnist_dpm', 'lesson'), batch=bs)
-    steps = fit(loss, net.parameters(), repeat((x, None)), row, ema, amp=ours)
-    precision = nullcontext if ours else exact_convolutions
+    precision = 'auto' if ours else 'float32'
+    steps = fit(
+        loss, net.parameters(), repeat((x, None)), row, ema, precision=precision, networks=[net]
+    )
+    arithmetic = arithmetic_of(precision, dev)
+    convolutions = nullcontext if ours else exact_convolutions
 
     def train():
-        with precision():
+        with convolutions():
             next(steps)
         _sync(dev)
 
     def forward():
-        with torch.no_grad(), autocast(dev, ours), precision():
+        with torch.no_grad(), computing_in([net], arithmetic), convolutions():
             net(x, t)
         _sync(dev)
 
@@ -301,18 +306,18 @@ class _TwoNetworks:
         return self.dpm(xt, t), self.conditional(xt, t, z)
 
 
-def _forward_call(f, device):
-    "One timed forward pass of `f`, without gradients."
+def _forward_call(f, networks, device):
+    "One timed forward pass of `f` through some networks, without gradients."
 
     def call():
-        with torch.no_grad(), autocast(device):
+        with torch.no_grad(), computing_in(networks, arithmetic_of('auto', device)):
             f()
         _sync(device)
 
     return call
 
 
-def _training_call(enc, eps_and_score, decoder, x, sched):
+def _training_call(enc, eps_and_score, decoder, x, *, sched, networks):
     "One timed training step of the encoder and `decoder`, the trained part of `eps_and_score`."
 
     def loss(x0, y, draw):
@@ -325,6 +330,7 @@ def _training_call(enc, eps_and_score, decoder, x, sched):
         [*enc.parameters(), *decoder.parameters()],
         repeat((x, None)),
         replace(RECIPES['mnist_pdae', 'lesson'], batch=len(x)),
+        networks=networks,
     )
 
     def call():
@@ -358,15 +364,17 @@ def _bench_geometry(config, z_dim, device, seconds):
     x = torch.rand((bs, *shape), device=device) * 2 - 1
     t = torch.full((bs,), 500, device=device)
     z = enc(x).detach()
+    networks = [base.net, conditional, enc, G]
     forward = {
-        'PDAE': _forward_call(lambda: pdae(x, t, z), device),
-        'two networks': _forward_call(lambda: two(x, t, z), device),
-        'G skipped': _forward_call(lambda: base.net(x, t), device),
+        'PDAE': _forward_call(lambda: pdae(x, t, z), networks, device),
+        'two networks': _forward_call(lambda: two(x, t, z), networks, device),
+        'G skipped': _forward_call(lambda: base.net(x, t), networks, device),
     }
     forward_seconds = race(forward, seconds)
+    of_both = dict(sched=sched, networks=networks)
     training = {
-        'PDAE': _training_call(enc, pdae, G, x, sched),
-        'two networks': _training_call(enc, two, conditional, x, sched),
+        'PDAE': _training_call(enc, pdae, G, x, **of_both),
+        'two networks': _training_call(enc, two, conditional, x, **of_both),
     }
     step_seconds = race(training, seconds)
     return dict(

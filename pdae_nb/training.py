@@ -31,7 +31,7 @@ import os
 import platform
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -56,6 +56,7 @@ from .files import (
     stoppable,
 )
 from .forward import Schedule
+from .layers import arithmetic_of, bf16_pays, computing_in
 from .logs import Board, Log, read_log, summary_writer, while_open
 from .model import (
     Card,
@@ -69,7 +70,6 @@ from .model import (
     write_model,
 )
 from .plot import show
-from .unet import autocast, bf16_pays
 
 
 # %% ../nbs/toolbox/training.ipynb #bfd9d03a
@@ -258,10 +258,9 @@ def _seeded_mps(seed, device):
         torch.mps.set_rng_state(before)
 
 
-def _losses(loss, x0, y, draw, *, dropout_seed, amp):
+def _losses(loss, x0, y, draw, *, dropout_seed):
     "Losses of a step, and the timesteps or None; the caller's random state is left unchanged."
-    device = x0.device
-    with seeded(dropout_seed, device), autocast(device, amp):
+    with seeded(dropout_seed, x0.device):
         return loss(x0, y, draw)
 
 
@@ -274,7 +273,8 @@ def fit(
     *,
     opt: torch.optim.Optimizer | None = None,  # optimiser to continue with; None makes one
     start: int = 0,  # number of steps done before
-    amp: bool = True,  # bf16 autocast, if the device has bf16 arithmetic
+    precision: str = 'auto',  # 'auto': bf16 if the device has bf16 arithmetic; 'bf16'; 'float32'
+    networks: Iterable[nn.Module] | None = None,  # that compute so; None: all of a model `loss`
     patience: int = 10,  # consecutive steps that are not finite before `NonFinite` is raised
 ):  # yields a `Step` after every step
     "Train, and yield after every step: logs, samples and checkpoints belong to the caller's loop."
@@ -283,6 +283,10 @@ def fit(
         raise ValueError('nothing to train: no parameter requires a gradient')
     opt = opt or optimiser(params, recipe)
     device = params[0].device
+    arithmetic = arithmetic_of(precision, device)
+    if networks is None:
+        networks = loss.networks() if isinstance(loss, Model) else []
+    networks = list(networks)
     opt.zero_grad(set_to_none=True)
     bad = 0
     begin = time.perf_counter()
@@ -291,9 +295,10 @@ def fit(
         for group in opt.param_groups:
             group['lr'] = lr
         draw = Draw(recipe.seed, i, recipe.batch, device=device)
-        losses, t = _losses(loss, x0, y, draw, dropout_seed=seed_of(recipe.seed, i, 3), amp=amp)
-        mean = losses.float().mean()
-        norm, ok = _update(mean, params, opt, recipe.clip)
+        with computing_in(networks, arithmetic):
+            losses, t = _losses(loss, x0, y, draw, dropout_seed=seed_of(recipe.seed, i, 3))
+            mean = losses.float().mean()
+            norm, ok = _update(mean, params, opt, recipe.clip)
         if ok and ema is not None:
             ema.update(i)
         bad = 0 if ok else bad + 1
@@ -549,6 +554,7 @@ class _Run:
     i: int = 0  # steps done
     seconds: float = 0.0  # duration of these steps
     skipped: int = 0  # steps that were not finite
+    precision: str = 'auto'  # of the training: for `arithmetic_of`
     board: Board | None = None  # TensorBoard's copy of the log and the previews
 
     def add(self, step: Step) -> None:
@@ -561,6 +567,12 @@ class _Run:
     def average(self) -> Model:
         "The model with averaged weights."
         return self.ema.module
+
+    @property
+    def dtype(self) -> str:
+        "The dtype in which the networks compute."
+        arithmetic = arithmetic_of(self.precision, self.model.device)
+        return 'float32' if arithmetic is None else 'bf16'
 
     @property
     def seen(self) -> int:
@@ -633,6 +645,9 @@ def _resume(run, log):
         run.seconds = meta['seconds']
         run.skipped = meta['skipped']
         log(f'going on at step {run.i} of {run.recipe.steps}')
+        before = meta.get('precision', run.dtype)
+        if before != run.dtype:
+            log(f'the steps until here were computed in {before}, the next ones in {run.dtype}')
         images = (meta.get('recipe') or {}).get('images', run.recipe.images)
         if images < run.recipe.images:
             log(
@@ -663,6 +678,7 @@ def _save(run):
         seconds=run.seconds,
         skipped=run.skipped,
         versions=versions(),
+        precision=run.dtype,
     )
     save_checkpoint(run.out / 'checkpoints', run.i, run.model, run.ema, run.opt, meta)
 
@@ -724,6 +740,7 @@ def _store(run, name):
         steps_skipped=run.skipped,
         seconds=round(run.seconds),
         hardware=hardware(model.device),
+        precision=run.dtype,
         versions=versions(),
     )
     write_model(model, run.out)
@@ -754,7 +771,8 @@ def _steps(run):
         device=run.model.device,
     )
     params = run.model.trainable()
-    return fit(run.model, params, data, r, run.ema, opt=run.opt, start=run.i)
+    how = dict(opt=run.opt, start=run.i, precision=run.precision)
+    return fit(run.model, params, data, r, run.ema, **how)
 
 
 def _look(run, look, tell):
@@ -804,6 +822,7 @@ def train_model(
     name: str | None = None,  # of the run; None: the name of the folder
     device=None,  # cpu, cuda or mps; None takes the CUDA GPU if there is one
     compile: bool = False,  # torch.compile the networks that are differentiated once
+    precision: str = 'auto',  # 'auto': bf16 if the device has bf16 arithmetic; 'bf16'; 'float32'
     every: int = 500,  # steps between checkpoints and previews
     log_every: int = 50,  # steps between log lines
     look: Callable | None = None,  # (images seen, averaged model) -> None
@@ -823,6 +842,7 @@ def train_model(
         raise ValueError(
             f'every and log_every must be at least 1 step, got {every} and {log_every}'
         )
+    arithmetic_of(precision, device)  # raises an error for an unknown name
     model.check_test(len(test))
     check_name(name or out.name)
     _check_folder(out)
@@ -830,6 +850,7 @@ def train_model(
         summary_writer()
     with locked(out), ExitStack() as stack:
         run = _new_run(model, recipe, out, images, test=test, device=device)
+        run.precision = precision
         past = _resume(run, log)
         if tensorboard:
             run.board = Board(out / 'tensorboard', run.seen, past, log)

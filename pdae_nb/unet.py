@@ -5,8 +5,6 @@
 # %% auto #0
 __all__ = [
     'timestep_embedding',
-    'GroupNorm',
-    'norm',
     'AdaGN',
     'zero',
     'Block',
@@ -15,20 +13,19 @@ __all__ = [
     'Up',
     'HalfUNet',
     'UNet',
-    'bf16_pays',
-    'autocast',
-    'exact_convolutions',
 ]
 
 # %% ../nbs/course/04_unet.ipynb #0334affe
 import math
 from collections.abc import Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .layers import Conv2d, Linear, Network, norm
 
 
 # %% ../nbs/course/04_unet.ipynb #ffcf2f22
@@ -47,32 +44,6 @@ def timestep_embedding(
     return F.pad(psi, (0, dim % 2))
 
 
-# %% ../nbs/course/04_unet.ipynb #16c50fe3
-class GroupNorm(nn.GroupNorm):
-    "PyTorch's GroupNorm, which on a CPU computes on a contiguous copy and restores the layout."
-
-    def forward(
-        self,
-        x: Tensor,  # features: (B,c,H,W)
-    ) -> Tensor:  # like `x`, in the same memory layout
-        "γ·(x - μ_g)/sqrt(σ_g² + eps) + β, with mean μ_g and variance σ_g² of each channel group."
-        if not x.is_cpu:
-            return super().forward(x)
-        channels_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        y = super().forward(x.contiguous())
-        return y.contiguous(memory_format=layout)
-
-
-# %% ../nbs/course/04_unet.ipynb #de4c78cf
-def norm(
-    c: int,  # channels
-    groups: int = 32,  # upper bound on the number of groups
-) -> GroupNorm:
-    "GroupNorm with gcd(groups, c) groups: 32 in the papers, fewer if 32 does not divide `c`."
-    return GroupNorm(math.gcd(groups, c), c, eps=1e-5)
-
-
 # %% ../nbs/course/04_unet.ipynb #b816ef35
 class AdaGN(nn.Module):
     """GroupNorm with scales and shifts predicted from the timestep and the code (PDAE Eq. 9).
@@ -89,8 +60,8 @@ class AdaGN(nn.Module):
         groups: int = 32,  # groups of the norm
     ):
         super().__init__()
-        self.t = nn.Linear(dt, 2 * c)
-        self.z = nn.Linear(dz, c * (1 + z_shift)) if dz else None
+        self.t = Linear(dt, 2 * c)
+        self.z = Linear(dz, c * (1 + z_shift)) if dz else None
         self.norm = norm(c, groups)
 
     def forward(
@@ -154,11 +125,11 @@ class Block(nn.Module):
             raise ValueError(f"resample must be None, 'down' or 'up', got {resample!r}")
         self.resample = resample
         self.norm1 = norm(ci, groups)
-        self.conv1 = nn.Conv2d(ci, co, 3, padding=1)
+        self.conv1 = Conv2d(ci, co, 3, padding=1)
         self.norm2 = AdaGN(co, dt, dz, z_shift, groups)
         self.drop = nn.Dropout(drop)
-        self.conv2 = zero(nn.Conv2d(co, co, 3, padding=1))
-        self.skip = nn.Conv2d(ci, co, 1) if ci != co else nn.Identity()
+        self.conv2 = zero(Conv2d(co, co, 3, padding=1))
+        self.skip = Conv2d(ci, co, 1) if ci != co else nn.Identity()
         self.attn = Attention(co, groups=groups, **kw) if attn else nn.Identity()
 
     def forward(
@@ -200,8 +171,8 @@ class Attention(nn.Module):
         self.heads = _number_of_heads(c, heads, head_channels)
         self.twice = twice
         self.norm = norm(c, groups)
-        self.qkv = nn.Conv2d(c, 3 * c, 1)
-        self.out = zero(nn.Conv2d(c, c, 1))
+        self.qkv = Conv2d(c, 3 * c, 1)
+        self.out = zero(Conv2d(c, c, 1))
 
     def forward(
         self,
@@ -245,7 +216,7 @@ class Down(nn.Module):
         factor = 2 ** (len(mult) - 1)
         if size % factor:
             raise ValueError(f'{len(mult)} levels need a size divisible by {factor}, got {size}')
-        self.stem = nn.Conv2d(c, ch, 3, padding=1)
+        self.stem = Conv2d(c, ch, 3, padding=1)
         self.blocks = nn.ModuleList()
         self.chs = [ch]  # channels of each feature map
         for level, m in enumerate(mult):
@@ -265,8 +236,11 @@ class Down(nn.Module):
         t: Tensor,  # embedding of the timestep: (B,dt)
         z: Tensor | None = None,  # code: (B,dz), if there is one
     ) -> list[Tensor]:  # feature maps, from the stem's to the deepest
-        "Feature maps of the stem and of every block."
-        hs = [self.stem(x)]
+        """Feature maps of the stem and of every block.
+
+        The blocks compute in the dtype of `t`, the stem in that of `x`.
+        """
+        hs = [self.stem(x).to(t.dtype)]
         for block in self.blocks:
             hs.append(block(hs[-1], t, z))
         return hs
@@ -306,7 +280,7 @@ class Up(nn.Module):
             if level:
                 self.blocks.append(Block(ci, ci, resample='up', **kw))
                 size *= 2
-        self.out = nn.Sequential(norm(ci, groups), nn.SiLU(), zero(nn.Conv2d(ci, c, 3, padding=1)))
+        self.out = nn.Sequential(norm(ci, groups), nn.SiLU(), zero(Conv2d(ci, c, 3, padding=1)))
 
     def forward(
         self,
@@ -327,7 +301,7 @@ class Up(nn.Module):
 
 
 # %% ../nbs/course/04_unet.ipynb #63b51785
-class HalfUNet(nn.Module):
+class HalfUNet(Network):
     "Embedding of t and first half of a U-Net, which classifiers and encoders use as well."
 
     def __init__(
@@ -350,16 +324,17 @@ class HalfUNet(nn.Module):
         self.ch = ch
         self.dt = dt or 4 * ch
         self.lag = lag
-        self.time = nn.Sequential(nn.Linear(ch, self.dt), nn.SiLU(), nn.Linear(self.dt, self.dt))
+        self.time = nn.Sequential(Linear(ch, self.dt), nn.SiLU(), Linear(self.dt, self.dt))
         self.down = Down(c, ch, tuple(mult), size, dt=self.dt, **kw)
 
     def embed(
         self,
         t: Tensor,  # timesteps: (B,)
-    ) -> Tensor:  # (B,dt)
+    ) -> Tensor:  # (B,dt), in the dtype in which the blocks compute
         "Embedding of the timestep, an input of every block: MLP(ψ(t)) of Diff-AE Eq. 7."
         psi = timestep_embedding(t - self.lag, self.ch)
-        return self.time(psi.to(self.time[0].weight.dtype))
+        e = self.time(psi.to(self.time[0].weight.dtype))
+        return e.to(self.dtype_at(t))
 
     def deepest(
         self,
@@ -435,47 +410,6 @@ class UNet(HalfUNet):
         "Predict the noise ε in `xt`."
         self._check(xt, t, z)
         e = self.embed(t)
+        if z is not None:
+            z = z.to(e.dtype)
         return self.up(self.down(xt, e, z), e, z).to(xt.dtype)
-
-
-# %% ../nbs/course/04_unet.ipynb #abafead2
-def bf16_pays(
-    device: str | torch.device,  # 'cpu', 'cuda' or another device
-) -> bool:
-    """Whether the device has bf16 arithmetic of its own.
-
-    GPUs since Ampere and CPUs with AVX-512 or AMX have. On other devices bf16 is many times slower
-    than float32.
-    """
-    device = torch.device(device)
-    if device.type == 'cuda':
-        with torch.cuda.device(device):
-            return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == 'cpu' and torch.backends.mkldnn.is_available():
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return False
-
-
-def autocast(
-    device: str | torch.device,  # where the networks are
-    on: bool = True,  # False: float32 on every device
-) -> torch.autocast:  # a context manager
-    "bf16 arithmetic where `bf16_pays`, float32 elsewhere."
-    device = torch.device(device)
-    return torch.autocast(device.type, torch.bfloat16, enabled=on and bf16_pays(device))
-
-
-# %% ../nbs/course/04_unet.ipynb #48e11511
-@contextmanager
-def exact_convolutions():
-    """Compute float32 convolutions on a GPU without TF32. The setting is restored afterwards.
-
-    The setting is global: it holds for the whole process while the block runs.
-    """
-    cudnn = torch.backends.cudnn
-    before = cudnn.allow_tf32
-    cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        cudnn.allow_tf32 = before

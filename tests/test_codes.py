@@ -173,6 +173,7 @@ STEP = """
 import torch
 from pdae_nb.methods.diffae import SemanticEncoder, diffae_loss
 from pdae_nb.forward import Schedule
+from pdae_nb.layers import Arithmetic, computing_in
 from pdae_nb.unet import UNet
 
 last = dict(memory_format=torch.channels_last)
@@ -180,7 +181,7 @@ enc = SemanticEncoder(1, 32, (1, 2), 28, 8, n_res=1).to(**last).train()
 unet = UNet(c=1, ch=32, mult=(1, 2), n_res=1, size=28, dz=8, z_shift=False).to(**last).train()
 for bf16 in (False, True):
     x0 = torch.rand(4, 1, 28, 28).to(**last)
-    with torch.autocast('cpu', torch.bfloat16, enabled=bf16):
+    with computing_in([enc, unet], Arithmetic(torch.bfloat16) if bf16 else None):
         loss = diffae_loss(enc, unet, x0, Schedule.linear())
         loss.backward()
 grads = [p.grad for m in (enc, unet) for p in m.parameters()]

@@ -157,6 +157,7 @@ STEP = """
 import torch
 from pdae_nb.forward import Schedule
 from pdae_nb.methods.dpm import DPM
+from pdae_nb.layers import Arithmetic, computing_in
 from pdae_nb.methods.pdae import PDAE, pdae_loss
 from pdae_nb.networks import ConvEncoder, GradientEstimator
 from pdae_nb.unet import UNet
@@ -168,7 +169,7 @@ G = GradientEstimator.on(net, 8)
 model = PDAE(ConvEncoder(1, 28, 8), G, base).to(**last).train()
 for bf16 in (False, True):
     x0 = torch.rand(4, 1, 28, 28).to(**last)
-    with torch.autocast('cpu', torch.bfloat16, enabled=bf16):
+    with computing_in(model.networks(), Arithmetic(torch.bfloat16) if bf16 else None):
         loss = pdae_loss(model.enc, model.eps_and_score, x0, model.sched)
         loss.backward()
 print(all(p.grad is not None and p.grad.isfinite().all() for p in G.up.parameters()))

@@ -20,12 +20,12 @@ from pdae_nb.data import Images
 from pdae_nb.forward import Schedule, add_noise, eps_to_x0, posterior, real_type, x0_to_eps
 from pdae_nb.gap import gap_factor
 from pdae_nb.guidance import guided
+from pdae_nb.layers import arithmetic_of
 from pdae_nb.metrics import ssim
 from pdae_nb.recipes import RECIPES, recipe
 from pdae_nb.sampling import ddim_step, trajectory
 from pdae_nb.solvers import belm_step, dpmpp_step
 from pdae_nb.training import memory_layout, seeded
-from pdae_nb.unet import autocast
 from pdae_nb.weighting import (
     w_bound,
     w_half,
@@ -383,8 +383,7 @@ def test_the_generator_of_apple_gpus_is_seeded_and_restored(monkeypatch):
 def test_settings_of_apple_gpus():
     layouts = dict(cpu=torch.channels_last, cuda=torch.channels_last, mps=torch.contiguous_format)
     assert {device: memory_layout(torch.device(device)) for device in layouts} == layouts
-    with autocast('mps'):
-        assert not torch.is_autocast_enabled('mps'), 'float32, where bf16 is not known to pay'
+    assert arithmetic_of('auto', 'mps') is None, 'float32, where bf16 is not known to pay'
     assert 'Apple' in training.hardware(torch.device('mps'))
 
 

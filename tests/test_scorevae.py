@@ -18,6 +18,7 @@ from pdae_nb.experiments.scorevae import CASES, compare_cases
 from pdae_nb.forward import Schedule, add_noise
 from pdae_nb.guidance import grad_log
 from pdae_nb.hub import images, load, train
+from pdae_nb.layers import Arithmetic, computing_in
 from pdae_nb.methods.diffae import diffae_denoiser
 from pdae_nb.methods.dpm import DPM
 from pdae_nb.methods.scorevae import (
@@ -287,7 +288,7 @@ def test_every_weight_of_the_encoder_has_a_gradient(mode, bf16):
     x0 = random_images(4)
     before = x0.clone()
     t = torch.tensor([1, 300, 600, 1000])
-    with torch.autocast('cpu', torch.bfloat16, enabled=bf16):
+    with computing_in([q, dpm], Arithmetic(torch.bfloat16) if bf16 else None):
         loss = scorevae_loss(dpm, q, x0, SCHED, t=t)
     loss.backward()
     for name, p in q.named_parameters():

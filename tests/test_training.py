@@ -14,8 +14,9 @@ import sklearn
 import torch
 
 import pdae_nb
-import pdae_nb.unet as unet
+import pdae_nb.layers as layers
 from pdae_nb.data import batches, load_images
+from pdae_nb.layers import Conv2d, Network
 from pdae_nb.recipes import recipe
 from pdae_nb.training import fit
 
@@ -44,7 +45,7 @@ def environment():
     )
 
 
-def losses(amp=False, steps=30):
+def losses(precision='float32', steps=30):
     "Losses of the first training steps of mnist_dpm, on one thread."
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -54,7 +55,7 @@ def losses(amp=False, steps=30):
         torch.manual_seed(r.seed)
         model = r.method.build(r, images).train()
         data = batches(images, r.batch, steps, flip=r.flip, seed=r.seed)
-        steps_done = fit(model, model.trainable(), data, r, amp=amp)
+        steps_done = fit(model, model.trainable(), data, r, precision=precision)
         return [step.loss.item() for step in steps_done]
     finally:
         torch.set_num_threads(threads)
@@ -62,8 +63,8 @@ def losses(amp=False, steps=30):
 
 @pytest.mark.slow
 def test_thirty_steps_in_float32_give_the_stored_losses(monkeypatch):
-    "Without `amp`, also on devices with bf16 arithmetic."
-    monkeypatch.setattr(unet, 'bf16_pays', lambda device: True)
+    "Also on devices with bf16 arithmetic."
+    monkeypatch.setattr(layers, 'bf16_pays', lambda device: True)
     golden = json.loads(GOLDEN.read_text())
     # Other versions and other CPUs round differently.
     tolerance = 1e-6 if golden['made_with'] == environment() else 2e-3
@@ -73,50 +74,78 @@ def test_thirty_steps_in_float32_give_the_stored_losses(monkeypatch):
 
 
 @pytest.mark.slow
-def test_thirty_steps_in_bf16_give_nearly_the_stored_losses(monkeypatch):
+def test_thirty_steps_in_bf16_give_nearly_the_stored_losses():
     "Also on CPUs without bf16 arithmetic, where bf16 is slower than float32."
-    monkeypatch.setattr(unet, 'bf16_pays', lambda device: True)
     golden = json.loads(GOLDEN.read_text())
-    got = losses(amp=True)
+    got = losses('bf16')
     np.testing.assert_allclose(got, golden['loss'], atol=2e-2)
     assert got[-1] < 0.8 * got[0]
     difference = np.abs(np.subtract(got, golden['loss']))
     assert difference.max() > 2e-4, 'the losses were not rounded to bf16'
 
 
+class TwoLayers(Network):
+    "A first layer in the dtype of the image and a second one in the chosen dtype."
+
+    def __init__(self):
+        super().__init__()
+        self.stem = Conv2d(1, 2, 1)
+        self.last = Conv2d(2, 1, 1)
+        self.dtypes = []
+
+    def forward(self, x):
+        h = self.stem(x).to(self.dtype_at())
+        self.dtypes.append(h.dtype)
+        return self.last(h).float()
+
+
 def dtypes_in_training(**settings):
-    "The data types of the output of a layer in one training step."
-    layer = torch.nn.Linear(2, 2)
-    dtypes = []
+    "The dtype in which a network computes: before, in and after a training step."
+    net = TwoLayers()
+    x = torch.ones(4, 1, 2, 2)
 
     def loss_fn(x0, y, draw):
-        out = layer(x0)
-        dtypes.append(out.dtype)
-        return out.square().mean(1), None
+        return net(x0).square().mean((1, 2, 3)), None
 
-    one_batch = [(torch.ones(4, 2), None)]
-    list(fit(loss_fn, layer.parameters(), one_batch, recipe('mnist_dpm', 'smoke'), **settings))
-    return dtypes
+    net(x)
+    steps = fit(
+        loss_fn,
+        net.parameters(),
+        [(x, None), (x, None)],
+        recipe('mnist_dpm', 'smoke'),
+        networks=[net],
+        **settings,
+    )
+    next(steps)
+    net(x)
+    next(steps)
+    return net.dtypes
 
 
 @pytest.mark.parametrize('pays, dtype', [(False, torch.float32), (True, torch.bfloat16)])
 def test_bf16_only_on_devices_with_bf16_arithmetic(pays, dtype, monkeypatch):
     "On CPUs without bf16 arithmetic, bf16 is many times slower than float32."
-    monkeypatch.setattr(unet, 'bf16_pays', lambda device: pays)
-    assert dtypes_in_training() == [dtype]
-    assert dtypes_in_training(amp=True) == [dtype]
+    monkeypatch.setattr(layers, 'bf16_pays', lambda device: pays)
+    assert dtypes_in_training() == [torch.float32, dtype, torch.float32, dtype]
 
 
 @pytest.mark.parametrize('pays', [False, True])
-def test_no_bf16_without_amp(pays, monkeypatch):
-    monkeypatch.setattr(unet, 'bf16_pays', lambda device: pays)
-    assert dtypes_in_training(amp=False) == [torch.float32]
+@pytest.mark.parametrize('name, dtype', [('float32', torch.float32), ('bf16', torch.bfloat16)])
+def test_a_named_precision_is_used_on_every_device(pays, name, dtype, monkeypatch):
+    monkeypatch.setattr(layers, 'bf16_pays', lambda device: pays)
+    expected = [torch.float32, dtype, torch.float32, dtype]
+    assert dtypes_in_training(precision=name) == expected
+
+
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(ValueError, match="auto, bf16 or float32, got 'fp8'"):
+        dtypes_in_training(precision='fp8')
 
 
 def test_one_module_calls_autocast():
     package = Path(pdae_nb.__file__).parent
     callers = [p for p in package.rglob('*.py') if 'torch.autocast(' in p.read_text()]
-    assert callers == [Path(unet.__file__)]
+    assert callers == [Path(layers.__file__)]
 
 
 if __name__ == '__main__':

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ..denoise import Denoiser
 from ..forward import Schedule
+from ..layers import bf16_pays
 from ..logs import read_log
 from ..methods.classifier import EvalClassifier, NoisyClassifier, classifier_guided
 from ..methods.dpm import DPM
@@ -34,7 +35,6 @@ from ..model import model_fingerprint, noise
 from ..plot import bar
 from ..sampling import sample
 from ..store import ResultFile
-from ..unet import autocast, bf16_pays
 
 
 # %% ../../nbs/experiments/critical_stage.ipynb #c979ffd1
@@ -381,7 +381,7 @@ def measure_stages(
         weights={k: model_fingerprint(model) for k, model in models.items()},
         bf16=bf16_pays(dpm.device),
     )
-    with autocast(dpm.device):
+    with dpm.in_bf16(), classifier.in_bf16(), eval_classifier.in_bf16():
         stage_grid(
             _in_chunks(dpm.denoiser()),
             classifier,

@@ -33,6 +33,7 @@ from ..data import Images, cache_dir, load_images, to_signed, to_uint8
 from ..edit import fit_probe, oversample, passes
 from ..evaluation import _provenance, check_channels, data_of, size_of
 from ..files import read_tensors, write_tensors
+from ..layers import bf16_pays
 from ..methods.classifier import EvalClassifier
 from ..methods.dpm import DPM, ClassConditionalDPM
 from ..methods.latent import LatentDPM, ZStats, encode_all
@@ -41,7 +42,6 @@ from ..methods.scorevae import CodedModel
 from ..metrics import Feats, eval_feats, features, frechet, frechet_inf, mmd, stats
 from ..model import GenerativeModel, Model, model_fingerprint, noise
 from ..sampling import sample
-from ..unet import autocast, bf16_pays
 
 
 # %% ../../nbs/experiments/generation.ipynb #9aca6fdf
@@ -61,7 +61,7 @@ def shuffled(
 def _sample_images(model, denoiser, n, seed, steps):
     "Images by DDIM, in bf16 where bf16 arithmetic is faster, as in training."
     xT = noise(model.shape, n, seed).to(model.device)
-    with autocast(model.device):
+    with model.in_bf16():
         return sample(denoiser, xT, model.sched, steps, clip=1.0)
 
 
@@ -195,7 +195,7 @@ def _sample_file(label, models, feats, *, steps, chunk, keep):
     weights = ' '.join(map(model_fingerprint, models))
     devices = {model.device for model in models}
     bf16 = ' bf16' if any(map(bf16_pays, devices)) else ''
-    key = f'4 {label} {steps} {chunk} {keep} {feats.name} {feats.key} {weights}{bf16}'
+    key = f'5 {label} {steps} {chunk} {keep} {feats.name} {feats.key} {weights}{bf16}'
     return cache_dir() / f'drawn-{hashlib.sha256(key.encode()).hexdigest()[:20]}.safetensors'
 
 

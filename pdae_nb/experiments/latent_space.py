@@ -32,7 +32,6 @@ from ..methods.latent import ZStats, encode_all
 from ..metrics import Feats, auroc, eval_feats, features, frechet
 from ..model import GenerativeModel, noise
 from ..sampling import sample
-from ..unet import autocast
 from .generation import _jackknife_error, fid_kid
 
 
@@ -196,7 +195,7 @@ def probe_auroc(
 def _edited(model, x, probe, s, steps):
     "Images `x` with their codes moved along the probe's direction, by `s` each."
     parts = zip(x.split(50), s.split(50), strict=True)
-    with autocast(x.device):
+    with model.in_bf16():
         edited = [manipulate(model, images, probe, [scale], steps)[0] for images, scale in parts]
         return torch.cat(edited).float()
 
@@ -245,7 +244,7 @@ def manipulation_fid(
 def _samples_of_labels(model, xT, y, scale, steps):
     "One image for each label, at a guidance scale."
     images = []
-    with autocast(xT.device):
+    with model.in_bf16():
         for noises, labels in zip(xT.split(100), y.split(100), strict=True):
             denoiser = model.denoiser(labels, scale=scale)
             images.append(sample(denoiser, noises, model.sched, steps, clip=1.0))

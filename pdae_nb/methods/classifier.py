@@ -28,21 +28,22 @@ from ..data import Images
 from ..denoise import Denoiser
 from ..forward import Schedule, add_noise
 from ..guidance import grad_log, guided
+from ..layers import Conv2d, GroupNorm, Linear, Network, norm
 from ..model import Draw, Model
-from ..unet import HalfUNet, norm
+from ..unet import HalfUNet
 from .dpm import as_labels
 
 
 # %% ../../nbs/toolbox/classifier.ipynb #7b7efcf0
 def _conv_norm_act(c_in, c_out, stride):
     return nn.Sequential(
-        nn.Conv2d(c_in, c_out, 3, stride, 1),
-        nn.GroupNorm(4, c_out),
+        Conv2d(c_in, c_out, 3, stride, 1),
+        GroupNorm(4, c_out),
         nn.SiLU(),
     )
 
 
-class EvalClassifierNet(nn.Module):
+class EvalClassifierNet(Network):
     "The evaluation classifier: a small network that classifies clean images."
 
     def __init__(
@@ -60,14 +61,18 @@ class EvalClassifierNet(nn.Module):
             _conv_norm_act(2 * ch, 4 * ch, 2),
             _conv_norm_act(4 * ch, 4 * ch, 1),
         )
-        self.head = nn.Linear(4 * ch, classes)
+        self.head = Linear(4 * ch, classes)
 
     def forward(
         self,
         x: Tensor,  # clean images in [-1,1]: (B,C,H,W)
     ) -> Tensor:  # logits: (B,classes)
         "Logits of the classes: convolutions, maximum over the pixels, linear layer."
-        return self.head(self.body(x).amax((2, 3))).to(x.dtype)
+        stem, *layers = [layer for block in self.body for layer in block]
+        h = stem(x).to(self.dtype_at())
+        for layer in layers:
+            h = layer(h)
+        return self.head(h.amax((2, 3))).to(x.dtype)
 
 
 # %% ../../nbs/toolbox/classifier.ipynb #3b0d0943
@@ -91,7 +96,7 @@ class NoisyClassifierNet(HalfUNet):
         super().__init__(c, ch, mult, size, groups=groups, **kw)
         self.config |= dict(classes=classes)
         self.out = nn.Sequential(norm(self.down.chs[-1], groups), nn.SiLU())
-        self.head = nn.Linear(self.down.chs[-1], classes)
+        self.head = Linear(self.down.chs[-1], classes)
 
     def forward(
         self,

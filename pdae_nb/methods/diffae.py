@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from ..data import Images
 from ..denoise import Denoiser, denoising_loss
 from ..forward import Schedule
+from ..layers import Conv2d, Linear, Network, norm
 from ..model import GenerativeModel
 from ..training import autoencoder_noise_mse
-from ..unet import Attention, UNet, norm
+from ..unet import Attention, UNet
 from .dpm import NoiseResult
 
 
@@ -37,8 +38,8 @@ class EncoderBlock(nn.Module):
         super().__init__()
         self.down = down
         self.norm = norm(ci, groups)
-        self.conv = nn.Conv2d(ci, co, 3, padding=1)
-        self.skip = nn.Conv2d(ci, co, 1) if ci != co else nn.Identity()
+        self.conv = Conv2d(ci, co, 3, padding=1)
+        self.skip = Conv2d(ci, co, 1) if ci != co else nn.Identity()
         self.attn = Attention(co, heads, groups) if attn else nn.Identity()
 
     def forward(
@@ -54,7 +55,7 @@ class EncoderBlock(nn.Module):
 
 
 # %% ../../nbs/course/10_diffae.ipynb #247634c7
-class SemanticEncoder(nn.Module):
+class SemanticEncoder(Network):
     """The encoder z = Enc_φ(x_0) (Diff-AE Section 3.2).
 
     It is the first half of a U-Net without timesteps, followed by the mean over all positions.
@@ -77,7 +78,7 @@ class SemanticEncoder(nn.Module):
         self.config |= dict(attn=tuple(attn), n_res=n_res, **kw)
         if size < 2 ** (len(mult) - 1):
             raise ValueError(f'{len(mult)} levels halve an image of {size} pixels to nothing')
-        layers = [nn.Conv2d(c, ch, 3, padding=1)]
+        layers = [Conv2d(c, ch, 3, padding=1)]
         ci = ch
         for i, m in enumerate(mult):
             for _ in range(n_res):
@@ -89,7 +90,7 @@ class SemanticEncoder(nn.Module):
         layers += [EncoderBlock(ci, ci, True, **kw), EncoderBlock(ci, ci, **kw)]
         layers += [norm(ci, kw.get('groups', 32)), nn.SiLU()]
         self.body = nn.Sequential(*layers)
-        self.head = nn.Linear(ci, z_dim)
+        self.head = Linear(ci, z_dim)
 
     def forward(
         self,
@@ -102,7 +103,10 @@ class SemanticEncoder(nn.Module):
             raise ValueError(
                 f'this encoder was built for images (B,{c},{size},{size}), got {tuple(x0.shape)}'
             )
-        features = self.body(x0)
+        stem, *layers = self.body
+        features = stem(x0).to(self.dtype_at())
+        for layer in layers:
+            features = layer(features)
         return self.head(features.mean((2, 3))).to(x0.dtype)
 
 

@@ -85,7 +85,8 @@ class LabelUNet(UNet):
             raise ValueError('this network is class-conditional: it needs the labels of the images')
         self._check(xt, t, None)
         y = as_labels(y, len(xt), self.config['classes'], xt.device)
-        e = self.embed(t) + self.label(y)
+        e = self.embed(t)
+        e = e + self.label(y).to(e.dtype)
         return self.up(self.down(xt, e), e).to(xt.dtype)
 
 
@@ -251,6 +252,11 @@ class DPM(GenerativeModel):
         "eps from the feature maps that `features` returned."
         output = self.net.up(features, e).to(xt.dtype)
         return self.to_eps(output, xt, t)
+
+    @property
+    def exact_above(self) -> int | None:
+        "None for a network that predicts v: its rounding error is not amplified."
+        return None if self.settings.predicts == 'v' else super().exact_above
 
     @property
     def weight(self) -> Callable | None:

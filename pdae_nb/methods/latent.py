@@ -29,6 +29,7 @@ from ..data import Images, cache_file, to_signed
 from ..denoise import Denoiser, denoising_loss
 from ..files import fingerprint
 from ..forward import Schedule
+from ..layers import LayerNorm, Linear, Network
 from ..model import Draw, GenerativeModel
 from ..sampling import ddim_step, sample
 from ..unet import timestep_embedding
@@ -127,9 +128,9 @@ class MLPLayer(nn.Module):
         dt: int,  # width of the timestep embedding
     ):
         super().__init__()
-        self.linear = nn.Linear(i, o)
-        self.t = nn.Linear(dt, o)
-        self.norm = nn.LayerNorm(o)
+        self.linear = Linear(i, o)
+        self.t = Linear(dt, o)
+        self.norm = LayerNorm(o)
         for layer in (self.linear, self.t):
             nn.init.kaiming_normal_(layer.weight, nonlinearity='relu')
 
@@ -145,7 +146,7 @@ class MLPLayer(nn.Module):
 
 
 # %% ../../nbs/course/12_latent.ipynb #c7b95b22
-class MLPSkipNet(nn.Module):
+class MLPSkipNet(Network):
     """ε_ω(z_t,t): an MLP with z_t appended to the input of each layer but the first.
 
     See Diff-AE Appendix A.1, Table 6.
@@ -162,11 +163,11 @@ class MLPSkipNet(nn.Module):
         self.config = dict(d=d, hidden=hidden, layers=layers, lag=lag)
         if layers < 2:
             raise ValueError(f'an MLP with skips has at least 2 layers, got {layers}')
-        self.time = nn.Sequential(nn.Linear(64, d), nn.SiLU(), nn.Linear(d, d))
+        self.time = nn.Sequential(Linear(64, d), nn.SiLU(), Linear(d, d))
         self.layers = nn.ModuleList([MLPLayer(d, hidden, d)])
         for _ in range(layers - 2):
             self.layers.append(MLPLayer(hidden + d, hidden, d))
-        self.out = nn.Linear(hidden + d, d)
+        self.out = Linear(hidden + d, d)
 
     def forward(
         self,
@@ -179,9 +180,14 @@ class MLPSkipNet(nn.Module):
             raise ValueError(f'this network was built for codes (B,{d}), got {tuple(zt.shape)}')
         embedding = timestep_embedding(t - self.config['lag'], 64)
         e = self.time(embedding.to(self.out.weight.dtype))
-        h = zt
-        for layer in self.layers:
-            h = torch.cat([layer(h, e), zt], 1)
+        first, *layers = self.layers
+        h = first(zt, e)  # in the dtype of `zt`, as the first convolution of a U-Net
+        dtype = self.dtype_at(t)
+        e = e.to(dtype)
+        skip = zt.to(dtype)
+        h = torch.cat([h.to(dtype), skip], 1)
+        for layer in layers:
+            h = torch.cat([layer(h, e), skip], 1)
         return self.out(h).to(zt.dtype)
 
 

@@ -36,11 +36,12 @@ from ..data import Images
 from ..denoise import Denoiser, denoising_loss
 from ..forward import Schedule
 from ..guidance import guided
+from ..layers import Linear, norm
 from ..model import Draw, GenerativeModel
 from ..sampling import restored, sample
 from ..solvers import em_step, heun, karras_times
 from ..training import autoencoder_noise_mse
-from ..unet import HalfUNet, UNet, norm
+from ..unet import HalfUNet, UNet
 from ..weighting import w_bound, w_half, w_pdae
 from .diffae import diffae_denoiser
 from .dpm import DPM, check_frozen_dpm
@@ -238,7 +239,7 @@ class TimeEncoder(HalfUNet, Posterior):
         channels = self.down.chs[-1]
         side = size // 2 ** (len(mult) - 1)  # of the last feature map
         self.out = nn.Sequential(norm(channels, groups), nn.SiLU(), nn.Flatten())
-        self.head = nn.Linear(channels * side**2, 2 * z_dim)
+        self.head = Linear(channels * side**2, 2 * z_dim)
 
     def moments(
         self,

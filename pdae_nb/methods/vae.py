@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from ..data import Images
 from ..denoise import Denoiser
 from ..forward import Schedule, x0_to_eps
+from ..layers import Conv2d, Linear, Network, norm
 from ..model import Draw
-from ..unet import Block, norm
+from ..unet import Block
 from .scorevae import CodedModel, Posterior, TimeEncoder, bound
 
 
 # %% ../../nbs/toolbox/vae.ipynb #9fbcf82b
-class Mirror(nn.Module):
+class Mirror(Network):
     "Decoder z → image: the layers of `TimeEncoder` in reverse, without t (ScoreVAE App. B.2)"
 
     def __init__(
@@ -39,7 +40,7 @@ class Mirror(nn.Module):
         super().__init__()
         self.side = size // 2 ** (len(mult) - 1)  # of the first feature map
         ci = ch * mult[-1]
-        self.stem = nn.Linear(z_dim, ci * self.side**2)
+        self.stem = Linear(z_dim, ci * self.side**2)
         self.blocks = nn.ModuleList()
         px = self.side
         for level, m in reversed(list(enumerate(mult))):
@@ -49,15 +50,15 @@ class Mirror(nn.Module):
             if level:
                 self.blocks.append(Block(ci, ci, 1, resample='up', groups=groups, **kw))
                 px *= 2
-        self.out = nn.Sequential(norm(ci, groups), nn.SiLU(), nn.Conv2d(ci, c, 3, padding=1))
+        self.out = nn.Sequential(norm(ci, groups), nn.SiLU(), Conv2d(ci, c, 3, padding=1))
 
     def forward(
         self,
         z: Tensor,  # codes: (B,z_dim)
     ) -> Tensor:  # images: (B,c,size,size)
         "Decode codes"
-        h = self.stem(z).unflatten(1, (-1, self.side, self.side))
-        no_time = z.new_zeros(len(z), 1)  # in place of the embedding of t
+        h = self.stem(z.to(self.dtype_at())).unflatten(1, (-1, self.side, self.side))
+        no_time = h.new_zeros(len(z), 1)  # in place of the embedding of t
         for block in self.blocks:
             h = block(h, no_time)
         return self.out(h).to(z.dtype)
