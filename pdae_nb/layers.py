@@ -187,8 +187,9 @@ class _Autocast:
 
 def _is_foreign(network):
     "Whether a network has parameters, but no layers of this package."
-    own = any(isinstance(module, Network) for module in network.modules())
-    return not own and next(network.parameters(), None) is not None
+    own = (Network, Conv2d, Linear, GroupNorm, LayerNorm)
+    has_own = any(isinstance(module, own) for module in network.modules())
+    return not has_own and next(network.parameters(), None) is not None
 
 
 @contextmanager

@@ -40,6 +40,7 @@ from .methods.dpm import DPM
 from .methods.pdae import EpsAndScore, pdae_loss
 from .networks import ConvEncoder, GradientEstimator
 from .recipes import RECIPES, recipe
+from .traffic import bytes_per_image_step
 from .training import EMA, fit, hardware, versions
 from .unet import UNet
 
@@ -384,6 +385,7 @@ def _bench_geometry(config, z_dim, device, seconds):
         saved_by_skipping_G=1 - forward_seconds['G skipped'] / forward_seconds['PDAE'],
         train_images_per_s=bs / step_seconds['PDAE'],
         gmac=count_parts(config, z_dim),
+        bytes_per_image_step=bytes_per_image_step(config, z_dim),
     )
 
 
