@@ -34,7 +34,7 @@ LAYERS = [
     'edit metrics evaluation',
     'speed experiments.critical_stage experiments.training_efficiency experiments.autoencoding '
     'experiments.latent_space experiments.generation experiments.scorevae experiments.figures '
-    'experiments.items experiments.runs',
+    'experiments.items experiments.runs experiments.prediction',
     'cli',
 ]
 LAYER = {module: number for number, line in enumerate(LAYERS, 1) for module in line.split()}
