@@ -35,7 +35,7 @@ LAYERS = [
     'traffic speed '
     'experiments.critical_stage experiments.training_efficiency experiments.autoencoding '
     'experiments.latent_space experiments.generation experiments.scorevae experiments.figures '
-    'experiments.items experiments.runs experiments.precision',
+    'experiments.items experiments.runs experiments.precision experiments.prediction',
     'cli',
 ]
 LAYER = {module: number for number, line in enumerate(LAYERS, 1) for module in line.split()}
