@@ -561,7 +561,9 @@ def _geometry(model: Model) -> dict[str, dict]:
     if 'enc' in networks:
         geometry['encoder'] = _arguments(model.enc, 'c', 'size', 'T')
     if isinstance(model, DiffAE):  # its encoder takes what it lacks from the U-Net
-        geometry['encoder'] = dict(groups=32, heads=1) | geometry['encoder']
+        usual = dict(groups=32, heads=1)
+        usual = {name: value for name, value in usual.items() if name in geometry['net']}
+        geometry['encoder'] = usual | geometry['encoder']
     return geometry
 
 

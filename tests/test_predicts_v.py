@@ -5,6 +5,7 @@ MNIST at 14 pixels.
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,13 +17,14 @@ from pdae_nb.forward import Schedule, add_noise, shift_to_eps
 from pdae_nb.hub import load, train
 from pdae_nb.methods.classifier import NoisyClassifier, NoisyClassifierNet, classifier_guided
 from pdae_nb.methods.diffae import DiffAE, SemanticEncoder
-from pdae_nb.methods.dpm import DPM, ClassConditionalDPM, DPMSettings, LabelUNet
+from pdae_nb.methods.dpm import DPM, ClassConditionalDPM, DPMSettings, LabelUNet, NoisePredictor
 from pdae_nb.methods.label_pdae import LabelPDAE
 from pdae_nb.methods.latent import LatentDPM
 from pdae_nb.methods.pdae import PDAE
 from pdae_nb.methods.scorevae import ScoreVAE
 from pdae_nb.model import Draw, model_fingerprint
 from pdae_nb.pretrained import to_official
+from pdae_nb.recipes import RECIPES
 from pdae_nb.sampling import invert, sample
 from pdae_nb.solvers import belm_step, invert_exactly
 from pdae_nb.training import Recipe
@@ -355,3 +357,46 @@ def test_a_run_of_v_is_not_continued_as_eps(runs):
 def test_the_official_format_has_no_v(images):
     with pytest.raises(ValueError, match='predicts v'):
         to_official(built(PDAE, images, encoder=CODE).eps_and_score)
+
+
+# Rows of the table
+
+COLOUR = ('cifar10', 'cifar16', 'celeba64', 'celebahq128', 'ffhq128', 'horse128', 'bedroom128')
+
+
+@pytest.mark.parametrize('method', [DPM, DiffAE])
+def test_lesson_rows_of_colour_images_predict_v(method):
+    rows = {
+        name: row.settings
+        for (name, size), row in RECIPES.items()
+        if row.method is method and size == 'lesson' and name.startswith(COLOUR)
+    }
+    names = dict(
+        DPM=[f'{data}_dpm' for data in COLOUR],
+        DiffAE=['celeba64_diffae'],
+    )[method.__name__]
+    assert sorted(rows) == sorted(names)
+    shipped = rows.pop('cifar16_dpm', None)
+    assert shipped is None, 'the stored model predicts eps'
+    assert set(rows.values()) == {V}
+
+
+def test_other_rows_predict_eps():
+    for (name, size), row in RECIPES.items():
+        if size != 'lesson' or not name.startswith(COLOUR):
+            assert getattr(row.settings, 'predicts', 'eps') == 'eps', (name, size)
+
+
+def test_rows_of_stored_models_have_their_prediction_type():
+    root = Path(__file__).parent.parent
+    for folder in [*(root / 'data/models').iterdir(), *(root / 'pdae_nb/assets/models').iterdir()]:
+        row = RECIPES.get((folder.name, 'lesson'))
+        if row is not None and issubclass(row.method, NoisePredictor):
+            assert load(folder).predicts == getattr(row.settings, 'predicts', 'eps'), folder.name
+
+
+def test_the_geometry_of_celeba_lessons():
+    dpm = RECIPES['celeba64_dpm', 'lesson']
+    diffae = RECIPES['celeba64_diffae', 'lesson']
+    assert dpm.net == diffae.net == dict(ch=48, mult=(1, 2, 3, 4), n_res=1, attn=(16,))
+    assert diffae.encoder['mult'] == (*dpm.net['mult'], dpm.net['mult'][-1])
