@@ -164,7 +164,10 @@ def cmd_train(
     # a checkpoint file, a diffusers folder, or user/name on the Hugging Face Hub. For a latent DPM
     # it is the run of the autoencoder.
     base: str = None,
-    init: str = None,  # run whose weights are the initial ones; otherwise they are random
+    # run whose weights are the initial ones; the sizes of the networks are then those of this run,
+    # too. Otherwise the weights are random.
+    init: str = None,
+    predicts: str = None,  # eps or v: output of the network, instead of the recipe's or --init's
     seed: int = 0,  # seed of the initial weights, the order of the images, the timesteps and noise
     device: str = None,  # cpu, cuda or mps (Apple); otherwise the CUDA GPU, if there is one
     compile: bool = False,  # compile the networks with torch.compile
@@ -188,6 +191,7 @@ def cmd_train(
         out=out,
         base=_base_model(r, name, base),
         init=init,
+        predicts=predicts,
         device=device,
         compile=compile,
         every=every,

@@ -11,6 +11,7 @@ __all__ = [
     'add_noise',
     'eps_to_x0',
     'x0_to_eps',
+    'v_to_eps',
     'posterior',
     'score_to_eps',
     'shift_to_eps',
@@ -213,6 +214,18 @@ def x0_to_eps(
     alpha_bar = sched(t)
     snr_t = alpha_bar / (1 - alpha_bar)
     return at((1 - alpha_bar).rsqrt(), xt) * xt - at(snr_t.sqrt(), xt) * x0
+
+
+# %% ../nbs/course/01_forward.ipynb #729934e6
+def v_to_eps(
+    sched: Schedule,  # noise schedule
+    xt: Tensor,  # noisy data x_t: (B,...)
+    t: Tensor,  # timesteps: int64 (B,)
+    v: Tensor,  # v = √ᾱ_t·ε - √(1-ᾱ_t)·x_0, like `xt`
+) -> Tensor:  # ε, like `xt`
+    "ε = √ᾱ_t·v + √(1-ᾱ_t)·x_t (Salimans & Ho 2022)."
+    alpha_bar = sched(t)
+    return at(alpha_bar.sqrt(), xt) * v + at((1 - alpha_bar).sqrt(), xt) * xt
 
 
 # %% ../nbs/course/01_forward.ipynb #b2c66295

@@ -28,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .adapters import DiffusersUNet
 from .data import (
     SIZE,
     Images,
@@ -66,7 +67,7 @@ from .files import (
 from .logs import summary_writer, while_open
 from .methods.classifier import EvalClassifier, NoisyClassifier
 from .methods.diffae import DiffAE
-from .methods.dpm import DPM, ClassConditionalDPM, LabelUNet, check_labels
+from .methods.dpm import DPM, ClassConditionalDPM, DPMSettings, LabelUNet, check_labels
 from .methods.label_pdae import LabelPDAE
 from .methods.latent import LatentDPM
 from .methods.pdae import PDAE
@@ -333,6 +334,8 @@ class _Parts:
         self.recipe = record.get('recipe') or {}
         self.net = self.recipe.get('net') or {}
         self.sched = read_sched(folder)
+        # version 1 itself trained networks that predict eps only, and stored no type
+        self.settings = DPMSettings(record.get('predict', 'eps'))
 
     def read(self, name: str) -> nn.Module:
         return read_network(self.specs[name], self.folder, name)
@@ -344,7 +347,7 @@ class _Parts:
 def _read_dpm(parts):
     network = parts.read('dpm')
     cls = ClassConditionalDPM if isinstance(network, LabelUNet) else DPM
-    return cls(network, parts.sched, _image_shape(network))
+    return cls(network, parts.sched, _image_shape(network), parts.settings)
 
 
 def _read_noisy_classifier(parts):
@@ -420,7 +423,7 @@ def _image_shape(network):
 
 def _base_of_version_1(network, parts):
     "The frozen DPM of a run, which has the name of the run from which it came."
-    base = DPM(network, parts.sched, _image_shape(network))
+    base = DPM(network, parts.sched, _image_shape(network), parts.settings)
     base.card.name = Path(parts.net.get('dpm') or 'dpm').name
     return base
 
@@ -481,6 +484,188 @@ def recipe_of_version_1(
     return dict(method=class_path(method), **new) | parts
 
 
+# %% ../nbs/toolbox/hub.ipynb #ab58df6c
+def _predicting(recipe: Recipe, predicts: str) -> Recipe:
+    "The recipe with a prediction type. Settings that are those of the class are stored as None."
+    Settings = recipe.method.Settings
+    names = [] if Settings is None else [field.name for field in fields(Settings)]
+    if 'predicts' not in names:
+        raise ValueError(
+            f'{recipe.method.__name__} has no prediction type to choose, got '
+            f'predicts={predicts!r}; DPM, ClassConditionalDPM and DiffAE have one'
+        )
+    settings = replace(recipe.settings or Settings(), predicts=predicts)
+    return replace(recipe, settings=None if settings == Settings() else settings)
+
+
+def _prediction_type(settings, method: type) -> str | None:
+    "The prediction type of settings, which may be None; None if the method has no such setting."
+    default = None if method.Settings is None else method.Settings()
+    return getattr(settings or default, 'predicts', None)
+
+
+def _with_parent(
+    recipe: Recipe, out: Path, predicts: str | None, build: Callable | None
+) -> tuple[Recipe, Model | None]:
+    """The recipe with the geometry and the prediction type of its parent, and the parent.
+
+    A finished run is compared with its own record. Its parent is not loaded, and may be deleted.
+    """
+    if recipe.init is None:
+        return (recipe if predicts is None else _predicting(recipe, predicts)), None
+    found = _stored_geometry(out, recipe)
+    parent = None
+    if found is None:
+        parent = _load_parent(recipe, build)
+        found = _geometry(parent), _prediction_type(parent.settings, recipe.method)
+    geometry, predicted = found
+    predicts = predicts or predicted
+    recipe = replace(recipe, **geometry)
+    return (recipe if predicts is None else _predicting(recipe, predicts)), parent
+
+
+def _load_parent(recipe: Recipe, build: Callable | None) -> Model:
+    "The run whose weights are the initial ones. It must be of the recipe's class."
+    network = build if isinstance(build, type) else None
+    parent = load(recipe.init, network=network, trust=build is not None)
+    if type(parent) is not recipe.method:
+        raise ValueError(
+            f'the initial weights must be those of a {recipe.method.__name__}, '
+            f'{recipe.init} is a {type(parent).__name__}'
+        )
+    return parent
+
+
+def _stored_geometry(out: Path, recipe: Recipe) -> tuple[dict, str | None] | None:
+    "Geometry and prediction type of a finished run with this parent and length; else None."
+    if not (out / 'run.json').exists():
+        return None
+    match read_record(out).get('recipe'):
+        case {'init': recipe.init, 'images': recipe.images, 'net': dict(net), **rest}:
+            geometry = dict(net=net, encoder=rest.get('encoder') or {})
+            settings = rest.get('settings') or {}
+            predicted = settings.get('predicts', _prediction_type(None, recipe.method))
+            return geometry, predicted
+    return None
+
+
+def _geometry(model: Model) -> dict[str, dict]:
+    "The fields `net` and `encoder` of a recipe, from which `build` makes the model's networks."
+    networks = dict(model.named_children())
+    geometry = dict(net={}, encoder={})
+    if 'G' in networks:
+        geometry['net'] = dict(drop=model.G.config['drop'])
+    if 'net' in networks:
+        of_codes = ('dz', 'z_shift') if 'enc' in networks else ()
+        geometry['net'] = _arguments(model.net, 'c', 'size', 'classes', 'd', *of_codes)
+    if 'enc' in networks:
+        geometry['encoder'] = _arguments(model.enc, 'c', 'size', 'T')
+    if isinstance(model, DiffAE):  # its encoder takes what it lacks from the U-Net
+        usual = dict(groups=32, heads=1)
+        usual = {name: value for name, value in usual.items() if name in geometry['net']}
+        geometry['encoder'] = usual | geometry['encoder']
+    return geometry
+
+
+def _arguments(network: nn.Module, *given: str) -> dict:
+    "The arguments of a network, without those that `build` gives itself."
+    config = network.config
+    if isinstance(network, DiffusersUNet):
+        config = config['unet']
+        given = ('sample_size', 'in_channels', 'out_channels')
+    return {name: value for name, value in config.items() if name not in given}
+
+
+_DEFAULTS = dict(n_res=2, attn=(), drop=0.0, groups=32, heads=1, head_channels=0, lag=0)
+
+
+def _differences(model: Model, parent: Model, ignored: tuple[str, ...] = ()) -> list[str]:
+    "What differs between the networks of two models, in words: the parent's value → the model's."
+    ours = dict(model.named_children())
+    theirs = dict(parent.named_children())
+    found = []
+    for name in sorted(ours.keys() | theirs.keys()):
+        old = _described(theirs.get(name))
+        new = _described(ours.get(name))
+        for k in sorted((old.keys() | new.keys()) - set(ignored)):
+            if old.get(k) != new.get(k):
+                found.append(f'{name}.{k} {old.get(k)} → {new.get(k)}')
+    return found
+
+
+def _described(network: nn.Module | None) -> dict:
+    "Class and arguments of a network, with the usual defaults, as JSON holds them."
+    if network is None:
+        return {}
+    config = getattr(network, 'config', {})
+    described = _DEFAULTS | {'class': type(network).__name__} | config
+    if described.get('dt') is None and 'ch' in config:
+        described['dt'] = 4 * config['ch']
+    return json.loads(json.dumps(described))
+
+
+def _check_parent(parent: Model, recipe: Recipe, images: Images, base: Model | None) -> None:
+    "Raise unless the parent is a model of such images and, if it depends on that, of such a base."
+    shape = tuple(images.x.shape[1:])
+    if len(parent.shape) == 3 and parent.shape != shape:
+        raise ValueError(
+            f'{recipe.init} is a model of images of shape {parent.shape}, those of {recipe.data} '
+            f'have the shape {shape}'
+        )
+    if issubclass(recipe.method, _OF_LABELS):
+        known = _number_of_classes(parent)
+        if known != len(images.classes):
+            raise ValueError(
+                f'{recipe.init} has {known} classes, {recipe.data} has {len(images.classes)}'
+            )
+    if base is not None and 'G' in dict(parent.named_children()):
+        changes = _differences(base, parent.base, ignored=('drop',))
+        if changes:
+            raise ValueError(
+                f'the gradient estimator of {recipe.init} fits only a base with the geometry of '
+                f'{parent.base.card.name}; the base differs: {", ".join(changes)}'
+            )
+
+
+def _number_of_classes(model: Model) -> int:
+    "Number of classes of a model that takes or predicts labels."
+    return model.net.config['classes'] if isinstance(model, EvalClassifier) else model.classes
+
+
+def _about_parent(parent: Model, recipe: Recipe) -> str:
+    "What a run takes from its parent, in one line."
+    taken = f'{recipe.init} gives the initial weights and the arguments of the networks'
+    old = _prediction_type(parent.settings, recipe.method)
+    new = _prediction_type(recipe.settings, recipe.method)
+    if new is None:
+        return taken
+    if old == new:
+        return f'{taken}; the network predicts {new}, as there'
+    return f'{taken}; the network predicts {new}, there it predicts {old}'
+
+
+def _start_from(model: Model, parent: Model, name: str) -> None:
+    "Copy the weights of a parent into an untrained model of its geometry, and the noise schedule."
+    changes = _differences(model, parent)
+    if changes:
+        raise ValueError(f'the networks of {name} cannot be built here: {", ".join(changes)}')
+    if not _have_same_schedule(model, parent):
+        if model.base is not None:
+            raise ValueError(
+                f'{name} was trained with the noise schedule {parent.sched!r}, this run has '
+                f'{model.sched!r}'
+            )
+        model.sched = parent.sched
+    fill(model, parent.state_dict(), name)
+
+
+def _have_same_schedule(a: Model, b: Model) -> bool:
+    "Whether two models have no noise schedule, or the same one."
+    if a.sched is None or b.sched is None:
+        return a.sched is b.sched
+    return torch.equal(a.sched.beta, b.sched.beta)
+
+
 # %% ../nbs/toolbox/hub.ipynb #56cdf8f3
 def train(
     name: str,  # name of the run
@@ -489,14 +674,17 @@ def train(
     size: str | None = None,  # smoke, lesson or paper; None takes $PDAE_NB_SIZE, else lesson
     out: str | Path | None = None,  # folder of the run; None: runs/NAME
     base: str | Path | Model | None = None,  # the model underneath, in place of the recipe's
-    init: str | Path | None = None,  # run whose weights are the initial ones
+    init: str | Path | None = None,  # run whose weights and geometry are the initial ones
+    predicts: str | None = None,  # 'eps' or 'v'; None takes that of `init`, else the recipe's
     build: Callable | None = None,  # network class in place of the method's own
     **options,  # for `train_model`: device, compile, every, log_every, look, log, tensorboard
 ) -> Model:  # the trained model
     """Train a run. The same call resumes a run that was interrupted, or loads a finished one.
 
     With more images in the recipe, the call continues a finished run. The learning rate then
-    follows the new length.
+    follows the new length. With `init`, the arguments of the networks are those of that run, and
+    so is the prediction type, unless `predicts` names another one. `run.json` stores the recipe
+    with these values.
     """
     check_name(name)
     recipe = recipe or recipe_of(name, size)
@@ -505,8 +693,10 @@ def train(
         recipe = replace(recipe, base=base)
     if init is not None:
         recipe = replace(recipe, init=str(init))
+    log = while_open(options.get('log', tqdm.write))
+    recipe, parent = _with_parent(recipe, out, predicts, build)
     if (out / 'run.json').exists():
-        stored = _stored_run(out, recipe, build, options.get('log', tqdm.write))
+        stored = _stored_run(out, recipe, build, log)
         if stored is not None:
             return stored
     if options.get('tensorboard'):
@@ -515,11 +705,15 @@ def train(
     test = load_images(recipe.data, 'test', recipe.px)
     _check_data(recipe, images, test)
     below = load(recipe.base) if isinstance(recipe.base, (str, Path)) else recipe.base
+    if recipe.init is not None:
+        parent = parent or _load_parent(recipe, build)
+        _check_parent(parent, recipe, images, below)
+        log(_about_parent(parent, recipe))
     with seeded(recipe.seed, torch.device('cpu')):
         model = _build_model(recipe, images, below, build)
     check_storable(model, build)
-    if recipe.init is not None:
-        _start_from(model, load(recipe.init), recipe.init)
+    if parent is not None:
+        _start_from(model, parent, recipe.init)
     if below is not None and not _is_stored(below):
         with locked(out):
             _keep_base(below, out)
@@ -561,7 +755,7 @@ def _stored_run(out: Path, recipe: Recipe, build, log: Callable) -> Model | None
     if is_whole:
         _check_same_base(record, recipe, out)
     if is_whole and record.get('result') is not None:
-        while_open(log)(f'{out} is finished')
+        log(f'{out} is finished')
         return load(out, network=build, trust=build is not None)
     if not (out / 'checkpoints').is_dir():
         return _without_checkpoints(out, recipe, is_whole, build)
@@ -578,16 +772,6 @@ def _without_checkpoints(out: Path, recipe: Recipe, is_whole: bool, build) -> Mo
     model = load(out, network=build, trust=build is not None)
     add_missing_result(model)
     return model
-
-
-def _start_from(model: Model, source: Model, name: str) -> None:
-    "Copy the weights of a trained model into an untrained one of the same class and shapes."
-    if type(source) is not type(model):
-        raise ValueError(
-            f'the initial weights must be those of a {type(model).__name__}, '
-            f'{name} is a {type(source).__name__}'
-        )
-    fill(model, source.state_dict(), name)
 
 
 def _check_same_base(record: dict, recipe: Recipe, out: Path) -> None:

@@ -216,6 +216,10 @@ def to_official(
     model's `eps_and_score`.
     """
     if isinstance(net, EpsAndScore):
+        if net.base.predicts != 'eps':
+            raise ValueError(
+                f'the base predicts {net.base.predicts}, the official implementations predict eps'
+            )
         return to_official(net.base.net) | to_official(net.G)
     if type(net) not in _WALKS:
         known = ', '.join(cls.__name__ for cls in _WALKS)

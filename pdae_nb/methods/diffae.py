@@ -15,10 +15,9 @@ from ..data import Images
 from ..denoise import Denoiser, denoising_loss
 from ..forward import Schedule
 from ..layers import Conv2d, Linear, Network, norm
-from ..model import GenerativeModel
 from ..training import autoencoder_noise_mse
 from ..unet import Attention, UNet
-from .dpm import NoiseResult
+from .dpm import DPMSettings, NoisePredictor, NoiseResult
 
 
 # %% ../../nbs/course/10_diffae.ipynb #c5f4422f
@@ -131,7 +130,7 @@ def diffae_loss(
 
 
 # %% ../../nbs/course/10_diffae.ipynb #20866392
-class DiffAE(GenerativeModel):
+class DiffAE(NoisePredictor):
     "A semantic encoder and a conditional DPM, trained together from scratch (Diff-AE Section 3)."
 
     title = 'Diff-AE'
@@ -141,11 +140,12 @@ class DiffAE(GenerativeModel):
     def __init__(
         self,
         enc: nn.Module,  # encoder: x_0 -> z
-        net: nn.Module,  # (xt,t,z) -> eps
+        net: nn.Module,  # (xt,t,z) -> eps or v
         sched: Schedule,  # noise schedule
         shape: tuple[int, ...],  # of one image: (c,size,size)
+        settings: DPMSettings | None = None,  # None: the network predicts eps
     ):
-        super().__init__(sched, shape)
+        super().__init__(sched, shape, settings=settings)
         self.enc = enc
         self.net = net
 
@@ -162,7 +162,7 @@ class DiffAE(GenerativeModel):
         shared = {name: recipe.net[name] for name in names if name in recipe.net}
         enc = SemanticEncoder(c=c, size=size, **shared | recipe.encoder)
         net = UNet(c=c, size=size, dz=recipe.encoder['z_dim'], z_shift=False, **recipe.net)
-        return cls(enc, net, Schedule.linear(), (c, size, size))
+        return cls(enc, net, Schedule.linear(), (c, size, size), recipe.settings)
 
     def condition(
         self,
@@ -177,7 +177,12 @@ class DiffAE(GenerativeModel):
         condition: Tensor,  # codes: (B,D), or (1,D) for all images
     ) -> Denoiser:
         "eps_θ(x_t,t,z) (Diff-AE Eqs 4 and 5)."
-        return diffae_denoiser(self.net, condition)
+        network = diffae_denoiser(self.net, condition)
+
+        def denoiser(xt, t):
+            return self.to_eps(network(xt, t), xt, t)
+
+        return denoiser
 
     def test_result(
         self,

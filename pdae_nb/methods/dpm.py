@@ -10,6 +10,7 @@ __all__ = [
     'NoiseResult',
     'LabelConditioned',
     'check_labels',
+    'NoisePredictor',
     'DPM',
     'squared_error_of_v',
     'ClassConditionalDPM',
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from ..data import Images
 from ..denoise import Denoiser
-from ..forward import Schedule, at
+from ..forward import Schedule, v_to_eps
 from ..model import GenerativeModel, Model
 from ..training import noise_mse
 from ..unet import UNet, zero
@@ -93,7 +94,7 @@ class LabelUNet(UNet):
 # %% ../../nbs/course/05_train.ipynb #55a05206
 @dataclass(frozen=True)
 class DPMSettings:
-    "What loss and denoiser of a DPM must agree on."
+    "What loss and denoiser of a DPM or a Diff-AE must agree on."
 
     predicts: str = 'eps'  # output of the network: 'eps' or 'v' (Salimans & Ho 2022)
 
@@ -172,12 +173,40 @@ def check_labels(
         raise ValueError(f'{recipe.data} has no classes; this method needs one label per image')
 
 
-class DPM(GenerativeModel):
+class NoisePredictor(GenerativeModel):
+    "A model whose network predicts eps or v, as its settings say. Without settings it is eps."
+
+    Settings = DPMSettings
+
+    @property
+    def predicts(self) -> str:
+        "The output of the network: 'eps' or 'v'."
+        return 'eps' if self.settings is None else self.settings.predicts
+
+    def to_eps(
+        self,
+        output: Tensor,  # output of the network: (B,...)
+        xt: Tensor,  # noisy images: (B,...)
+        t: Tensor,  # timesteps: int64 (B,)
+    ) -> Tensor:  # (B,...)
+        "eps from the network's output. v = sqrt(ᾱ)·eps - sqrt(1-ᾱ)·x_0 (Salimans & Ho 2022)."
+        return output if self.predicts == 'eps' else v_to_eps(self.sched, xt, t, output)
+
+    @property
+    def exact_above(self) -> int | None:
+        "None for a network that predicts v: its rounding error is not amplified."
+        return None if self.predicts == 'v' else super().exact_above
+
+    @property
+    def weight(self) -> Callable | None:
+        "Loss weight λ_t: 1 for a network that predicts eps; of v, see `squared_error_of_v`."
+        return squared_error_of_v if self.predicts == 'v' else None
+
+
+class DPM(NoisePredictor):
     "A diffusion probabilistic model: a U-Net that predicts eps or v from x_t and t (PDAE Eq. 3)."
 
     title = 'DPM'
-
-    Settings = DPMSettings
 
     def __init__(
         self,
@@ -220,18 +249,6 @@ class DPM(GenerativeModel):
 
         return denoiser
 
-    def to_eps(
-        self,
-        output: Tensor,  # output of the network: (B,...)
-        xt: Tensor,  # noisy images: (B,...)
-        t: Tensor,  # timesteps: int64 (B,)
-    ) -> Tensor:  # (B,...)
-        "eps from the network's output. v = sqrt(ᾱ)·eps - sqrt(1-ᾱ)·x_0 (Salimans & Ho 2022)."
-        if self.settings.predicts == 'eps':
-            return output
-        alpha_bar = self.sched(t)
-        return at(alpha_bar.sqrt(), xt) * output + at((1 - alpha_bar).sqrt(), xt) * xt
-
     def features(
         self,
         xt: Tensor,  # noisy images: (B,c,size,size)
@@ -252,16 +269,6 @@ class DPM(GenerativeModel):
         "eps from the feature maps that `features` returned."
         output = self.net.up(features, e).to(xt.dtype)
         return self.to_eps(output, xt, t)
-
-    @property
-    def exact_above(self) -> int | None:
-        "None for a network that predicts v: its rounding error is not amplified."
-        return None if self.settings.predicts == 'v' else super().exact_above
-
-    @property
-    def weight(self) -> Callable | None:
-        "Loss weight λ_t: 1 for a network that predicts eps; of v, see `squared_error_of_v`."
-        return squared_error_of_v if self.settings.predicts == 'v' else None
 
     def test_result(
         self,
