@@ -152,7 +152,7 @@ class PredictionSize(NamedTuple):
 
 
 _TINY = dict(ch=8, mult=(1, 2), n_res=1)
-_SMALL = dict(ch=32, mult=(1, 2, 3), n_res=1, groups=8)
+_SMALL = dict(ch=24, mult=(1, 2, 3), n_res=1, groups=8)
 
 # fmt: off
 SIZES = dict(
