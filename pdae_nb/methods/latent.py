@@ -179,7 +179,7 @@ class MLPSkipNet(Network):
         if zt.ndim != 2 or zt.shape[1] != d:
             raise ValueError(f'this network was built for codes (B,{d}), got {tuple(zt.shape)}')
         embedding = timestep_embedding(t - self.config['lag'], 64)
-        e = self.time(embedding.to(self.out.weight.dtype))
+        e = self.time(embedding.to(self.time[0].weight.dtype))
         first, *layers = self.layers
         h = first(zt, e)  # in the dtype of `zt`, as the first convolution of a U-Net
         dtype = self.dtype_at(t)
