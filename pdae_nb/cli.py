@@ -171,6 +171,7 @@ def cmd_train(
     seed: int = 0,  # seed of the initial weights, the order of the images, the timesteps and noise
     device: str = None,  # cpu, cuda or mps (Apple); otherwise the CUDA GPU, if there is one
     compile: bool = False,  # compile the networks with torch.compile
+    precision: str = 'auto',  # auto: bf16 if the device has bf16 arithmetic; bf16; float32
     every: int = 500,  # training steps between checkpoints
     # JSON Lines file to which each checkpoint appends the squared error of the predicted noise on
     # 2,000 test images. `pdae plot` plots it if it is held_out.jsonl in the folder of the run.
@@ -194,6 +195,7 @@ def cmd_train(
         predicts=predicts,
         device=device,
         compile=compile,
+        precision=precision,
         every=every,
         look=_test_error_log(r, look) if look else None,
         tensorboard=tensorboard,
