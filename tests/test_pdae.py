@@ -153,6 +153,43 @@ def test_interrupted_and_resumed_training_gives_the_same_bits(dpm, trained, tmp_
     assert 3 < len(steps) < 3 + STEPS  # the second call did not begin at step 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('precision', ['float32', 'bf16'])
+def test_a_resumed_training_gives_the_same_bits_in_each_precision(
+    dpm, tmp_path, monkeypatch, precision
+):
+    how = dict(every=2, log=no_log, precision=precision)
+    whole = train('toy_pdae', recipe_on(dpm), out=tmp_path / 'whole', **how)
+    ask_to_stop_after(3, monkeypatch)
+    with pytest.raises(Stopped):
+        train('toy_pdae', recipe_on(dpm), out=tmp_path / 'resumed', **how)
+    resumed = train('toy_pdae', recipe_on(dpm), out=tmp_path / 'resumed', **how)
+    assert whole.card.precision == resumed.card.precision == precision
+    expected = weights(whole.path)
+    for name, v in weights(resumed.path).items():
+        assert torch.equal(v, expected[name]), name
+
+
+@pytest.mark.slow
+def test_a_training_that_goes_on_in_another_precision_says_so(dpm, tmp_path, monkeypatch):
+    lines = []
+    ask_to_stop_after(3, monkeypatch)
+    with pytest.raises(Stopped):
+        train('toy_pdae', recipe_on(dpm), out=tmp_path, precision='float32', log=no_log)
+    model = train('toy_pdae', recipe_on(dpm), out=tmp_path, precision='bf16', log=lines.append)
+    assert any('computed in float32, the next ones in bf16' in line for line in lines)
+    assert model.card.precision == 'bf16'
+
+
+@pytest.mark.slow
+def test_the_precisions_give_different_weights(dpm, tmp_path):
+    how = dict(log=no_log)
+    in_bf16 = train('toy_pdae', recipe_on(dpm), out=tmp_path / 'a', precision='bf16', **how)
+    exact = train('toy_pdae', recipe_on(dpm), out=tmp_path / 'b', precision='float32', **how)
+    a, b = weights(in_bf16.path), weights(exact.path)
+    assert any(not torch.equal(a[name], b[name]) for name in a)
+
+
 STEP = """
 import torch
 from pdae_nb.forward import Schedule
