@@ -15,6 +15,7 @@ __all__ = [
     'add_missing_result',
     'check_storable',
     'cached_run',
+    'trained_in_cache',
     'images',
     'model_card',
     'push_run',
@@ -871,6 +872,17 @@ def _cached_base(recipe, size):
         if base.shape[-1] == recipe.px:
             return base
     return cached_run(name, size)
+
+
+def trained_in_cache(
+    name: str,  # of the run
+    recipe: Recipe,  # its configuration
+    **options,  # for `train_model`
+) -> Model:  # with the weights as they are stored
+    "Train a run in the folder of the cache, or load it if it is finished."
+    out = cache_dir() / 'runs' / name
+    trained = train(name, recipe, out=out, log=_silent, **options)
+    return load(out, device=trained.device)
 
 
 def _silent(line):

@@ -70,6 +70,24 @@ class LayerNorm(nn.LayerNorm):
 
 
 # %% ../nbs/toolbox/layers.ipynb #736aad79
+class _WithGradient(torch.autograd.Function):
+    "The identity, connected to parameters: a gradient of these passes through `x`."
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, weight, bias):
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None, None
+
+
 class GroupNorm(nn.GroupNorm):
     "PyTorch's GroupNorm in the dtype of its input and in the memory layout of its input."
 
@@ -80,21 +98,16 @@ class GroupNorm(nn.GroupNorm):
         "γ·(x - μ_g)/sqrt(σ_g² + eps) + β, with mean μ_g and variance σ_g² of each channel group."
         weight = _cast(self.weight, x.dtype)
         bias = _cast(self.bias, x.dtype)
-        if not self._needs_copy(x):
-            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
+        how = (self.num_groups, weight, bias, self.eps)
         channels_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        y = F.group_norm(x.contiguous(), self.num_groups, weight, bias, self.eps)
-        return y.contiguous(memory_format=layout)
-
-    def _needs_copy(self, x):
-        "Whether the kernel for `channels_last` is slow, or its backward would kill the process."
-        if not x.is_cpu:
-            return False
-        if x.dtype != torch.float32:
-            return True
-        trained = torch.is_grad_enabled() and self.weight is not None and self.weight.requires_grad
-        return trained and not x.requires_grad
+        if not x.is_cpu or not channels_last or torch.compiler.is_compiling():
+            return F.group_norm(x, *how)
+        if x.dtype == torch.float32:
+            x = _WithGradient.apply(x, self.weight, self.bias)
+        else:
+            x = x.contiguous()  # faster in bf16, copies included
+        y = F.group_norm(x, *how)
+        return y.contiguous(memory_format=torch.channels_last)
 
 
 def norm(
@@ -110,7 +123,8 @@ class Arithmetic(NamedTuple):
     "The dtype in which a network computes."
 
     dtype: torch.dtype  # of the layers behind the first convolution
-    exact_above: int | None = None  # above this timestep: the dtype of the weights; None: nowhere
+    # If a timestep of the batch is above it, the network computes in the dtype of the weights.
+    exact_above: int | None = None
 
 
 class Network(nn.Module):
@@ -126,6 +140,7 @@ class Network(nn.Module):
         if self.arithmetic is None:
             return next(self.parameters()).dtype
         dtype, exact_above = self.arithmetic
+        # Reading t waits for a GPU. A training, whose `exact_above` is None, does not read it.
         if t is not None and exact_above is not None and (t > exact_above).any():
             return next(self.parameters()).dtype
         return dtype
@@ -135,10 +150,10 @@ class Network(nn.Module):
 def bf16_pays(
     device: str | torch.device,  # 'cpu', 'cuda' or another device
 ) -> bool:
-    """Whether the device has bf16 arithmetic of its own.
+    """Whether a training in bf16 is taken to be faster than one in float32.
 
-    GPUs since Ampere and CPUs with AVX-512 or AMX have. On other devices bf16 is many times slower
-    than float32.
+    It is on GPUs since Ampere, and on CPUs for which oneDNN supports bf16 (AVX-512 or AMX). On two
+    cores with AVX2, bf16 was measured to be many times slower than float32.
     """
     device = torch.device(device)
     if device.type == 'cuda':
@@ -153,43 +168,39 @@ def arithmetic_of(
     precision: str,  # 'auto': bf16 where it pays; 'bf16'; 'float32': the dtype of the weights
     device: str | torch.device,  # where the networks are
 ) -> Arithmetic | None:  # for `computing_in`; None: the dtype of the weights
-    "The arithmetic of a training."
+    "The arithmetic that a name stands for."
     if precision not in ('auto', 'bf16', 'float32'):
         raise ValueError(f'precision must be auto, bf16 or float32, got {precision!r}')
     is_bf16 = precision == 'bf16' or (precision == 'auto' and bf16_pays(device))
     return Arithmetic(torch.bfloat16) if is_bf16 else None
 
 
-class _Autocast:
-    "Hooks that run the forward pass of a module under `torch.autocast`."
+def _under_autocast(module, dtype, is_enabled):
+    "Run the forward pass of a module under `torch.autocast`. Returns a function that ends this."
+    forward = getattr(module.forward, 'without_autocast', module.forward)
+    replaced = module.__dict__.get('forward')
+    device = next(module.parameters()).device.type
 
-    def __init__(self, module, dtype):
-        self.device = next(module.parameters()).device.type
-        self.dtype = dtype
-        self.entered = []  # the contexts of passes that have begun
-        self.handles = [
-            module.register_forward_pre_hook(self._enter),
-            module.register_forward_hook(self._leave, always_call=True),
-        ]
+    def forward_under_autocast(*args, **kwargs):
+        with torch.autocast(device, dtype, enabled=is_enabled):
+            return forward(*args, **kwargs)
 
-    def _enter(self, module, args):
-        context = torch.autocast(self.device, self.dtype)
-        context.__enter__()
-        self.entered.append(context)
+    def end():
+        del module.forward
+        if replaced is not None:
+            module.forward = replaced
 
-    def _leave(self, module, args, output):
-        self.entered.pop().__exit__(None, None, None)
-
-    def remove(self):
-        for handle in self.handles:
-            handle.remove()
+    forward_under_autocast.without_autocast = forward
+    module.forward = forward_under_autocast
+    return end
 
 
-def _is_foreign(network):
-    "Whether a network has parameters, but no layers of this package."
-    own = (Network, Conv2d, Linear, GroupNorm, LayerNorm)
-    has_own = any(isinstance(module, own) for module in network.modules())
-    return not has_own and next(network.parameters(), None) is not None
+def _foreign_parts(network):
+    "A network without a `Network`, and its parts, which another network may call by themselves."
+    if any(isinstance(module, Network) for module in network.modules()):
+        return []
+    parts = (network, *network.children())
+    return [part for part in parts if next(part.parameters(), None) is not None]
 
 
 @contextmanager
@@ -197,23 +208,21 @@ def computing_in(
     networks: Iterable[nn.Module],  # their submodules included
     arithmetic: Arithmetic | None,  # None: the dtype of the weights
 ):
-    "Within the block, the networks compute in another dtype. Afterwards they are as before."
-    networks = list(networks)
-    own = [m for network in networks for m in network.modules() if isinstance(m, Network)]
-    before = [network.arithmetic for network in own]
+    """Within the block, the networks compute in another dtype. Afterwards they are as before.
+
+    The setting belongs to the networks: other threads that use them compute in this dtype, too. A
+    network without a `Network` runs under autocast, or in float32 if there is an `exact_above`.
+    """
+    is_bf16 = arithmetic is not None and arithmetic == Arithmetic(torch.bfloat16)
     with ExitStack() as stack:
-        if arithmetic is not None and arithmetic.exact_above is None:
-            for network in filter(_is_foreign, networks):
-                for part in (network, *network.children()):
-                    if next(part.parameters(), None) is not None:
-                        stack.callback(_Autocast(part, arithmetic.dtype).remove)
-        try:
-            for network in own:
-                network.arithmetic = arithmetic
-            yield
-        finally:
-            for network, old in zip(own, before, strict=True):
-                network.arithmetic = old
+        for network in list(networks):
+            for module in network.modules():
+                if isinstance(module, Network):
+                    stack.callback(setattr, module, 'arithmetic', module.arithmetic)
+                    module.arithmetic = arithmetic
+            for part in _foreign_parts(network):
+                stack.callback(_under_autocast(part, torch.bfloat16, is_bf16))
+        yield
 
 
 # %% ../nbs/toolbox/layers.ipynb #52721fd3

@@ -144,7 +144,7 @@ class Card:
     steps_skipped: int | None = None  # steps whose loss or gradient was not finite
     seconds: float | None = None  # duration of the training
     hardware: str | None = None
-    precision: str | None = None  # dtype in which the networks computed: 'bf16' or 'float32'
+    precision: str | None = None  # dtypes in which steps were computed: 'bf16', 'float32' or both
     versions: dict | None = None  # package -> version
     result: dict | None = None  # what `test_result` measured
     source: str | None = None  # file from which the weights were converted
@@ -167,19 +167,10 @@ def largest_bf16_timestep(
     return int((amplification <= _LARGEST_AMPLIFICATION).sum())
 
 
-def _limits(model):
-    "A model, its base, …, each with its `exact_above`: a model and its base share features."
-    limits = []
-    above = None
-    while model is not None:
-        exact_above = model.exact_above
-        if above is not None and above.sched is model.sched:
-            shared = [limit for limit in (limits[-1][1], exact_above) if limit is not None]
-            exact_above = min(shared, default=None)
-        limits.append((model, exact_above))
-        above = model
-        model = model.base
-    return limits
+def _shared_limit(chain, model):
+    "The smallest `exact_above` of the models that share this model's schedule, or None."
+    limits = [other.exact_above for other in chain if other.sched is model.sched]
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 # %% ../nbs/toolbox/model.ipynb #035dcab2
@@ -378,13 +369,15 @@ class Model(nn.Module):
     def in_bf16(self):
         """Within the block, encoding, sampling and inversion compute in bf16 where it pays.
 
-        They compute in float32 for timesteps above `exact_above`, see `largest_bf16_timestep`.
+        They compute in float32 for timesteps above `exact_above` (see `largest_bf16_timestep`), on
+        a GPU with the setting of TF32 that holds there. Networks of other libraries compute in
+        float32 at all timesteps.
         """
+        chain = self._chain() if bf16_pays(self.device) else []
         with ExitStack() as stack:
-            for model, exact_above in _limits(self):
-                if bf16_pays(self.device):
-                    arithmetic = Arithmetic(torch.bfloat16, exact_above)
-                    stack.enter_context(computing_in(model.children(), arithmetic))
+            for model in chain:
+                arithmetic = Arithmetic(torch.bfloat16, _shared_limit(chain, model))
+                stack.enter_context(computing_in(model.children(), arithmetic))
             yield
 
     def compile_networks(self) -> None:

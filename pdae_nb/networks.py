@@ -88,7 +88,7 @@ def _check_frozen_dpm(net):
         raise ValueError('the DPM must be unconditional, but this one takes a code or a label')
 
 
-class GradientEstimator(nn.Module):
+class GradientEstimator(Network):
     """The gradient estimator G_ψ(x_t,t,z) in place of ∇log p(z|x_t) (PDAE Section 3.3, Fig. 2).
 
     It is a second half for a frozen U-Net: it takes the feature maps of the first half, the

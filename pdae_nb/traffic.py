@@ -25,29 +25,20 @@ from .networks import ConvEncoder, GradientEstimator
 from .unet import UNet
 
 # %% ../nbs/toolbox/traffic.ipynb #5cb8a402
-_VIEWS = {
-    'view',
-    '_unsafe_view',
-    't',
-    'transpose',
-    'permute',
-    'expand',
-    'detach',
-    'alias',
-    'slice',
-    'select',
-    'split',
-    'chunk',
-    'unsqueeze',
-    'squeeze',
-    'as_strided',
-    'reshape',
-    'split_with_sizes',
-    'unbind',
-    '_reshape_alias',
-    'lift_fresh',
-    'is_same_size',
+# fmt: off
+_NOT_COUNTED = {  # views, and tensors that are not filled
+    'view', '_unsafe_view', 't', 'transpose', 'permute', 'expand', 'detach', 'alias', 'slice',
+    'select', 'split', 'chunk', 'unsqueeze', 'squeeze', 'as_strided', 'reshape',
+    'split_with_sizes', 'unbind', '_reshape_alias', 'lift_fresh', 'is_same_size',
+    'empty', 'empty_like', 'empty_strided', 'new_empty', 'new_empty_strided',
 }
+# fmt: on
+_OVERWRITE = {'copy_', 'fill_', 'zero_'}  # operations that do not read what they change
+
+
+def _bytes(tensor):
+    "Bytes of a tensor in memory. A tensor that was expanded is read from a smaller one."
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
 class Traffic(TorchDispatchMode):
@@ -61,7 +52,9 @@ class Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         name = func.__name__.split('.')[0]
-        if name not in _VIEWS:
+        if name in _OVERWRITE:
+            args = args[1:]
+        if name not in _NOT_COUNTED:
             self.add(name, args, kwargs, out)
         return out
 
@@ -72,7 +65,7 @@ class Traffic(TorchDispatchMode):
     ) -> None:
         "Count one operation."
         leaves = (leaf for leaf in tree_leaves(tensors) if isinstance(leaf, Tensor))
-        self.bytes[name] += sum(tensor.numel() * tensor.element_size() for tensor in leaves)
+        self.bytes[name] += sum(_bytes(tensor) for tensor in leaves)
         self.calls[name] += 1
 
     @property

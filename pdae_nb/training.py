@@ -287,6 +287,8 @@ def fit(
     if networks is None:
         networks = loss.networks() if isinstance(loss, Model) else []
     networks = list(networks)
+    if precision == 'bf16' and not networks:
+        raise ValueError('a loss that is no Model needs `networks`, those that compute in bf16')
     opt.zero_grad(set_to_none=True)
     bad = 0
     begin = time.perf_counter()
@@ -554,7 +556,8 @@ class _Run:
     i: int = 0  # steps done
     seconds: float = 0.0  # duration of these steps
     skipped: int = 0  # steps that were not finite
-    precision: str = 'auto'  # of the training: for `arithmetic_of`
+    precision: str = 'auto'  # of the next steps: for `arithmetic_of`
+    used: list[str] = field(default_factory=list)  # dtypes of the steps that were done
     board: Board | None = None  # TensorBoard's copy of the log and the previews
 
     def add(self, step: Step) -> None:
@@ -562,6 +565,8 @@ class _Run:
         self.i = step.i
         self.seconds += step.seconds
         self.skipped += not step.ok
+        if self.dtype not in self.used:
+            self.used.append(self.dtype)
 
     @property
     def average(self) -> Model:
@@ -570,7 +575,7 @@ class _Run:
 
     @property
     def dtype(self) -> str:
-        "The dtype in which the networks compute."
+        "The dtype in which the networks compute in the next step."
         arithmetic = arithmetic_of(self.precision, self.model.device)
         return 'float32' if arithmetic is None else 'bf16'
 
@@ -645,8 +650,9 @@ def _resume(run, log):
         run.seconds = meta['seconds']
         run.skipped = meta['skipped']
         log(f'going on at step {run.i} of {run.recipe.steps}')
-        before = meta.get('precision', run.dtype)
-        if before != run.dtype:
+        run.used = meta.get('precision', [])
+        if run.used not in ([], [run.dtype]) and run.i < run.recipe.steps:
+            before = ' and '.join(run.used)
             log(f'the steps until here were computed in {before}, the next ones in {run.dtype}')
         images = (meta.get('recipe') or {}).get('images', run.recipe.images)
         if images < run.recipe.images:
@@ -678,7 +684,7 @@ def _save(run):
         seconds=run.seconds,
         skipped=run.skipped,
         versions=versions(),
-        precision=run.dtype,
+        precision=run.used,
     )
     save_checkpoint(run.out / 'checkpoints', run.i, run.model, run.ema, run.opt, meta)
 
@@ -740,7 +746,7 @@ def _store(run, name):
         steps_skipped=run.skipped,
         seconds=round(run.seconds),
         hardware=hardware(model.device),
-        precision=run.dtype,
+        precision=', '.join(run.used) or None,
         versions=versions(),
     )
     write_model(model, run.out)

@@ -72,11 +72,11 @@ class AdaGN(nn.Module):
     ) -> Tensor:  # like `h`
         "z_s·(t_s·GroupNorm(h) + t_b) + z_b. Each scale is 1 plus the output of its linear layer."
         self._check(z)
-        t_scale, t_b = self.t(F.silu(t))[..., None, None].chunk(2, 1)
+        t_scale, t_b = self.t(F.silu(t).to(h.dtype))[..., None, None].chunk(2, 1)
         h = self.norm(h) * (1 + t_scale) + t_b
         if z is None:
             return h
-        z_scale, *z_shift = self.z(F.silu(z))[..., None, None].split(h.shape[1], 1)
+        z_scale, *z_shift = self.z(F.silu(z).to(h.dtype))[..., None, None].split(h.shape[1], 1)
         z_b = z_shift[0] if z_shift else 0
         return h * (1 + z_scale) + z_b
 

@@ -178,7 +178,11 @@ def test_a_training_that_goes_on_in_another_precision_says_so(dpm, tmp_path, mon
         train('toy_pdae', recipe_on(dpm), out=tmp_path, precision='float32', log=no_log)
     model = train('toy_pdae', recipe_on(dpm), out=tmp_path, precision='bf16', log=lines.append)
     assert any('computed in float32, the next ones in bf16' in line for line in lines)
-    assert model.card.precision == 'bf16'
+    assert model.card.precision == 'float32, bf16'
+    (tmp_path / 'run.json').unlink()  # the checkpoints of a finished training remain
+    again = train('toy_pdae', recipe_on(dpm), out=tmp_path, precision='float32', log=lines.append)
+    assert again.card.precision == 'float32, bf16', 'no step was done'
+    assert len([line for line in lines if 'the next ones' in line]) == 1
 
 
 @pytest.mark.slow

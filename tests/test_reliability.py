@@ -1237,7 +1237,9 @@ def test_a_step_that_is_not_finite_changes_nothing(bad, where):
 
     steps = []
     states = []
-    for step in fit(loss_fn, net.parameters(), ones(4), LINE_RECIPE, ema, opt=opt, precision='float32'):
+    for step in fit(
+        loss_fn, net.parameters(), ones(4), LINE_RECIPE, ema, opt=opt, precision='float32'
+    ):
         state = dict(w=net.w.detach(), average=ema.module.w) | opt.state[net.w]
         steps.append(step)
         states.append({k: v.clone() for k, v in state.items()})
@@ -1310,7 +1312,9 @@ def test_patience_counts_consecutive_steps():
         return losses, torch.tensor([3, 5])
 
     def n_steps(**settings):
-        steps = fit(loss_fn, net.parameters(), ones(30), LINE_RECIPE, precision='float32', **settings)
+        steps = fit(
+            loss_fn, net.parameters(), ones(30), LINE_RECIPE, precision='float32', **settings
+        )
         return len(list(steps))
 
     assert n_steps() == 30  # after nine steps that are not finite comes a finite one

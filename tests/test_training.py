@@ -142,6 +142,15 @@ def test_an_unknown_precision_is_refused():
         dtypes_in_training(precision='fp8')
 
 
+def test_bf16_of_a_loss_without_networks_is_refused():
+    layer = torch.nn.Linear(1, 1)
+    steps = fit(
+        lambda x0, y, draw: (layer(x0), None), layer.parameters(), [], None, precision='bf16'
+    )
+    with pytest.raises(ValueError, match='needs `networks`'):
+        next(steps)
+
+
 def test_one_module_calls_autocast():
     package = Path(pdae_nb.__file__).parent
     callers = [p for p in package.rglob('*.py') if 'torch.autocast(' in p.read_text()]

@@ -13,7 +13,6 @@ __all__ = [
 ]
 
 # %% ../../nbs/toolbox/precision.ipynb #a51b01e3
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,11 +20,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..data import cache_dir, load_images, to_signed
+from ..data import load_images, to_signed
 from ..denoise import loss_curve, predict_x0
 from ..files import output_file, results_path
 from ..forward import add_noise
-from ..hub import load, train
+from ..hub import trained_in_cache
 from ..layers import Arithmetic, computing_in
 from ..methods.dpm import DPM
 from ..model import GenerativeModel
@@ -44,17 +43,22 @@ def rounding_of_x0(
     t: Sequence[int] = TIMES,  # timesteps in 1…T
     y: Tensor | None = None,  # labels of the data: int64 (B,)
     *,
-    exact_above: int | None = None,  # compute in float32 above this timestep; None: nowhere
+    exact_above: int | None = None,  # see `Arithmetic`
     seed: int = 0,  # of the noise, which is the same at each timestep
 ) -> Tensor:  # root mean square over data and elements: float64 (len(t),)
-    "Change of x̂_0 when the networks compute in bf16 in place of float32, at each timestep."
+    """Change of x̂_0 when the networks compute in bf16 in place of float32, at each timestep.
+
+    On a GPU, "float32" has the setting of TF32 that holds there.
+    """
     eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed)).to(x0)
-    denoiser = model.denoiser(model.condition(x0, y))  # with the codes of float32
+    with computing_in(model.networks(), None):
+        denoiser = model.denoiser(model.condition(x0, y))
     changes = []
     for timestep in t:
         times = torch.full((len(x0),), timestep, device=x0.device)
         xt = add_noise(model.sched, x0, times, eps)
-        exact = predict_x0(denoiser, xt, times, model.sched)
+        with computing_in(model.networks(), None):
+            exact = predict_x0(denoiser, xt, times, model.sched)
         with computing_in(model.networks(), Arithmetic(torch.bfloat16, exact_above)):
             rounded = predict_x0(denoiser, xt, times, model.sched)
         changes.append((rounded - exact).double().square().mean().sqrt())
@@ -76,18 +80,6 @@ def precision_recipe(
     batch = 16
     steps = 10 if size == 'smoke' else 2000
     return replace(recipe('mnist_dpm', size), batch=batch, images=batch * steps, seed=seed)
-
-
-def _silent(line):
-    "Take a line of text and show nothing."
-
-
-def _trained(size: str, precision: str, seed: int) -> DPM:
-    "Train one run in the folder of the cache, or load it if it is finished."
-    name = f'precision-{precision}-{size}-{seed}'
-    out = cache_dir() / 'runs' / name
-    trained = train(name, precision_recipe(size, seed), out=out, precision=precision, log=_silent)
-    return load(out, device=trained.device)  # the weights as they are stored
 
 
 def _losses(model: DPM, x0: Tensor) -> dict:
@@ -131,10 +123,10 @@ def compare_precisions(
         key = f'{precision} {seed}'
         if results.get('runs', key) is not None:
             continue
-        start = time.monotonic()
-        losses = _losses(_trained(size, precision, seed), x0)
-        seconds = round(time.monotonic() - start)
-        row = dict(precision=precision, seed=seed, seconds=seconds)
+        name = f'precision-{precision}-{size}-{seed}'
+        model = trained_in_cache(name, precision_recipe(size, seed), precision=precision)
+        losses = _losses(model, x0)
+        row = dict(precision=precision, seed=seed, seconds=model.card.seconds)
         results.put('runs', key, row | losses)
-        log(f'{key}: {seconds} s, squared error of the noise {losses["all"]:.4f}')
+        log(f'{key}: {row["seconds"]} s, squared error of the noise {losses["all"]:.4f}')
     return results.finish(seeds=seeds)

@@ -25,7 +25,6 @@ __all__ = [
 
 # %% ../../nbs/toolbox/prediction.ipynb #pred0002
 import io
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,11 +34,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data import Images, cache_dir, load_images, to_signed, to_uint8
+from ..data import Images, load_images, to_signed, to_uint8
 from ..denoise import loss_curve
 from ..files import output_file, results_path, write_bytes
 from ..forward import Schedule
-from ..hub import load, train
+from ..hub import trained_in_cache
 from ..methods.dpm import DPM, DPMSettings
 from ..metrics import frechet
 from ..model import GenerativeModel, model_fingerprint
@@ -183,10 +182,6 @@ def prediction_recipe(
     return replace(_size(size).recipe, settings=DPMSettings(predicts), seed=seed)
 
 
-def _silent(line):
-    "Take a line of text and show nothing."
-
-
 def trained_run(
     size: str,  # smoke or lesson
     predicts: str,  # output of the network: 'eps' or 'v'
@@ -197,9 +192,7 @@ def trained_run(
     After an interruption, the same call continues.
     """
     name = f'prediction-{predicts}-{size}-{seed}'
-    out = cache_dir() / 'runs' / name
-    trained = train(name, prediction_recipe(size, predicts, seed), out=out, log=_silent)
-    return load(out, device=trained.device)  # the weights as they are stored
+    return trained_in_cache(name, prediction_recipe(size, predicts, seed))
 
 
 # %% ../../nbs/toolbox/prediction.ipynb #pred0022
@@ -314,11 +307,11 @@ def measure_prediction(
         key = f'{kind} {seed}'
         if results.get('runs', key) is not None:
             continue
-        start = time.monotonic()
-        row, samples = _measure_run(trained_run(size, kind, seed), x0, chosen)
+        model = trained_run(size, kind, seed)
+        row, samples = _measure_run(model, x0, chosen)
         if seed == 0:
             _write_picture(picture_path(path, kind), samples[:8])
-        seconds = round(time.monotonic() - start)
+        seconds = model.card.seconds
         results.put('runs', key, dict(predicts=kind, seed=seed, seconds=seconds) | row)
         log(f'{kind}, seed {seed}: {seconds} s, error of x0 at T {row["errors"][-1]:.3f}')
     train_images = load_images(recipe.data, 'train', recipe.px)

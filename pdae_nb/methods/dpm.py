@@ -190,6 +190,7 @@ class NoisePredictor(GenerativeModel):
         t: Tensor,  # timesteps: int64 (B,)
     ) -> Tensor:  # (B,...)
         "eps from the network's output. v = sqrt(ᾱ)·eps - sqrt(1-ᾱ)·x_0 (Salimans & Ho 2022)."
+        output = output.to(xt.dtype)  # networks of other libraries may return bf16
         return output if self.predicts == 'eps' else v_to_eps(self.sched, xt, t, output)
 
     @property
@@ -199,7 +200,7 @@ class NoisePredictor(GenerativeModel):
 
     @property
     def weight(self) -> Callable | None:
-        "Loss weight λ_t: 1 for a network that predicts eps; of v, see `squared_error_of_v`."
+        "Loss weight λ_t: None, which is 1, for eps; `squared_error_of_v` for v."
         return squared_error_of_v if self.predicts == 'v' else None
 
 
