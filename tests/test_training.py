@@ -144,9 +144,8 @@ def test_an_unknown_precision_is_refused():
 
 def test_bf16_of_a_loss_without_networks_is_refused():
     layer = torch.nn.Linear(1, 1)
-    steps = fit(
-        lambda x0, y, draw: (layer(x0), None), layer.parameters(), [], None, precision='bf16'
-    )
+    r = recipe('mnist_dpm', 'smoke')
+    steps = fit(lambda x0, y, draw: (layer(x0), None), layer.parameters(), [], r, precision='bf16')
     with pytest.raises(ValueError, match='needs `networks`'):
         next(steps)
 
