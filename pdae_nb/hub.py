@@ -24,12 +24,13 @@ __all__ = [
 # %% ../nbs/toolbox/hub.ipynb #d28ed7f2
 import html
 import json
+import os
 import re
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -65,6 +66,7 @@ from .files import (
     read_tensors,
     shapes_of,
 )
+from .layers import arithmetic_of
 from .logs import summary_writer, while_open
 from .methods.classifier import EvalClassifier, NoisyClassifier
 from .methods.diffae import DiffAE
@@ -336,7 +338,12 @@ class _Parts:
         self.net = self.recipe.get('net') or {}
         self.sched = read_sched(folder)
         # version 1 itself trained networks that predict eps only, and stored no type
-        self.settings = DPMSettings(record.get('predict', 'eps'))
+        predicts = record.get('predict', 'eps')
+        if predicts not in ('eps', 'v'):
+            raise ValueError(f"{folder}/run.json: predict must be 'eps' or 'v', got {predicts!r}")
+        if predicts == 'v' and not self.specs.keys() & {'dpm', 'unet', 'G'}:
+            raise ValueError(f'{folder}/run.json: only diffusion models predict v')
+        self.settings = DPMSettings(predicts)
 
     def read(self, name: str) -> nn.Module:
         return read_network(self.specs[name], self.folder, name)
@@ -374,7 +381,8 @@ def _read_pdae(parts):
 
 def _read_diffae(parts):
     network = parts.read('unet')
-    return DiffAE(parts.read('enc'), network, parts.sched, _image_shape(network))
+    settings = parts.settings if parts.settings.predicts == 'v' else None
+    return DiffAE(parts.read('enc'), network, parts.sched, _image_shape(network), settings)
 
 
 def _read_scorevae(parts):
@@ -501,14 +509,32 @@ def _predicting(recipe: Recipe, predicts: str) -> Recipe:
 
 def _prediction_type(settings, method: type) -> str | None:
     "The prediction type of settings, which may be None; None if the method has no such setting."
-    default = None if method.Settings is None else method.Settings()
-    return getattr(settings or default, 'predicts', None)
+    return _output_settings(settings, method).get('predicts')
+
+
+_OUTPUT_SETTINGS = ('predicts', 'coefficient')  # they say what the output of a network means
+
+
+def _output_settings(settings, method: type) -> dict:
+    "Those of the settings that say what the output of a network means. None is the class's own."
+    if settings is None:
+        settings = None if method.Settings is None else method.Settings()
+    return {k: getattr(settings, k) for k in _OUTPUT_SETTINGS if hasattr(settings, k)}
+
+
+def _with_outputs(recipe: Recipe, outputs: dict) -> Recipe:
+    "The recipe with other output settings. Settings that are those of the class stay None."
+    if outputs == _output_settings(recipe.settings, recipe.method):
+        return recipe
+    Settings = recipe.method.Settings
+    settings = replace(recipe.settings or Settings(), **outputs)
+    return replace(recipe, settings=None if settings == Settings() else settings)
 
 
 def _with_parent(
     recipe: Recipe, out: Path, predicts: str | None, build: Callable | None
 ) -> tuple[Recipe, Model | None]:
-    """The recipe with the geometry and the prediction type of its parent, and the parent.
+    """The recipe with the geometry and the output settings of its parent, and the parent.
 
     A finished run is compared with its own record. Its parent is not loaded, and may be deleted.
     """
@@ -517,18 +543,22 @@ def _with_parent(
     found = _stored_geometry(out, recipe)
     parent = None
     if found is None:
-        parent = _load_parent(recipe, build)
-        found = _geometry(parent), _prediction_type(parent.settings, recipe.method)
-    geometry, predicted = found
-    predicts = predicts or predicted
-    recipe = replace(recipe, **geometry)
+        parent = _load_parent(recipe, out, build)
+        found = _geometry(parent), _output_settings(parent.settings, recipe.method)
+    geometry, outputs = found
+    recipe = _with_outputs(replace(recipe, **geometry), outputs)
     return (recipe if predicts is None else _predicting(recipe, predicts)), parent
 
 
-def _load_parent(recipe: Recipe, build: Callable | None) -> Model:
+def _load_parent(recipe: Recipe, out: Path, build: Callable | None) -> Model:
     "The run whose weights are the initial ones. It must be of the recipe's class."
     network = build if isinstance(build, type) else None
-    parent = load(recipe.init, network=network, trust=build is not None)
+    try:
+        parent = load(recipe.init, network=network, trust=build is not None)
+    except FileNotFoundError as e:
+        raise FileNotFoundError(
+            f'{out} begins with the weights of {recipe.init} (init), which is missing: {e}'
+        ) from e
     if type(parent) is not recipe.method:
         raise ValueError(
             f'the initial weights must be those of a {recipe.method.__name__}, '
@@ -537,16 +567,16 @@ def _load_parent(recipe: Recipe, build: Callable | None) -> Model:
     return parent
 
 
-def _stored_geometry(out: Path, recipe: Recipe) -> tuple[dict, str | None] | None:
-    "Geometry and prediction type of a finished run with this parent and length; else None."
+def _stored_geometry(out: Path, recipe: Recipe) -> tuple[dict, dict] | None:
+    "Geometry and output settings of a finished run with this parent and length; else None."
     if not (out / 'run.json').exists():
         return None
     match read_record(out).get('recipe'):
         case {'init': recipe.init, 'images': recipe.images, 'net': dict(net), **rest}:
             geometry = dict(net=net, encoder=rest.get('encoder') or {})
-            settings = rest.get('settings') or {}
-            predicted = settings.get('predicts', _prediction_type(None, recipe.method))
-            return geometry, predicted
+            stored = rest.get('settings') or {}
+            usual = _output_settings(None, recipe.method)
+            return geometry, {k: stored.get(k, value) for k, value in usual.items()}
     return None
 
 
@@ -557,8 +587,7 @@ def _geometry(model: Model) -> dict[str, dict]:
     if 'G' in networks:
         geometry['net'] = dict(drop=model.G.config['drop'])
     if 'net' in networks:
-        of_codes = ('dz', 'z_shift') if 'enc' in networks else ()
-        geometry['net'] = _arguments(model.net, 'c', 'size', 'classes', 'd', *of_codes)
+        geometry['net'] = _arguments(model.net, *_given_by_build(model))
     if 'enc' in networks:
         geometry['encoder'] = _arguments(model.enc, 'c', 'size', 'T')
     if isinstance(model, DiffAE):  # its encoder takes what it lacks from the U-Net
@@ -566,6 +595,18 @@ def _geometry(model: Model) -> dict[str, dict]:
         usual = {name: value for name, value in usual.items() if name in geometry['net']}
         geometry['encoder'] = usual | geometry['encoder']
     return geometry
+
+
+def _given_by_build(model: Model) -> list[str]:
+    "The arguments of `model.net` that `build` takes from the images or the base."
+    given = ['c', 'size']
+    if isinstance(model, LatentDPM):
+        given.append('d')
+    if isinstance(model, _OF_LABELS):
+        given.append('classes')
+    if 'enc' in dict(model.named_children()):
+        given += ['dz', 'z_shift']
+    return given
 
 
 def _arguments(network: nn.Module, *given: str) -> dict:
@@ -633,31 +674,59 @@ def _number_of_classes(model: Model) -> int:
     return model.net.config['classes'] if isinstance(model, EvalClassifier) else model.classes
 
 
-def _about_parent(parent: Model, recipe: Recipe) -> str:
-    "What a run takes from its parent, in one line."
-    taken = f'{recipe.init} gives the initial weights and the arguments of the networks'
-    old = _prediction_type(parent.settings, recipe.method)
-    new = _prediction_type(recipe.settings, recipe.method)
-    if new is None:
-        return taken
-    if old == new:
-        return f'{taken}; the network predicts {new}, as there'
-    return f'{taken}; the network predicts {new}, there it predicts {old}'
+def _about_parent(parent: Model, model: Model, name: str) -> str:
+    "What a run takes from its parent, and what differs, in one line."
+    parts = [f'{name} gives the initial weights and the arguments of the networks']
+    predicted = _prediction_type(parent.settings, type(parent))
+    predicts = _prediction_type(model.settings, type(model))
+    if predicts is not None:
+        there = 'as there' if predicts == predicted else f'there it predicts {predicted}'
+        parts.append(f'the network predicts {predicts}, {there}')
+    old = {} if parent.settings is None else asdict(parent.settings)
+    new = {} if model.settings is None else asdict(model.settings)
+    for k in sorted((old.keys() | new.keys()) - {'predicts'}):
+        if old.get(k) != new.get(k):
+            parts.append(f'{k} is {new.get(k)}, there {old.get(k)}')
+    if not _have_same_schedule(model, parent):
+        parts.append(f'the noise schedule is that of {name}, {parent.sched!r}')
+    if not _have_same_base(model, parent):
+        parts.append(f'the base is {_named(model.base)}, there {_named(parent.base)}')
+    return '; '.join(parts)
+
+
+def _named(base: Model) -> str:
+    "Name, fingerprint and prediction type of a base."
+    predicts = _prediction_type(base.settings, type(base))
+    output = '' if predicts is None else f', predicts {predicts}'
+    return f'{base.card.name} ({model_fingerprint(base)}{output})'
 
 
 def _start_from(model: Model, parent: Model, name: str) -> None:
-    "Copy the weights of a parent into an untrained model of its geometry, and the noise schedule."
+    """Copy the weights of a parent into an untrained model of its geometry, and the noise schedule.
+
+    On another base, the statistics of a latent DPM's data stay those of its own base.
+    """
     changes = _differences(model, parent)
     if changes:
         raise ValueError(f'the networks of {name} cannot be built here: {", ".join(changes)}')
     if not _have_same_schedule(model, parent):
-        if model.base is not None:
+        if model.base is not None and not isinstance(model, LatentDPM):
             raise ValueError(
                 f'{name} was trained with the noise schedule {parent.sched!r}, this run has '
                 f'{model.sched!r}'
             )
         model.sched = parent.sched
-    fill(model, parent.state_dict(), name)
+    weights = parent.state_dict()
+    if not _have_same_base(model, parent):
+        weights |= {k: v for k, v in model.state_dict().items() if k.startswith('stats.')}
+    fill(model, weights, name)
+
+
+def _have_same_base(a: Model, b: Model) -> bool:
+    "Whether two models have no base, or bases with the same fingerprint."
+    if a.base is None or b.base is None:
+        return a.base is b.base
+    return model_fingerprint(a.base) == model_fingerprint(b.base)
 
 
 def _have_same_schedule(a: Model, b: Model) -> bool:
@@ -692,8 +761,8 @@ def train(
     out = Path(out or f'runs/{name}').expanduser()
     if base is not None:
         recipe = replace(recipe, base=base)
-    if init is not None:
-        recipe = replace(recipe, init=str(init))
+    arithmetic_of(options.get('precision', 'auto'), 'cpu')  # raises an error for another name
+    recipe = _named_parent(recipe, init)
     log = while_open(options.get('log', tqdm.write))
     recipe, parent = _with_parent(recipe, out, predicts, build)
     if (out / 'run.json').exists():
@@ -707,18 +776,34 @@ def train(
     _check_data(recipe, images, test)
     below = load(recipe.base) if isinstance(recipe.base, (str, Path)) else recipe.base
     if recipe.init is not None:
-        parent = parent or _load_parent(recipe, build)
+        parent = parent or _load_parent(recipe, out, build)
         _check_parent(parent, recipe, images, below)
-        log(_about_parent(parent, recipe))
     with seeded(recipe.seed, torch.device('cpu')):
         model = _build_model(recipe, images, below, build)
-    check_storable(model, build)
     if parent is not None:
+        log(_about_parent(parent, model, recipe.init))
         _start_from(model, parent, recipe.init)
+        options = options | dict(parent=model_fingerprint(parent))
+    check_storable(model, build)
     if below is not None and not _is_stored(below):
         with locked(out):
             _keep_base(below, out)
     return train_model(model, recipe, out, images, test, name=name, **options)
+
+
+def _named_parent(recipe: Recipe, init: str | Path | None) -> Recipe:
+    "The recipe with the name of its parent in one spelling, or an error if it cannot be stored."
+    init = recipe.init if init is None else init
+    if init is None:
+        return recipe
+    init = os.path.normpath(init) if str(init) else ''
+    if not Path(init).name:
+        raise ValueError(f'init must name a run or its folder, got {init!r}')
+    try:
+        init.encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(f'init: {init!r} is no UTF-8, and run.json cannot store it') from e
+    return replace(recipe, init=init)
 
 
 def _check_data(recipe: Recipe, images: Images, test: Images) -> None:

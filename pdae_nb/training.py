@@ -557,6 +557,7 @@ class _Run:
     seconds: float = 0.0  # duration of these steps
     skipped: int = 0  # steps that were not finite
     precision: str = 'auto'  # of the next steps: for `arithmetic_of`
+    parent: str | None = None  # fingerprint of the model with whose weights it began
     used: list[str] = field(default_factory=list)  # dtypes of the steps that were done
     board: Board | None = None  # TensorBoard's copy of the log and the previews
 
@@ -633,6 +634,12 @@ def _resume(run, log):
                 f'{run.out} was trained on a base with fingerprint {meta.get("base")}, '
                 f'the base now has {now}. Choose another folder, or delete that one'
             )
+        if meta.get('parent', run.parent) != run.parent:
+            raise ValueError(
+                f'{run.out} began with the weights of a run ({run.recipe.init}) with fingerprint '
+                f'{meta["parent"]}, that run now has {run.parent}. Choose another folder, or '
+                'delete that one'
+            )
         if meta.get('images', run.images) != run.images:
             raise ValueError(
                 f'{run.out} was trained on images with checksum {meta["images"]}, those of '
@@ -685,6 +692,7 @@ def _save(run):
         skipped=run.skipped,
         versions=versions(),
         precision=run.used,
+        parent=run.parent,
     )
     save_checkpoint(run.out / 'checkpoints', run.i, run.model, run.ema, run.opt, meta)
 
@@ -834,6 +842,7 @@ def train_model(
     look: Callable | None = None,  # (images seen, averaged model) -> None
     log: Callable = tqdm.write,  # takes lines of text; a terminal also gets a progress bar
     tensorboard: bool = False,  # copy the log and the previews to OUT/tensorboard
+    parent: str | None = None,  # fingerprint of the run whose weights `model` begins with
 ) -> Model:  # the averaged model, with its card
     """Train a model. The same call resumes a run that was interrupted.
 
@@ -857,6 +866,7 @@ def train_model(
     with locked(out), ExitStack() as stack:
         run = _new_run(model, recipe, out, images, test=test, device=device)
         run.precision = precision
+        run.parent = parent
         past = _resume(run, log)
         if tensorboard:
             run.board = Board(out / 'tensorboard', run.seen, past, log)

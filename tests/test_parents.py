@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,10 +19,11 @@ from pdae_nb.methods.diffae import DiffAE
 from pdae_nb.methods.dpm import DPM, ClassConditionalDPM, DPMSettings
 from pdae_nb.methods.label_pdae import LabelPDAE
 from pdae_nb.methods.latent import LatentDPM
-from pdae_nb.methods.pdae import PDAE
+from pdae_nb.methods.pdae import PDAE, PDAESettings
 from pdae_nb.methods.scorevae import ConditionalDecoder, ScoreVAE
 from pdae_nb.methods.vae import VAE
 from pdae_nb.model import spec_of
+from pdae_nb.recipes import recipe as named_recipe
 from pdae_nb.training import Recipe
 from pdae_nb.unet import UNet
 
@@ -458,3 +460,126 @@ def test_a_users_own_network_takes_the_geometry_of_its_parent(starts, tmp_path):
     assert_same_networks(model, parent)
     with pytest.raises(ValueError, match=r'parts must come from pdae_nb, got .*OwnNet'):
         train('run', ROW, **options)
+
+
+# What else a parent decides
+
+
+def latent_row(base, seed=0):
+    return Recipe(
+        LatentDPM, 'digits', 28, 64, base=base, net=dict(hidden=16, layers=3), batch=16, seed=seed
+    )
+
+
+@pytest.fixture(scope='module')
+def autoencoders(tmp_path_factory):
+    "Two PDAEs of the same widths with other weights."
+    folder = tmp_path_factory.mktemp('autoencoders')
+    for seed in (0, 1):
+        row = replace(named_recipe('mnist_pdae', 'smoke'), images=32, seed=seed)
+        train(f'ae{seed}', row, out=folder / f'ae{seed}', log=no_log)
+    return folder
+
+
+def test_a_latent_dpm_keeps_the_statistics_of_its_own_base(autoencoders, tmp_path):
+    parent = tmp_path / 'parent'
+    train('parent', latent_row(autoencoders / 'ae0'), out=parent, log=no_log)
+    lines = []
+    row = latent_row(autoencoders / 'ae1')
+    child = train('child', row, out=tmp_path / 'child', init=parent, log=lines.append)
+    alone = train('alone', row, out=tmp_path / 'alone', log=no_log)
+    torch.testing.assert_close(child.stats.mean, alone.stats.mean)
+    torch.testing.assert_close(child.stats.std, alone.stats.std)
+    about = next(line for line in lines if 'gives the initial weights' in line)
+    assert 'the base is ae1' in about and 'there ae0' in about
+
+
+def test_an_interrupted_run_refuses_another_parent_of_its_name(tmp_path):
+    "The schedule and the initial weights come from the parent, so it must be the same one."
+    parent = tmp_path / 'parent'
+    model = DPM.build(ROW, load_images(ROW.data, 'train', ROW.px))
+    model.save(parent)
+    options = dict(init=parent, every=1, log=no_log)
+    with pytest.raises(Interrupted):
+        train('run', ROW, out=tmp_path / 'run', look=interrupt, **options)
+    other = DPM(model.net, Schedule.linear(500), model.shape, model.settings)
+    other.save(parent)
+    with pytest.raises(ValueError, match='began with the weights of a run'):
+        train('run', ROW, out=tmp_path / 'run', **options)
+    model.save(parent)
+    train('run', ROW, out=tmp_path / 'run', **options)
+
+
+def test_a_missing_parent_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r'begins with the weights of .*gone.*\(init\)'):
+        train('run', ROW, out=tmp_path / 'run', init=tmp_path / 'gone', log=no_log)
+
+
+def test_the_coefficient_comes_from_the_parent_and_other_settings_are_named(tmp_path):
+    row = replace(named_recipe('mnist_pdae', 'smoke'), images=32)
+    settings = PDAESettings(gamma=0.5, coefficient='score')
+    parent = tmp_path / 'parent'
+    train('parent', replace(row, settings=settings), out=parent, log=no_log)
+    lines = []
+    child = train('child', row, out=tmp_path / 'child', init=parent, log=lines.append)
+    assert child.settings == PDAESettings(gamma=0.1, coefficient='score')
+    assert any('gamma is 0.1, there 0.5' in line for line in lines)
+    assert train('child', row, out=tmp_path / 'child', init=parent, log=no_log).path == child.path
+
+
+@pytest.mark.parametrize('init', ['', '/', '.'])
+def test_a_parent_without_a_name_is_refused(init, tmp_path):
+    with pytest.raises(ValueError, match='init must name a run'):
+        train('run', ROW, out=tmp_path / 'run', init=init, log=no_log)
+
+
+def test_a_parent_may_be_a_path_in_any_spelling(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    DPM.build(ROW, load_images(ROW.data, 'train', ROW.px)).save('parent')
+    row = replace(ROW, init=Path('parent'))
+    first = train('run', row, out='run', log=no_log)
+    assert first.card.recipe['init'] == 'parent'
+    assert (
+        train('run', ROW, out='run', init='./parent/', log=no_log).card.recipe == first.card.recipe
+    )
+
+
+def test_a_name_that_cannot_be_stored_is_refused_before_the_training(tmp_path):
+    with pytest.raises(ValueError, match='no UTF-8'):
+        train('run', ROW, out=tmp_path / 'run', init='p\udce4', log=no_log)
+
+
+def test_weights_of_a_parent_that_cannot_be_stored_are_refused_first(tmp_path):
+    model = DPM.build(ROW, load_images(ROW.data, 'train', ROW.px))
+    model.net.time[0].bias.data[0] = 7e4
+    model.save(tmp_path / 'big', dtype=torch.float32)
+    with pytest.raises(ValueError, match='too much for torch.float16'):
+        train('run', ROW, out=tmp_path / 'run', init=tmp_path / 'big', log=no_log)
+    assert not (tmp_path / 'run' / 'checkpoints').exists()
+
+
+def test_an_unknown_precision_is_refused_for_a_finished_run_too(tmp_path):
+    train('run', ROW, out=tmp_path / 'run', log=no_log)
+    with pytest.raises(ValueError, match='auto, bf16 or float32'):
+        train('run', ROW, out=tmp_path / 'run', precision='fp16', log=no_log)
+
+
+def test_an_empty_prediction_type_is_refused(parents, tmp_path):
+    with pytest.raises(ValueError, match='predicts must be'):
+        train('run', ROW, out=tmp_path / 'run', init=parents / 'eps', predicts='', log=no_log)
+
+
+def test_a_diffae_of_version_1_that_predicts_v(tmp_path):
+    model = load('mnist_diffae')
+    folder = tmp_path / 'old'
+    folder.mkdir()
+    networks = dict(enc=model.enc, unet=model.net)
+    for name, network in networks.items():
+        write_tensors(folder / f'{name}.safetensors', network.state_dict())
+    write_tensors(folder / 'sched.safetensors', dict(beta=model.sched.beta))
+    record = dict(name='old', parts={k: spec_of(v, k) for k, v in networks.items()}, predict='v')
+    (folder / 'run.json').write_text(json.dumps(record))
+    assert load(folder).predicts == 'v'
+    (folder / 'run.json').write_text(json.dumps(record | dict(predict='V')))
+    with pytest.raises(ValueError, match="old/run.json: predict must be 'eps' or 'v', got 'V'"):
+        load(folder)
