@@ -71,7 +71,7 @@ class LayerNorm(nn.LayerNorm):
 
 # %% ../nbs/toolbox/layers.ipynb #736aad79
 class _WithGradient(torch.autograd.Function):
-    "The identity, connected to parameters: a gradient of these passes through `x`."
+    "The identity of `x`. Its output requires a gradient if `x`, `weight` or `bias` does."
 
     generate_vmap_rule = True
 
@@ -140,7 +140,7 @@ class Network(nn.Module):
         if self.arithmetic is None:
             return next(self.parameters()).dtype
         dtype, exact_above = self.arithmetic
-        # Reading t waits for a GPU. A training, whose `exact_above` is None, does not read it.
+        # Reading `t` makes the CPU wait for a GPU. Training has no `exact_above`.
         if t is not None and exact_above is not None and (t > exact_above).any():
             return next(self.parameters()).dtype
         return dtype
@@ -150,10 +150,10 @@ class Network(nn.Module):
 def bf16_pays(
     device: str | torch.device,  # 'cpu', 'cuda' or another device
 ) -> bool:
-    """Whether a training in bf16 is taken to be faster than one in float32.
+    """Whether bf16 is assumed to train faster than float32.
 
-    It is on GPUs since Ampere, and on CPUs for which oneDNN supports bf16 (AVX-512 or AMX). On two
-    cores with AVX2, bf16 was measured to be many times slower than float32.
+    It is assumed so for NVIDIA GPUs since Ampere, and for CPUs on which oneDNN, PyTorch's library
+    of CPU kernels, supports bf16 (AVX-512 or AMX).
     """
     device = torch.device(device)
     if device.type == 'cuda':
@@ -211,7 +211,8 @@ def computing_in(
     """Within the block, the networks compute in another dtype. Afterwards they are as before.
 
     The setting belongs to the networks: other threads that use them compute in this dtype, too. A
-    network without a `Network` runs under autocast, or in float32 if there is an `exact_above`.
+    network that has no `Network` among its modules runs under autocast. If there is an
+    `exact_above`, it computes in the dtype of its weights instead.
     """
     is_bf16 = arithmetic is not None and arithmetic == Arithmetic(torch.bfloat16)
     with ExitStack() as stack:

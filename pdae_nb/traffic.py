@@ -149,9 +149,9 @@ def traffic_of(
 
 
 # %% ../nbs/toolbox/traffic.ipynb #0a7a3c51
-# Bytes of an update for each parameter, four for each number: the norm of the gradient reads it;
-# clipping reads and writes it; AdamW reads weight, gradient and two moments and writes all but the
-# gradient; the moving average reads average and weight and writes the average.
+# Bytes of an update for each parameter. The norm reads the gradient (1 number). Clipping reads and
+# writes the gradient (2). AdamW reads four numbers and writes three (7). The moving average reads
+# two numbers and writes one (3).
 UPDATE_BYTES = 4 * (1 + 2 + 7 + 3)
 
 
@@ -162,7 +162,7 @@ class _Step(NamedTuple):
     loss: Callable  # without arguments -> scalar
 
     @property
-    def parameters(self) -> int:
+    def trained_parameters(self) -> int:
         "Number of parameters that are trained."
         parameters = (p for network in self.networks for p in network.parameters())
         return sum(p.numel() for p in parameters if p.requires_grad)
@@ -222,12 +222,14 @@ def bytes_per_image_step(
 ) -> dict:  # bytes for one image and step
     """Bytes of the steps of a DPM and of PDAE: `bf16` and `float32` of both passes.
 
-    `update` is the optimiser's step with clipping and the moving average.
+    `update` is the optimiser's step with clipping and the moving average, divided by `batch`.
     """
     counted = {}
     for method, width in dict(dpm=None, pdae=z_dim).items():
         dtypes = dict(bf16=torch.bfloat16, float32=torch.float32)
         passes = {k: step_traffic(config, width, dtype=v, batch=batch) for k, v in dtypes.items()}
         counted[method] = {k: traffic.total // batch for k, traffic in passes.items()}
-        counted[method]['update'] = _step(config, width, 1).parameters * UPDATE_BYTES // batch
+        counted[method]['update'] = (
+            _step(config, width, 1).trained_parameters * UPDATE_BYTES // batch
+        )
     return counted

@@ -46,9 +46,10 @@ def rounding_of_x0(
     exact_above: int | None = None,  # see `Arithmetic`
     seed: int = 0,  # of the noise, which is the same at each timestep
 ) -> Tensor:  # root mean square over data and elements: float64 (len(t),)
-    """Change of x̂_0 when the networks compute in bf16 in place of float32, at each timestep.
+    """Change of x̂_0 when the denoising networks compute in bf16 in place of float32.
 
-    On a GPU, "float32" has the setting of TF32 that holds there.
+    Codes are computed in float32 in both cases. On a GPU, float32 has the setting of TF32 that
+    holds there.
     """
     eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed)).to(x0)
     with computing_in(model.networks(), None):

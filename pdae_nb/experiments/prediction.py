@@ -332,7 +332,7 @@ def distance_table(
 ) -> str:  # Markdown
     "Fréchet distances of colours and the noise error: mean ± standard error over the seeds."
     lines = [
-        '| | mean colour | colours of 4×4 parts | squared error of the noise, all t |',
+        '| | mean colour | colours of a 4×4 grid | squared error of the noise, all t |',
         '|---|---|---|---|',
     ]
     for kind in KINDS:
