@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .denoise import Denoiser
 from .forward import Schedule, at, real_type, score_to_eps
+from .layers import timestep_range
 
 
 # %% ../nbs/course/07_guidance.ipynb #50ffbeee
@@ -62,6 +63,13 @@ def check_window(
 
 
 # %% ../nbs/course/07_guidance.ipynb #66c01650
+def _is_outside(t, window):
+    "Whether no timestep of a batch can be in the stage t1 < t <= t2. The sampler's t is not read."
+    t1, t2 = window
+    smallest, largest = timestep_range(t)
+    return largest <= t1 or smallest > t2
+
+
 def guided(
     eps_and_score: Callable,  # (xt,t) -> eps, score
     sched: Schedule,  # noise schedule
@@ -78,14 +86,14 @@ def guided(
     t1, t2 = check_window(window or (0, sched.T), sched)
 
     def denoiser(xt, t):
-        inside = (t1 < t) & (t <= t2)
-        if unguided is not None and not inside.any():
+        if unguided is not None and window is not None and _is_outside(t, window):
             return unguided(xt, t)
         eps, score = eps_and_score(xt, t)
         if score.shape != eps.shape:
             raise ValueError(
                 f'the score has shape {tuple(score.shape)}, the noise {tuple(eps.shape)}'
             )
+        inside = (t1 < t) & (t <= t2)
         scales = scale * torch.ones_like(inside, dtype=real_type(inside.device))
         guidance = at(scales, eps) * to_eps(sched, t, score)
         inside = inside.reshape(-1, *[1] * (eps.ndim - 1))

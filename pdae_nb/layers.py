@@ -9,12 +9,15 @@ __all__ = [
     'LayerNorm',
     'GroupNorm',
     'norm',
+    'same_timestep',
+    'timestep_range',
     'Arithmetic',
     'Network',
     'bf16_pays',
     'arithmetic_of',
     'computing_in',
     'exact_convolutions',
+    'fast_convolutions',
 ]
 
 # %% ../nbs/toolbox/layers.ipynb #7ec17649
@@ -118,6 +121,30 @@ def norm(
     return GroupNorm(math.gcd(groups, c), c, eps=1e-5)
 
 
+# %% ../nbs/toolbox/layers.ipynb #ce079532
+def same_timestep(
+    t: int,  # timestep
+    x: Tensor,  # data: (B,...)
+) -> Tensor:  # int64 (B,), on the device of `x`
+    "The timestep t for each sample of x. Its attribute `same` is t, for `timestep_range`."
+    times = torch.full((len(x),), t, device=x.device)
+    times.same = t
+    return times
+
+
+def timestep_range(
+    t: Tensor,  # timesteps: (B,)
+) -> tuple[int, int]:
+    """The smallest and the largest timestep of a batch.
+
+    For a tensor of `same_timestep` nothing is read. Otherwise, the CPU waits for the GPU.
+    """
+    same = getattr(t, 'same', None)
+    if same is not None:
+        return same, same
+    return int(t.min()), int(t.max())
+
+
 # %% ../nbs/toolbox/layers.ipynb #2fc788ef
 class Arithmetic(NamedTuple):
     "The dtype in which a network computes."
@@ -140,10 +167,10 @@ class Network(nn.Module):
         if self.arithmetic is None:
             return next(self.parameters()).dtype
         dtype, exact_above = self.arithmetic
-        # Reading `t` makes the CPU wait for a GPU. Training has no `exact_above`.
-        if t is not None and exact_above is not None and (t > exact_above).any():
-            return next(self.parameters()).dtype
-        return dtype
+        if t is None or exact_above is None:  # training has no `exact_above`
+            return dtype
+        _, largest = timestep_range(t)
+        return next(self.parameters()).dtype if largest > exact_above else dtype
 
 
 # %% ../nbs/toolbox/layers.ipynb #a8a8a13a
@@ -227,16 +254,47 @@ def computing_in(
 
 
 # %% ../nbs/toolbox/layers.ipynb #52721fd3
+def _tf32_setting():
+    "Where PyTorch keeps the arithmetic of float32 convolutions, and the value without TF32."
+    cudnn = torch.backends.cudnn
+    if not hasattr(cudnn, 'conv'):  # before torch 2.9
+        return cudnn, 'allow_tf32', False
+    try:
+        is_older = isinstance(cudnn.allow_tf32, bool)
+    except RuntimeError:  # the caller uses the newer setting, `fp32_precision`
+        is_older = False
+    if is_older and torch.backends.fp32_precision == cudnn.fp32_precision == 'none':
+        return cudnn, 'allow_tf32', False
+    return cudnn.conv, 'fp32_precision', 'ieee'
+
+
+@contextmanager
+def _setting(owner, attribute, value):
+    "Set an attribute within the block, and restore it afterwards."
+    before = getattr(owner, attribute)
+    setattr(owner, attribute, value)
+    try:
+        yield
+    finally:
+        setattr(owner, attribute, before)
+
+
 @contextmanager
 def exact_convolutions():
     """Compute float32 convolutions on a GPU without TF32. The setting is restored afterwards.
 
     The setting is global: it holds for the whole process while the block runs.
     """
-    cudnn = torch.backends.cudnn
-    before = cudnn.allow_tf32
-    cudnn.allow_tf32 = False
-    try:
+    with _setting(*_tf32_setting()):
         yield
-    finally:
-        cudnn.allow_tf32 = before
+
+
+@contextmanager
+def fast_convolutions():
+    """Let cuDNN measure which algorithm is the fastest for each new shape.
+
+    The setting is global: it holds for the whole process while the block runs. It is restored
+    afterwards.
+    """
+    with _setting(torch.backends.cudnn, 'benchmark', True):
+        yield

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .denoise import Denoiser
 from .forward import Schedule, at, eps_to_x0, x0_to_eps
-from .layers import exact_convolutions
+from .layers import exact_convolutions, fast_convolutions, same_timestep
 
 
 # %% ../nbs/course/03_sample.ipynb #a1c0de01
@@ -92,11 +92,6 @@ class Solver(Protocol):
 
 
 # %% ../nbs/course/03_sample.ipynb #0438d8fa
-def _same(t, x):
-    "The timestep t for each sample of x: int64 (B,)."
-    return torch.full((len(x),), t, device=x.device)
-
-
 def _check(x):
     "x, if it is a finite floating-point tensor."
     if not (torch.is_tensor(x) and x.is_floating_point()):
@@ -136,7 +131,7 @@ def _check_pair(pair, timesteps, solver):
 def _predicted(denoiser, xt, t):
     "ε_θ(x_t,t). At t=0 there is no noise to predict, and the denoiser is called with t=1."
     t_seen = max(t, 1)
-    eps = denoiser(xt, _same(t_seen, xt))
+    eps = denoiser(xt, same_timestep(t_seen, xt))
     if not torch.is_tensor(eps):
         raise TypeError(f'the denoiser must return a tensor, got {type(eps).__name__}')
     if eps.shape != xt.shape:
@@ -149,10 +144,11 @@ def _predicted(denoiser, xt, t):
 def _walk(denoiser, xt, sched, timesteps, *, eta, clip, solver, past):
     "The steps of `trajectory`, which has checked the arguments."
     for t_now, t_next in pairwise(timesteps):
-        eps = _predicted(denoiser, xt, t_now)
-        t = _same(t_now, xt)
-        s = _same(t_next, xt)
-        xs, x0 = solver(sched, xt, t, s, eps, eta, clip, past)
+        t = same_timestep(t_now, xt)
+        s = same_timestep(t_next, xt)
+        with fast_convolutions():
+            eps = _predicted(denoiser, xt, t_now)
+            xs, x0 = solver(sched, xt, t, s, eps, eta, clip, past)
         past = Past(t, xt, x0)
         xt = xs
         yield t_next, xs, x0
@@ -177,7 +173,7 @@ def trajectory(  # noqa: PLR0917
     if isinstance(xT, tuple):
         _check_pair(xT, timesteps, solver)
         first, xt = xT
-        past = Past(_same(timesteps[0], first), first, None)
+        past = Past(same_timestep(timesteps[0], first), first, None)
         timesteps = timesteps[1:]
         denoiser = exact_convolutions()(denoiser)  # TF32 would add to O-BELM's rounding error
     else:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .denoise import Denoiser
 from .forward import Schedule, at, eps_to_x0
-from .layers import exact_convolutions
+from .layers import exact_convolutions, same_timestep, timestep_range
 from .sampling import Pair, Past, ddim_step, invert, sample, trajectory
 
 
@@ -170,7 +170,7 @@ def heun(
     next_of = dict(pairwise(timesteps))
 
     def mean_eps(xt, t):
-        now = int(t[0])
+        now, _ = timestep_range(t)
         if now not in next_of:
             raise ValueError(
                 f'asked at t = {now}, but this denoiser is defined at the {len(next_of)} '
@@ -179,7 +179,7 @@ def heun(
         eps = f(xt, t)
         if not next_of[now]:
             return eps
-        s = torch.full_like(t, next_of[now])
+        s = same_timestep(next_of[now], xt)
         xs, _ = ddim_step(sched, xt, t, s, eps)
         return (eps + f(xs, s)) / 2
 

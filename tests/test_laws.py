@@ -413,4 +413,8 @@ def test_exact_inversion_and_decoding_switch_tf32_off(gm, monkeypatch):
         assert cudnn.allow_tf32
     assert seen == [False] * (5 + 4)
     sample(recording, x0, SCHED, 5)
-    assert seen[9:] == [True] * 5  # DDIM sampling keeps the setting
+    assert seen[9:] == [True] * 5  # DDIM sampling may use TF32
+    cudnn.allow_tf32 = False
+    sample(recording, x0, SCHED, 5)
+    assert seen[14:] == [False] * 5  # unless the caller forbids it
+    assert not cudnn.benchmark
