@@ -31,6 +31,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
@@ -438,6 +439,50 @@ def _check_batches(images, bs, flip, world):
         raise ValueError(f'a batch of {bs} cannot be shared by {world} processes')
 
 
+class _Order:
+    "The order in which images are used: a permutation in each epoch, one after the other."
+
+    def __init__(self, n: int, seed: int):
+        self.n = n
+        self.seed = seed
+        self.permutation = lru_cache(2)(self._permutation)
+
+    def _permutation(self, epoch):
+        return np.random.default_rng([self.seed, epoch]).permutation(self.n)
+
+    def batch(self, k, bs):
+        "Indices of the images of batch k: int64 (bs,)."
+        place = k * bs
+        parts = []
+        while place < (k + 1) * bs:
+            epoch, first = divmod(place, self.n)
+            part = self.permutation(epoch)[first : first + (k + 1) * bs - place]
+            parts.append(part)
+            place += len(part)
+        return np.concatenate(parts)
+
+
+def _rows(x, i, device):
+    "The rows `i` of a tensor, where `x` is. For a GPU, in memory from which it copies by itself."
+    if x.device.type != 'cpu':
+        return x[i.to(x.device, non_blocking=True)]
+    rows = torch.from_numpy(x.numpy().take(i.numpy(), 0))  # by numpy: it starts no more threads
+    return rows.pin_memory() if torch.device(device).type == 'cuda' else rows
+
+
+def _ahead(prepare, numbers):
+    "prepare(k) for each number. While the caller works on one, a thread prepares the next one."
+    with ThreadPoolExecutor(1) as pool:
+        coming = None
+        for k in numbers:
+            following = pool.submit(prepare, k)
+            if coming is not None:
+                yield coming.result()
+            coming = following
+        if coming is not None:
+            yield coming.result()
+
+
 def batches(
     images: Images,  # the data set, on any device
     bs: int,  # size of a global batch, over all processes
@@ -455,25 +500,25 @@ def batches(
     x0 is float32 (bs/world,C,H,W) in [-1,1], or codes (bs/world,D). y holds the labels, or is None.
     """
     _check_batches(images, bs, flip, world)
-    n = len(images)
+    order = _Order(len(images), seed)
 
-    @lru_cache(1)
-    def order(epoch):
-        return np.random.default_rng([seed, epoch]).permutation(n)
+    def prepare(k):
+        i = torch.from_numpy(order.batch(k, bs)[rank::world])
+        x = _rows(images.x, i, device)
+        y = None if images.y is None else _rows(images.y, i, device)
+        if not flip:
+            return x, y, None
+        coin = np.random.default_rng([seed, k, 1]).random(bs)[rank::world] < 0.5
+        return x, y, torch.from_numpy(coin)
 
-    for k in range(start, steps):
-        places = range(k * bs, (k + 1) * bs)
-        global_batch = np.array([order(p // n)[p % n] for p in places])
-        i = torch.from_numpy(global_batch[rank::world]).to(images.x.device)
-        x0 = images.x[i].to(device, non_blocking=True)
+    for x, y, coin in _ahead(prepare, range(start, steps)):
+        x0 = x.to(device, non_blocking=True)
         if x0.dtype == torch.uint8:
             x0 = to_signed(x0)
         if flip:
-            coin = np.random.default_rng([seed, k, 1]).random(bs)[rank::world] < 0.5
-            mirrored = torch.from_numpy(coin).to(device)[:, None, None, None]
+            mirrored = coin.to(device, non_blocking=True)[:, None, None, None]
             x0 = torch.where(mirrored, x0.flip(-1), x0)
-        y = None if images.y is None else images.y[i.to(images.y.device)].to(device)
-        yield x0, y
+        yield x0, None if y is None else y.to(device, non_blocking=True)
 
 
 # %% ../nbs/toolbox/data.ipynb #fa1e1b76
