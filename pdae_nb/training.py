@@ -4,6 +4,7 @@
 
 # %% auto #0
 __all__ = [
+    'READ_EVERY',
     'Recipe',
     'lr_at',
     'optimiser',
@@ -32,7 +33,7 @@ import platform
 import signal
 import time
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,8 +56,8 @@ from .files import (
     save_checkpoint,
     stoppable,
 )
-from .forward import Schedule
-from .layers import arithmetic_of, bf16_pays, computing_in
+from .forward import Schedule, real_type
+from .layers import arithmetic_of, bf16_pays, computing_in, fast_convolutions
 from .logs import Board, Log, read_log, summary_writer, while_open
 from .model import (
     Card,
@@ -70,6 +71,7 @@ from .model import (
     write_model,
 )
 from .plot import show
+from .processes import processes, total, without_averaging
 
 
 # %% ../nbs/toolbox/training.ipynb #bfd9d03a
@@ -180,10 +182,21 @@ class EMA:
     def update(
         self,
         i: int,  # number of steps before this one, 0…
+        ok: Tensor | None = None,  # bool scalar; False leaves the average as it is
     ):
-        "Replace the average by d·average + (1-d)·weights, with d = min(decay, (1+i)/(10+i))."
+        """Replace the average by d·average + (1-d)·weights, with d = min(decay, (1+i)/(10+i)).
+
+        `ok` stays on its device: the CPU does not wait for a GPU.
+        """
         d = min(self.decay, (1 + i) / (10 + i))
-        torch._foreach_lerp_(self._averages, self._weights, 1 - d)
+        if ok is None:
+            torch._foreach_lerp_(self._averages, self._weights, 1 - d)
+            return
+        share = torch.full((), 1 - d, dtype=real_type(ok.device), device=ok.device)
+        share = torch.where(ok, share, 0)
+        share_in = {average.dtype: share.to(average.dtype) for average in self._averages}
+        for average, weight in zip(self._averages, self._weights, strict=True):
+            average.lerp_(weight, share_in[average.dtype])
 
 
 # %% ../nbs/toolbox/training.ipynb #2f6d477c
@@ -191,13 +204,13 @@ class Step(NamedTuple):
     "The result of one training step."
 
     i: int  # steps done, 1…
-    loss: Tensor  # mean over the batch, a scalar
+    loss: Tensor  # mean over the global batch, a scalar
     seen: int  # images in all batches so far
     lr: float  # learning rate of this step
     grad_norm: Tensor  # norm of the gradient before clipping, a scalar
-    ok: bool  # False: loss or gradient was not finite, so the weights were not changed
-    losses: Tensor  # (B,)
-    t: Tensor | None  # timesteps of the images: int64 (B,); None for a loss without noise
+    ok: Tensor  # bool; False: loss or gradient was not finite, so the weights were not changed
+    losses: Tensor  # of the images of this process: (B,)
+    t: Tensor | None  # timesteps of these images: int64 (B,); None for a loss without noise
     seconds: float  # duration of the step, without what the caller does between two steps
 
 
@@ -216,16 +229,71 @@ def _nonfinite_timesteps(losses, t):
     return f', in the gradient (t of the batch: {t.min()} … {t.max()})'
 
 
+class _Watch:
+    "Counts consecutive steps that were not finite. It reads the device every few steps only."
+
+    def __init__(self, patience):
+        self.patience = patience
+        self.every = min(patience, READ_EVERY)  # steps between two readings
+        self.unread = []  # number, whether it was finite, losses and timesteps of a step
+        self.bad = 0  # consecutive steps that were not finite, up to the last reading
+        self.failure = None  # message, when the patience has ended
+
+    def add(self, i, ok, losses, t):
+        "Note step i, 1…, and read when it is time."
+        self.unread.append((i, ok, losses, t))
+        if i % self.every == 0:
+            self.read()
+
+    def read(self):
+        "Read the steps since the last reading."
+        flags = torch.stack([ok for _, ok, _, _ in self.unread]).tolist() if self.unread else []
+        for (i, _, losses, t), ok in zip(self.unread, flags, strict=True):
+            self.bad = 0 if ok else self.bad + 1
+            if self.bad == self.patience:
+                timesteps = _nonfinite_timesteps(losses, t)
+                self.failure = (
+                    f'{self.bad} steps in a row were not finite, the last one step {i}{timesteps}'
+                )
+        self.unread = []
+
+    def check(self):
+        "Raise `NonFinite` if the patience has ended."
+        if self.failure is not None:
+            raise NonFinite(self.failure)
+
+
+READ_EVERY = 10  # steps between two moments at which the CPU waits for the GPU
+
+
+def _step_if(ok, opt):
+    "The optimiser's step, if `ok` is True. A fused optimiser reads `ok` on the device."
+    if not getattr(opt, '_step_supports_amp_scaling', False):
+        if ok:
+            opt.step()
+        return
+    opt.grad_scale = None
+    opt.found_inf = (~ok).float()
+    try:
+        opt.step()
+    finally:
+        del opt.grad_scale, opt.found_inf
+
+
 def _update(loss, params, opt, clip):
-    "Backward pass, clipping, step. Returns the gradient norm, and whether all was finite."
-    loss.backward()
+    """Clip the gradients, and do the optimiser's step if loss and gradients are finite.
+
+    Returns the mean loss of all processes, the gradient norm, and whether all was finite: scalars
+    that stay on the device.
+    """
     on_mps = params[0].device.type == 'mps'  # which has no such operations on lists of tensors
     norm = nn.utils.clip_grad_norm_(params, clip, foreach=not on_mps)
-    ok = bool(torch.isfinite(loss) & torch.isfinite(norm))
-    if ok:
-        opt.step()
+    is_finite = torch.isfinite(loss) & torch.isfinite(norm)
+    sums = total(torch.stack([loss, (~is_finite).to(loss.dtype)]))
+    ok = sums[1] == 0
+    _step_if(ok, opt)
     opt.zero_grad(set_to_none=True)
-    return norm, ok
+    return sums[0] / processes().world, norm, ok
 
 
 # %% ../nbs/toolbox/training.ipynb #c537b577
@@ -264,10 +332,37 @@ def _losses(loss, x0, y, draw, *, dropout_seed):
         return loss(x0, y, draw)
 
 
+def _gradients(loss, x0, y, recipe, i, accumulate):
+    """Forward and backward passes of step i (0…), in `accumulate` parts of the batch.
+
+    Part j of process r has every image of the global batch whose index is r + world·j, modulo
+    world·accumulate. Returns the losses (B,) and the timesteps (B,) or None.
+    """
+    rank, world, _ = processes()
+    losses = []
+    times = []
+    for j in range(accumulate):
+        part = rank + world * j
+        draw = Draw(
+            recipe.seed, i, recipe.batch, rank=part, world=world * accumulate, device=x0.device
+        )
+        y_part = None if y is None else y[j::accumulate]
+        dropout_seed = seed_of(recipe.seed, i, 3, part)
+        is_last = j == accumulate - 1
+        with nullcontext() if is_last else without_averaging(loss):
+            of_part, t = _losses(loss, x0[j::accumulate], y_part, draw, dropout_seed=dropout_seed)
+            mean = of_part.to(torch.promote_types(of_part.dtype, torch.float32)).mean()
+            (mean / accumulate).backward()
+        losses.append(of_part.detach())
+        times.append(t)
+    losses = torch.stack(losses, 1).flatten()
+    return losses, None if times[0] is None else torch.stack(times, 1).flatten()
+
+
 def fit(
     loss: Callable,  # a model, or (x0,y,draw) -> losses (B,) and timesteps (B,) or None
     params,  # parameters; those that require a gradient are trained
-    batches,  # iterable of (x0,y), beginning with the batch of step `start`
+    batches,  # iterable of (x0,y) of this process, beginning with the batch of step `start`
     recipe: Recipe,  # learning rate, clipping, seed, size of the global batch
     ema: EMA | None = None,  # moving average to update
     *,
@@ -276,8 +371,13 @@ def fit(
     precision: str = 'auto',  # 'auto': bf16 if the device has bf16 arithmetic; 'bf16'; 'float32'
     networks: Iterable[nn.Module] | None = None,  # that compute so; None: all of a model `loss`
     patience: int = 10,  # consecutive steps that are not finite before `NonFinite` is raised
+    accumulate: int = 1,  # parts of a batch, one after the other, whose gradients are added
 ):  # yields a `Step` after every step
-    "Train, and yield after every step: logs, samples and checkpoints belong to the caller's loop."
+    """Train, and yield after every step: logs, samples and checkpoints belong to the caller's loop.
+
+    The CPU does not wait for a GPU, except every ten steps: then it reads whether the steps were
+    finite. `NonFinite` is raised at such a step.
+    """
     params = [p for p in params if p.requires_grad]
     if not params:
         raise ValueError('nothing to train: no parameter requires a gradient')
@@ -290,24 +390,22 @@ def fit(
     if precision == 'bf16' and not networks:
         raise ValueError('a loss that is no Model needs `networks`, those that compute in bf16')
     opt.zero_grad(set_to_none=True)
-    bad = 0
+    watch = _Watch(patience)
     begin = time.perf_counter()
     for i, (x0, y) in enumerate(batches, start):
         lr = lr_at(recipe, i)
         for group in opt.param_groups:
             group['lr'] = lr
-        draw = Draw(recipe.seed, i, recipe.batch, device=device)
-        with computing_in(networks, arithmetic):
-            losses, t = _losses(loss, x0, y, draw, dropout_seed=seed_of(recipe.seed, i, 3))
-            mean = losses.float().mean()
-            norm, ok = _update(mean, params, opt, recipe.clip)
-        if ok and ema is not None:
-            ema.update(i)
-        bad = 0 if ok else bad + 1
-        losses = losses.detach()
+        with computing_in(networks, arithmetic), fast_convolutions():
+            losses, t = _gradients(loss, x0, y, recipe, i, accumulate)
+            mean = losses.to(torch.promote_types(losses.dtype, torch.float32)).mean()
+            mean, norm, ok = _update(mean, params, opt, recipe.clip)
+        if ema is not None:
+            ema.update(i, ok)
+        watch.add(i + 1, ok, losses, t)
         yield Step(
             i + 1,
-            mean.detach(),
+            mean,
             seen=(i + 1) * recipe.batch,
             lr=lr,
             grad_norm=norm.detach(),
@@ -317,11 +415,9 @@ def fit(
             seconds=time.perf_counter() - begin,
         )
         begin = time.perf_counter()
-        if bad and bad >= patience:
-            raise NonFinite(
-                f'{bad} steps in a row were not finite, the last one step {i + 1}'
-                f'{_nonfinite_timesteps(losses, t)}'
-            )
+        watch.check()
+    watch.read()
+    watch.check()
 
 
 # %% ../nbs/toolbox/training.ipynb #8434d0a1
@@ -465,8 +561,8 @@ class _Log:
     recent: list[Step] = dataclasses.field(default_factory=list)  # since the last line
     unwritten: list[str] = dataclasses.field(default_factory=list)  # lines that no disk took
 
-    def add(self, step: Step, skipped: int) -> None:
-        "Note a step, and write a line if one is due."
+    def add(self, step: Step, skipped: Tensor | int) -> None:
+        "Note a step, and write a line if one is due: the device is read only then."
         self.recent.append(step)
         if step.i % self.every and step.i != self.steps:
             return
@@ -497,7 +593,8 @@ class _Log:
     def _line(self, skipped):
         "Means over the steps since the last line, and numbers of the newest step."
         newest = self.recent[-1]
-        losses = [float(s.loss) for s in self.recent if s.ok]
+        ok = torch.stack([torch.as_tensor(s.ok) for s in self.recent]).cpu()
+        losses = torch.stack([s.loss for s in self.recent]).cpu()[ok].tolist()
         batch = newest.seen // newest.i
         images = len(self.recent) * batch
         seconds = sum(s.seconds for s in self.recent)
@@ -508,7 +605,7 @@ class _Log:
             lr=newest.lr,
             grad_norm=_finite(float(newest.grad_norm)),
             images_per_s=round(images / max(seconds, 1e-9), 1),
-            skipped=skipped,
+            skipped=int(skipped),
             steps=len(self.recent),
         )
         if newest.t is not None and self.T:
@@ -555,7 +652,7 @@ class _Run:
     opt: torch.optim.Optimizer
     i: int = 0  # steps done
     seconds: float = 0.0  # duration of these steps
-    skipped: int = 0  # steps that were not finite
+    skipped: Tensor | int = 0  # steps that were not finite, counted on the device
     precision: str = 'auto'  # of the next steps: for `arithmetic_of`
     parent: str | None = None  # fingerprint of the model with whose weights it began
     used: list[str] = field(default_factory=list)  # dtypes of the steps that were done
@@ -565,7 +662,7 @@ class _Run:
         "Count a step."
         self.i = step.i
         self.seconds += step.seconds
-        self.skipped += not step.ok
+        self.skipped = self.skipped + ~step.ok
         if self.dtype not in self.used:
             self.used.append(self.dtype)
 
@@ -689,7 +786,7 @@ def _save(run):
         base=None if base is None else model_fingerprint(base),
         images=run.images,
         seconds=run.seconds,
-        skipped=run.skipped,
+        skipped=int(run.skipped),
         versions=versions(),
         precision=run.used,
         parent=run.parent,
@@ -703,7 +800,7 @@ def _save_if_possible(run, log):
     An exception in the middle of an update leaves weights that belong to no step.
     """
     updates = {int(state['step']) for state in run.opt.state.values() if 'step' in state}
-    if updates != {run.i - run.skipped}:
+    if updates != {run.i - int(run.skipped)}:
         return
     try:
         _save(run)
@@ -751,7 +848,7 @@ def _store(run, name):
         name=name,
         recipe=run.recipe.as_json(),
         images_seen=run.seen,
-        steps_skipped=run.skipped,
+        steps_skipped=int(run.skipped),
         seconds=round(run.seconds),
         hardware=hardware(model.device),
         precision=', '.join(run.used) or None,

@@ -402,7 +402,7 @@ def test_gradients_on_apple_gpus_are_clipped_one_by_one(monkeypatch):
 
     for p in (torch.nn.Parameter(torch.ones(2)), Parameter(torch.ones(2))):
         opt = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])
-        training._update(torch.ones(1, requires_grad=True).sum(), [p], opt, 1.0)
+        training._update(torch.tensor(1.0), [p], opt, 1.0)
     assert given == [('cpu', True), ('mps', False)]
 
 
