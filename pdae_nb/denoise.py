@@ -15,6 +15,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from .forward import Schedule, add_noise, at, eps_to_x0, score_to_eps
+from .processes import map_parts
 
 
 # %% ../nbs/course/02_denoise.ipynb #e73a50f2
@@ -192,7 +193,8 @@ def loss_curve(
     generator = torch.Generator().manual_seed(seed)
     eps = torch.randn(x0.shape, generator=generator, dtype=x0.dtype).to(x0.device)
 
-    def losses(part, rows):
+    def losses(timesteps_and_rows):
+        part, rows = timesteps_and_rows
         x = _repeated(x0[rows], len(part))
         noise = _repeated(eps[rows], len(part))
         t = part.repeat_interleave(len(x) // len(part))
@@ -201,5 +203,5 @@ def loss_curve(
 
     ts = torch.as_tensor(list(ts), device=x0.device)
     passes = _passes(ts, len(x0), bs)
-    parts = [losses(part, rows) for part, rows in progress(passes)]
-    return torch.cat(parts).reshape(len(ts), len(x0))
+    parts = map_parts(losses, progress(passes))
+    return torch.cat(parts).to(x0.device).reshape(len(ts), len(x0))

@@ -94,10 +94,18 @@ from .model import (
 )
 from .networks import GradientEstimator
 from .pretrained import load_dpm
+from .processes import joined, processes, shared, wait
 from .recipes import RECIPES, size_or_default
 from .recipes import recipe as recipe_of
 from .release import PACKAGED, ModelInfo, describe, fetch_run, is_released, released
-from .training import Recipe, _check_same, add_result, seeded, train_model
+from .training import (
+    Recipe,
+    _check_same,
+    add_result,
+    check_parts,
+    seeded,
+    train_model,
+)
 
 
 # %% ../nbs/toolbox/hub.ipynb #74d65b9b
@@ -747,9 +755,11 @@ def train(
     init: str | Path | None = None,  # run whose weights and geometry are the initial ones
     predicts: str | None = None,  # 'eps' or 'v'; None takes that of `init`, else the recipe's
     build: Callable | None = None,  # network class in place of the method's own
-    **options,  # for `train_model`: device, compile, every, log_every, look, log, tensorboard
+    **options,  # for `train_model`: device, compile, every, log_every, look, log, accumulate, …
 ) -> Model:  # the trained model
     """Train a run. The same call resumes a run that was interrupted, or loads a finished one.
+
+    In a program that `torchrun` started, all processes train together, each on its own GPU.
 
     With more images in the recipe, the call continues a finished run. The learning rate then
     follows the new length. With `init`, the arguments of the networks are those of that run, and
@@ -763,7 +773,15 @@ def train(
         recipe = replace(recipe, base=base)
     arithmetic_of(options.get('precision', 'auto'), 'cpu')  # raises an error for another name
     recipe = _named_parent(recipe, init)
-    log = while_open(options.get('log', tqdm.write))
+    with joined(options.get('device')):
+        check_parts(recipe.batch, options.get('accumulate', 1))
+        return _train(name, recipe, out, predicts, build, **options)
+
+
+def _train(name, recipe, out, predicts, build, **options):
+    "`train` with a complete recipe, in one process or in several that are connected."
+    is_first = processes().is_first
+    log = while_open(options.get('log', tqdm.write)) if is_first else _silent
     recipe, parent = _with_parent(recipe, out, predicts, build)
     if (out / 'run.json').exists():
         stored = _stored_run(out, recipe, build, log)
@@ -778,16 +796,17 @@ def train(
     if recipe.init is not None:
         parent = parent or _load_parent(recipe, out, build)
         _check_parent(parent, recipe, images, below)
-    with seeded(recipe.seed, torch.device('cpu')):
+    with shared(), seeded(recipe.seed, torch.device('cpu')):
         model = _build_model(recipe, images, below, build)
     if parent is not None:
         log(_about_parent(parent, model, recipe.init))
         _start_from(model, parent, recipe.init)
         options = options | dict(parent=model_fingerprint(parent))
     check_storable(model, build)
-    if below is not None and not _is_stored(below):
+    if below is not None and is_first and not _is_stored(below):
         with locked(out):
             _keep_base(below, out)
+    wait()
     return train_model(model, recipe, out, images, test, name=name, **options)
 
 

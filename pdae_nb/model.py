@@ -67,6 +67,7 @@ from .files import (
 )
 from .forward import Schedule
 from .layers import Arithmetic, bf16_pays, computing_in
+from .processes import map_parts
 from .sampling import ddim_step, invert, sample
 
 
@@ -530,10 +531,10 @@ class GenerativeModel(Model):
         bs: int = 100,  # samples per forward pass
     ) -> Tensor:  # codes: (N,D)
         "The codes of data, computed in parts and without gradients."
-        codes = [self.condition(part) for part in x0.split(bs)]
+        codes = map_parts(self.condition, x0.split(bs))
         if codes[0] is None:
             raise TypeError(f'{type(self).__name__} is unconditional: it has no codes')
-        return torch.cat(codes)
+        return torch.cat(codes).to(x0.device)
 
     @torch.no_grad()
     def decode(
@@ -632,13 +633,14 @@ class GenerativeModel(Model):
 
     def _from_noise(self, codes, denoiser_of, n, *, seed, bs, steps, **sampler):
         "Samples in parts of `bs`. The noise of a sample depends on the seed and its index only."
-        samples = []
-        for first in range(0, n, bs):
+
+        def samples(first):
             rows = min(bs, n - first)
             xT = noise(self.shape, rows, seed, first).to(self.device)
             part = None if codes is None else codes[first : first + rows]
-            samples.append(sample(denoiser_of(part), xT, self.sched, steps, **sampler))
-        return torch.cat(samples)
+            return sample(denoiser_of(part), xT, self.sched, steps, **sampler)
+
+        return torch.cat(map_parts(samples, range(0, n, bs))).to(self.device)
 
 
 # %% ../nbs/toolbox/model.ipynb #cf6636c5

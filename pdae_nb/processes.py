@@ -12,10 +12,13 @@ __all__ = [
     'from_first',
     'any_process',
     'wait',
+    'ProcessLost',
+    'is_loss',
     'averaging',
     'without_averaging',
     'shared',
     'map_parts',
+    'by_first',
 ]
 
 # %% ../nbs/toolbox/processes.ipynb #449743c9
@@ -129,6 +132,20 @@ def wait() -> None:
     any_process(False)
 
 
+class ProcessLost(RuntimeError):
+    "Raised in a process that waited for another one which has ended."
+
+
+def is_loss(
+    error: BaseException,
+) -> bool:
+    "Whether an error says that another process does not answer any more."
+    if isinstance(error, getattr(dist, 'DistError', ())):
+        return True
+    words = ('gloo', 'NCCL', 'Connection closed by peer', 'Connection reset by peer')
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
 # %% ../nbs/toolbox/processes.ipynb #33ae8c36
 def averaging(
     model: nn.Module,  # a model whose `forward` is the loss
@@ -179,11 +196,20 @@ def map_parts(
     parts: Iterable,  # the same in all processes
 ) -> list:  # f of each part, in their order; inside `shared`, tensors are on the CPU
     "f of each part. Inside `shared`, each process computes every `world`-th part."
-    parts = list(parts)
     if not _is_shared.get():
         return [f(part) for part in parts]
+    parts = list(parts)
     rank, world, _ = processes()
     own = [_on_cpu(f(part)) for part in parts[rank::world]]
     gathered = [None] * world
     dist.all_gather_object(gathered, own)
     return [gathered[i % world][i // world] for i in range(len(parts))]
+
+
+def by_first(
+    f: Callable,  # without arguments
+) -> Any:
+    "f(). Inside `shared`, the first process calls it, and the others receive the result."
+    if not _is_shared.get():
+        return f()
+    return from_first(f() if processes().is_first else None)

@@ -20,6 +20,7 @@ __all__ = [
     'memory_layout',
     'add_result',
     'train_model',
+    'check_parts',
 ]
 
 # %% ../nbs/toolbox/training.ipynb #fa800cff
@@ -35,6 +36,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,7 +73,19 @@ from .model import (
     write_model,
 )
 from .plot import show
-from .processes import processes, total, without_averaging
+from .processes import (
+    ProcessLost,
+    any_process,
+    averaging,
+    from_first,
+    is_loss,
+    map_parts,
+    processes,
+    shared,
+    total,
+    wait,
+    without_averaging,
+)
 
 
 # %% ../nbs/toolbox/training.ipynb #bfd9d03a
@@ -445,19 +459,19 @@ def noise_mse(
     g = torch.Generator().manual_seed(seed)
     t = torch.randperm(len(x0), generator=g) * sched.T // len(x0) + 1
     eps = torch.randn(x0.shape, generator=g)
-    losses = []
-    for start in range(0, len(x0), bs):
-        rows = slice(start, start + bs)
-        loss = denoising_loss(
+
+    def losses_of(rows):
+        return denoising_loss(
             _conditioned(denoiser, None if y is None else y[rows]),
             x0[rows],
             sched,
             t=t[rows].to(x0.device),
             eps=eps[rows].to(x0),
             reduce=None,
-        )
-        losses.append(loss.cpu())
-    return torch.cat(losses), t
+        ).cpu()
+
+    parts = [slice(start, start + bs) for start in range(0, len(x0), bs)]
+    return torch.cat(map_parts(losses_of, parts)), t
 
 
 # %% ../nbs/toolbox/training.ipynb #2bbd91c1
@@ -550,7 +564,10 @@ def _mean_by_t_quarter(steps, T):
 
 @dataclass
 class _Log:
-    "The log of a training: a line of JSON and a line of text at every `every`-th step."
+    """The log of a training: a line of JSON and a line of text at every `every`-th step.
+
+    Its quarters of the timesteps are those of the first process's images.
+    """
 
     path: Path
     every: int  # steps between two lines
@@ -654,6 +671,7 @@ class _Run:
     seconds: float = 0.0  # duration of these steps
     skipped: Tensor | int = 0  # steps that were not finite, counted on the device
     precision: str = 'auto'  # of the next steps: for `arithmetic_of`
+    accumulate: int = 1  # parts of a batch, one after the other
     parent: str | None = None  # fingerprint of the model with whose weights it began
     used: list[str] = field(default_factory=list)  # dtypes of the steps that were done
     board: Board | None = None  # TensorBoard's copy of the log and the previews
@@ -706,10 +724,12 @@ def _new_run(model, recipe, out, images, *, test, device):
         frozen.to(device, memory_format=layout)
         frozen = frozen.base
     model.to(device, memory_format=layout).train()
-    data = model.data(images)
+    with shared():
+        data = model.data(images)
+        test_data = model.data(test)
     opt = optimiser(model.trainable(), recipe)
     average = EMA(model, recipe.ema)
-    return _Run(recipe, out, data, model.data(test), _checksum(images), model, average, opt)
+    return _Run(recipe, out, data, test_data, _checksum(images), model, average, opt)
 
 
 def _checksum(images):
@@ -718,53 +738,76 @@ def _checksum(images):
     return checksum(tensors, json.dumps(images.classes))
 
 
-def _resume(run, log):
-    "Load the newest checkpoint into `run`, if there is one. Returns the log up to this step."
-
+def _check_checkpoint(run, meta):
+    "Raise if a checkpoint was written with another recipe, base, parent or other images."
+    _check_same(meta.get('recipe') or {}, run.recipe, run.out)
     base = run.model.base
+    now = None if base is None else model_fingerprint(base)
+    if meta.get('base') != now:
+        raise ValueError(
+            f'{run.out} was trained on a base with fingerprint {meta.get("base")}, '
+            f'the base now has {now}. Choose another folder, or delete that one'
+        )
+    if meta.get('parent', run.parent) != run.parent:
+        raise ValueError(
+            f'{run.out} began with the weights of a run ({run.recipe.init}) with fingerprint '
+            f'{meta["parent"]}, that run now has {run.parent}. Choose another folder, or '
+            'delete that one'
+        )
+    if meta.get('images', run.images) != run.images:
+        raise ValueError(
+            f'{run.out} was trained on images with checksum {meta["images"]}, those of '
+            f'{run.recipe.data} now have {run.images}. Choose another folder, or delete that '
+            'one'
+        )
 
-    def check(meta):
-        _check_same(meta.get('recipe') or {}, run.recipe, run.out)
-        now = None if base is None else model_fingerprint(base)
-        if meta.get('base') != now:
-            raise ValueError(
-                f'{run.out} was trained on a base with fingerprint {meta.get("base")}, '
-                f'the base now has {now}. Choose another folder, or delete that one'
-            )
-        if meta.get('parent', run.parent) != run.parent:
-            raise ValueError(
-                f'{run.out} began with the weights of a run ({run.recipe.init}) with fingerprint '
-                f'{meta["parent"]}, that run now has {run.parent}. Choose another folder, or '
-                'delete that one'
-            )
-        if meta.get('images', run.images) != run.images:
-            raise ValueError(
-                f'{run.out} was trained on images with checksum {meta["images"]}, those of '
-                f'{run.recipe.data} now have {run.images}. Choose another folder, or delete that '
-                'one'
-            )
 
-    for leftover in [*leftovers(run.out), run.out / '.log.jsonl.tmp']:
-        if leftover.is_file():
-            leftover.unlink()  # of a process that was killed
+def _load_newest(run, log):
+    "Load the newest checkpoint into `run`, if there is one."
     folder = run.out / 'checkpoints'
+    check = partial(_check_checkpoint, run)
     meta = load_checkpoint(folder, run.model, run.ema, run.opt, check=check, log=log)
-    if meta:
-        run.i = meta['i']
-        run.seconds = meta['seconds']
-        run.skipped = meta['skipped']
-        log(f'going on at step {run.i} of {run.recipe.steps}')
-        run.used = meta.get('precision', [])
-        if run.used not in ([], [run.dtype]) and run.i < run.recipe.steps:
-            before = ' and '.join(run.used)
-            log(f'the steps until here were computed in {before}, the next ones in {run.dtype}')
-        images = (meta.get('recipe') or {}).get('images', run.recipe.images)
-        if images < run.recipe.images:
-            log(
-                f'the run was planned for {images:,} images and now has {run.recipe.images:,}: '
-                'the learning rate follows the new length'
-            )
-    return _trim_log(run.out / 'log.jsonl', run.i, log)
+    if not meta:
+        return
+    run.i = meta['i']
+    run.seconds = meta['seconds']
+    run.skipped = meta['skipped']
+    log(f'going on at step {run.i} of {run.recipe.steps}')
+    run.used = meta.get('precision', [])
+    if run.used not in ([], [run.dtype]) and run.i < run.recipe.steps:
+        before = ' and '.join(run.used)
+        log(f'the steps until here were computed in {before}, the next ones in {run.dtype}')
+    images = (meta.get('recipe') or {}).get('images', run.recipe.images)
+    if images < run.recipe.images:
+        log(
+            f'the run was planned for {images:,} images and now has {run.recipe.images:,}: '
+            'the learning rate follows the new length'
+        )
+
+
+def _resume(run, log):
+    """Load the newest checkpoint into `run`, if there is one. Returns the log up to this step.
+
+    The first process removes what a killed process left. Then all processes load the same file.
+    """
+    past = Log([], 0)
+    is_first = processes().is_first
+    if is_first:
+        for leftover in [*leftovers(run.out), run.out / '.log.jsonl.tmp']:
+            if leftover.is_file():
+                leftover.unlink()
+        _load_newest(run, log)
+        past = _trim_log(run.out / 'log.jsonl', run.i, log)
+    wait()
+    if not is_first:
+        _load_newest(run, log)
+    i_of_first = from_first(run.i)
+    if run.i != i_of_first:
+        raise ValueError(
+            f'{run.out}: process {processes().rank} finds a checkpoint of step {run.i}, process 0 '
+            f'one of step {i_of_first}. All processes need the same folder'
+        )
+    return past
 
 
 def _cache_on_gpu(run):
@@ -779,7 +822,12 @@ def _cache_on_gpu(run):
 
 # %% ../nbs/toolbox/training.ipynb #2dcab89e
 def _save(run):
-    "Write a checkpoint. Raise `ValueError` if a weight, average or optimiser state is not finite."
+    """Write a checkpoint, if this is the first process.
+
+    Raise `ValueError` if a weight, average or optimiser state is not finite.
+    """
+    if not processes().is_first:
+        return
     base = run.model.base
     meta = dict(
         recipe=run.recipe.as_json(),
@@ -799,6 +847,8 @@ def _save_if_possible(run, log):
 
     An exception in the middle of an update leaves weights that belong to no step.
     """
+    if not processes().is_first:
+        return
     updates = {int(state['step']) for state in run.opt.state.values() if 'step' in state}
     if updates != {run.i - int(run.skipped)}:
         return
@@ -844,17 +894,20 @@ def _round(run):
 def _store(run, name):
     "Store the averaged model without its result."
     model = run.average
+    own = processes()
+    each = hardware(model.device)
     model.card = Card(
         name=name,
         recipe=run.recipe.as_json(),
         images_seen=run.seen,
         steps_skipped=int(run.skipped),
         seconds=round(run.seconds),
-        hardware=hardware(model.device),
+        hardware=each if own.world == 1 else f'{own.world} processes, each {each}',
         precision=', '.join(run.used) or None,
         versions=versions(),
     )
-    write_model(model, run.out)
+    if own.is_first:
+        write_model(model, run.out)
 
 
 def add_result(
@@ -872,6 +925,7 @@ def add_result(
 def _steps(run):
     "The remaining steps of a run, as `fit` yields them."
     r = run.recipe
+    own = processes()
     data = batches(
         run.data,
         r.batch,
@@ -880,14 +934,24 @@ def _steps(run):
         seed=r.seed,
         start=run.i,
         device=run.model.device,
+        rank=own.rank,
+        world=own.world,
     )
     params = run.model.trainable()
-    how = dict(opt=run.opt, start=run.i, precision=run.precision)
-    return fit(run.model, params, data, r, run.ema, **how)
+    how = dict(
+        opt=run.opt,
+        start=run.i,
+        precision=run.precision,
+        networks=run.model.networks(),
+        accumulate=run.accumulate,
+    )
+    return fit(averaging(run.model), params, data, r, run.ema, **how)
 
 
 def _look(run, look, tell):
-    "What is done at a checkpoint besides storing it: the caller's look, and the preview."
+    "What the first process does at a checkpoint besides storing it: look and preview."
+    if not processes().is_first:
+        return
     if look:
         look(run.seen, run.average)
     try:
@@ -896,28 +960,52 @@ def _look(run, look, tell):
         tell(f'no preview of step {run.i}: {type(e).__name__}: {e}')
 
 
+def _is_to_stop(signals, i):
+    "Whether a process was asked to stop. Several processes agree every ten steps."
+    if processes().world == 1:
+        return bool(signals)
+    return i % READ_EVERY == 0 and any_process(bool(signals))
+
+
+def _explained(error, run):
+    "The error, or a `ProcessLost` if it means that another process has ended."
+    if processes().world == 1 or not is_loss(error):
+        return error
+    first_line = str(error).partition('\n')[0][:160]
+    return ProcessLost(
+        f'another process of this training has ended, so process {processes().rank} cannot go on '
+        f'after step {run.i} ({first_line}). The same command goes on from the last checkpoint'
+    )
+
+
 def _train_all_steps(run, log, every, look):
     "Do the steps. Write checkpoints every `every` steps, at the end, and when asked to stop."
     n = run.recipe.steps
     if 0 < run.i < n and run.i % every == 0:
         _look(run, look, log.tell)  # a kill may have come between the checkpoint and the look
+    hidden = None if processes().is_first else True  # None: shown on a terminal
+    is_to_stop = False
     with stoppable() as signals:
         try:
-            for step in tqdm(_steps(run), run.out.name, n, initial=run.i, disable=None):
+            for step in tqdm(_steps(run), run.out.name, n, initial=run.i, disable=hidden):
                 run.add(step)
                 log.add(step, run.skipped)
-                if signals:
+                is_to_stop = _is_to_stop(signals, run.i)
+                if is_to_stop:
                     break
                 if run.i % every == 0 and run.i < n:
                     _save(run)
                     _look(run, look, log.tell)
-        except BaseException:
+        except BaseException as e:
             _save_if_possible(run, log.tell)
-            raise
+            explained = _explained(e, run)
+            if explained is e:
+                raise
+            raise explained from e
         _save(run)
-    if signals and run.i < n:
+    if is_to_stop and run.i < n:
         raise Stopped(
-            signal.Signals(signals[0]),
+            signal.Signals(signals[0] if signals else signal.SIGTERM),
             f'saved after step {run.i} of {n}; the same command goes on from there',
         )
 
@@ -939,6 +1027,7 @@ def train_model(
     look: Callable | None = None,  # (images seen, averaged model) -> None
     log: Callable = tqdm.write,  # takes lines of text; a terminal also gets a progress bar
     tensorboard: bool = False,  # copy the log and the previews to OUT/tensorboard
+    accumulate: int = 1,  # parts of a batch, one after the other: less memory, the same step
     parent: str | None = None,  # fingerprint of the run whose weights `model` begins with
 ) -> Model:  # the averaged model, with its card
     """Train a model. The same call resumes a run that was interrupted.
@@ -946,26 +1035,32 @@ def train_model(
     On a CPU, a resumed run ends with the same weights as an uninterrupted one, bit for bit. `look`
     is called every `every` steps and after the last step. Output never stops the training: if `log`
     raises an OSError, it is not called again, and a log file that cannot be written is left out.
+
+    Inside `joined`, all processes train together. The first one writes files and evaluates, and the
+    others return the model without its result.
     """
     out = Path(out).expanduser()
-    log = while_open(log)
+    is_first = processes().is_first
+    log = while_open(log) if is_first else _say_nothing
     device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     if min(every, log_every) < 1:
         raise ValueError(
             f'every and log_every must be at least 1 step, got {every} and {log_every}'
         )
     arithmetic_of(precision, device)  # raises an error for an unknown name
+    check_parts(recipe.batch, accumulate)
     model.check_test(len(test))
     check_name(name or out.name)
     _check_folder(out)
     if tensorboard:
         summary_writer()
-    with locked(out), ExitStack() as stack:
+    with locked(out) if is_first else nullcontext(), ExitStack() as stack:
         run = _new_run(model, recipe, out, images, test=test, device=device)
         run.precision = precision
         run.parent = parent
+        run.accumulate = accumulate
         past = _resume(run, log)
-        if tensorboard:
+        if tensorboard and is_first:
             run.board = Board(out / 'tensorboard', run.seen, past, log)
             stack.callback(run.board.close)
         if compile:
@@ -973,12 +1068,41 @@ def train_model(
         _cache_on_gpu(run)
         T = None if model.sched is None else model.sched.T
         lines = _Log(out / 'log.jsonl', log_every, recipe.steps, T, log, run.board)
-        _train_all_steps(run, lines, every, look)
+        _train_all_steps(run, lines if is_first else _NoLog(), every, look)
         _round(run)
         _store(run, name or out.name)
-        _judge(run, look, log)
-        log(f'{out} is done')
+        if is_first:
+            _judge(run, look, log)
+            log(f'{out} is done')
     return run.average
+
+
+def check_parts(
+    batch: int,  # images of the global batch
+    accumulate: int,  # parts of the batch of a process
+) -> None:
+    "Raise unless the processes and their parts can share a batch equally."
+    if accumulate < 1:
+        raise ValueError(f'accumulate must be at least 1, got {accumulate}')
+    world = processes().world
+    if batch % (world * accumulate):
+        raise ValueError(
+            f'a batch of {batch} images cannot be shared equally by {world} processes in '
+            f'{accumulate} parts each'
+        )
+
+
+def _say_nothing(line):
+    "Take a line of text, in a process that does not print."
+
+
+class _NoLog:
+    "The log of a process that writes none."
+
+    tell = staticmethod(_say_nothing)
+
+    def add(self, step, skipped):
+        "Note nothing."
 
 
 _OF_A_TRAINING = {'.lock', 'base', 'held_out.jsonl', 'log.jsonl', 'samples', 'tensorboard'}

@@ -18,6 +18,7 @@ __all__ = [
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ from ..files import fingerprint
 from ..forward import Schedule
 from ..layers import LayerNorm, Linear, Network
 from ..model import Draw, GenerativeModel
+from ..processes import by_first, map_parts
 from ..sampling import ddim_step, sample
 from ..unet import timestep_embedding
 from .scorevae import code_noise
@@ -52,19 +54,23 @@ def encode_all(
     images: Images,  # the data set
     bs: int = 500,  # images per forward pass
 ) -> Tensor:  # codes: float32 (N,D), on the CPU
-    "The codes of a data set, computed once and kept in the cache."
+    "The codes of a data set, computed once and kept in the cache. Processes share the work."
     if enc.training:
         raise ValueError('the encoder is in training mode, where codes can be random: call eval()')
     path = _codes_file(enc, images)
-    found = read_cached(path)
+    found = by_first(partial(read_cached, path))
     if found is not None and 'z' in found[0]:
         return found[0]['z']
     device = next(enc.parameters()).device
-    z = torch.cat([enc(to_signed(u8.to(device))).float().cpu() for u8 in images.x.split(bs)])
+
+    def encoded(u8):
+        return enc(to_signed(u8.to(device))).float().cpu()
+
+    z = torch.cat(map_parts(encoded, images.x.split(bs)))
     if not z.isfinite().all():
         bad = (~z.isfinite()).any(1).sum()
         raise ValueError(f'{bad} of {len(z)} images have codes with NaN or infinite numbers')
-    keep_cached(path, dict(z=z))
+    by_first(partial(keep_cached, path, dict(z=z)))
     return z
 
 
