@@ -153,9 +153,7 @@ def averaging(
     "The model, with gradients that are averaged over all processes."
     if processes().world == 1:
         return model
-    return nn.parallel.DistributedDataParallel(
-        model, broadcast_buffers=False, gradient_as_bucket_view=True
-    )
+    return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 @contextmanager

@@ -402,7 +402,8 @@ def test_pdae_sample_gives_the_same_images_for_another_n(tmp_path, monkeypatch):
         words = ['--n', str(n), '--steps', '2', '--eta', '1', '--seed', '7']
         assert cli.main(['sample', 'mnist_dpm', *words]) == 0
     few, many = shown
-    torch.testing.assert_close(few, many[:3], rtol=0, atol=1e-5)
+    # At t = 1000, a rounding error of eps is multiplied by 157.
+    torch.testing.assert_close(few, many[:3], rtol=0, atol=5e-5)
 
 
 @pytest.mark.parametrize(

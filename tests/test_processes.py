@@ -1,0 +1,192 @@
+"""Several processes compute what one computes. A process that ends does not cost finished work."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pdae_nb.files import read_tensors
+from pdae_nb.processes import joined, launched
+from pdae_nb.training import check_parts
+
+JOBS = Path(__file__).with_name('of_processes.py')
+ENVIRONMENT = os.environ | dict(OMP_NUM_THREADS='1', MPLBACKEND='Agg')
+
+
+def run(world, folder, job, *values, options=()):
+    "Run a job in `world` processes."
+    folder.mkdir(exist_ok=True)
+    command = [sys.executable]
+    if world > 1:
+        command += ['-m', 'torch.distributed.run', '--standalone']
+        command += ['--nproc-per-node', str(world), *options]
+    command += [str(JOBS), job, str(folder), *values]
+    return subprocess.run(
+        command, capture_output=True, text=True, env=ENVIRONMENT, cwd=folder, timeout=500
+    )
+
+
+def result_of(world, folder, job, *values):
+    "What process 0 of a job saved."
+    done = run(world, folder, job, *values)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return torch.load(folder / 'result.pt')
+
+
+def relative(x, y):
+    "Norm of the difference, relative to the norm of y."
+    return ((x - y).norm() / y.norm()).item()
+
+
+def checkpoint(folder):
+    "Tensors of the newest checkpoint, and its note."
+    newest = max((folder / 'run/checkpoints').glob('step_*.safetensors'))
+    return read_tensors(newest)
+
+
+def assert_same(tensors, others):
+    assert tensors.keys() == others.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, others[name]), name
+
+
+@pytest.fixture(scope='module')
+def one(tmp_path_factory):
+    "Results of `fit` in one process."
+    results = {}
+
+    def result(method, dtype):
+        key = f'{method}-{dtype}'
+        if key not in results:
+            folder = tmp_path_factory.mktemp(key)
+            results[key] = result_of(1, folder, 'fit', method, dtype, '1')
+        return results[key]
+
+    return result
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('world, accumulate', [(1, 2), (1, 4), (2, 1), (2, 2), (4, 1)])
+def test_processes_and_parts_compute_what_one_process_computes(world, accumulate, one, tmp_path):
+    exact = result_of(world, tmp_path, 'fit', 'dpm', 'float64', str(accumulate))
+    wanted = one('dpm', 'float64')
+    for name in ('weights', 'average'):
+        assert (exact[name] - wanted[name]).abs().max() < 1e-11, name
+    assert wanted['weights'].isfinite().all()
+    moved = (wanted['weights'] - wanted['average']).abs().max()
+    assert moved > 1e-3  # the steps have changed the weights
+
+    rounded = result_of(world, tmp_path, 'fit', 'dpm', 'float32', str(accumulate))
+    wanted = one('dpm', 'float32')
+    assert relative(rounded['gradient'], wanted['gradient']) < 1e-5
+    assert abs(rounded['losses'][-1] / wanted['losses'][-1] - 1) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'method', ['pdae', 'label_pdae', 'scorevae', 'vae', 'eval_classifier', 'latent']
+)
+def test_two_processes_train_every_method(method, one, tmp_path):
+    pair = result_of(2, tmp_path, 'fit', method, 'float64', '1')
+    wanted = one(method, 'float64')
+    assert (pair['weights'] - wanted['weights']).abs().max() < 1e-9
+    torch.testing.assert_close(pair['losses'], wanted['losses'], rtol=1e-9, atol=0)
+
+
+@pytest.fixture(scope='module')
+def undisturbed(tmp_path_factory):
+    "Folder of a run of two processes that nothing has disturbed."
+    folder = tmp_path_factory.mktemp('undisturbed')
+    done = run(2, folder, 'train')
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('rank', [0, 1])
+def test_a_killed_process_ends_the_job_and_the_same_command_continues(rank, undisturbed, tmp_path):
+    done = run(2, tmp_path, 'train', str(rank))
+    assert done.returncode != 0
+    said = done.stdout + done.stderr
+    assert 'SIGKILL' in said
+    if rank == 1:
+        assert 'another process of this training has ended' in said
+    _, note = checkpoint(tmp_path)
+    assert note['i'] in (10, 13)
+    assert not (tmp_path / 'run/run.json').exists()
+
+    done = run(2, tmp_path, 'train', str(rank))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert 'going on at step' in done.stdout + done.stderr
+    assert_same(checkpoint(tmp_path)[0], checkpoint(undisturbed)[0])
+    steps = [json.loads(line)['step'] for line in (tmp_path / 'run/log.jsonl').open()]
+    assert steps == [5, 10, 15, 20, 24]
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_job_whose_process_was_killed(undisturbed, tmp_path):
+    done = run(2, tmp_path, 'train', '1', options=['--max-restarts', '1'])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_same(checkpoint(tmp_path)[0], checkpoint(undisturbed)[0])
+    assert json.loads((tmp_path / 'run/run.json').read_text())['result'] is not None
+
+
+@pytest.mark.slow
+def test_all_processes_stop_after_the_same_step(undisturbed, tmp_path):
+    done = run(2, tmp_path, 'train', '-1', '1')
+    assert done.returncode != 0
+    assert 'saved after step 20 of 24' in done.stdout + done.stderr
+    assert checkpoint(tmp_path)[1]['i'] == 20
+    done = run(2, tmp_path, 'train')
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_same(checkpoint(tmp_path)[0], checkpoint(undisturbed)[0])
+
+
+@pytest.mark.slow
+def test_shared_work_gives_the_images_of_one_process(tmp_path, monkeypatch):
+    results = {}
+    for world in (1, 3):
+        folder = tmp_path / str(world)
+        folder.mkdir()
+        monkeypatch.setitem(ENVIRONMENT, 'PDAE_NB_CACHE', str(folder / 'cache'))
+        results[world] = result_of(world, folder, 'share')
+    assert_same(results[3], results[1])
+
+
+@pytest.mark.slow
+def test_two_processes_train_a_latent_dpm(tmp_path, monkeypatch):
+    monkeypatch.setitem(ENVIRONMENT, 'PDAE_NB_CACHE', str(tmp_path / 'cache'))
+    done = run(2, tmp_path, 'latent')
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads((tmp_path / 'run/run.json').read_text())
+    assert record['images_seen'] == 96
+    assert record['hardware'].startswith('2 processes, each ')
+    assert len(list((tmp_path / 'cache').glob('codes-*'))) == 2  # of training and test
+
+
+def test_a_batch_that_cannot_be_shared_is_refused():
+    check_parts(8, 4)
+    with pytest.raises(ValueError, match='a batch of 8 images cannot be shared equally by 1 proc'):
+        check_parts(8, 3)
+    with pytest.raises(ValueError, match='accumulate must be at least 1, got 0'):
+        check_parts(8, 0)
+
+
+@pytest.mark.parametrize('name', ['RANK', 'WORLD_SIZE', 'LOCAL_RANK'])
+def test_variables_that_are_no_numbers_are_refused(name, monkeypatch):
+    monkeypatch.setenv(name, '-1')
+    with pytest.raises(ValueError, match=f'{name} must be a number of a process'):
+        launched()
+
+
+def test_a_process_without_a_gpu_of_its_own_is_refused(monkeypatch):
+    for name, value in dict(RANK='1', WORLD_SIZE='2', LOCAL_RANK='1').items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+    with pytest.raises(ValueError, match='process 1 of this machine needs a GPU of its own'):
+        with joined('cuda'):
+            pass
