@@ -30,7 +30,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -82,6 +82,7 @@ from .methods.scorevae import CodedModel, ConditionalDecoder, ScoreVAE
 from .model import GenerativeModel, Model, StepNoise, noise
 from .plot import plot_gap, plot_log, show
 from .pretrained import load_official
+from .processes import by_first, joined, launched, map_parts, processes, shared
 from .recipes import recipe
 from .sampling import ddim_step, sample, trajectory
 from .solvers import belm_step, dpmpp_step, round_trip
@@ -94,12 +95,13 @@ SOLVERS = dict(ddim=ddim_step, dpmpp=dpmpp_step, belm=belm_step)
 
 # %% ../nbs/toolbox/cli.ipynb #9ea141d5
 def _save(ax, path):
-    "Write the figure of these axes as PNG."
+    "Write the figure of these axes as PNG, if this is the first process."
     import matplotlib.pyplot as plt
 
     path = Path(path).expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    ax.figure.savefig(path, dpi=110, bbox_inches='tight')
+    if processes().is_first:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        ax.figure.savefig(path, dpi=110, bbox_inches='tight')
     plt.close(ax.figure)
     return str(path)
 
@@ -172,6 +174,7 @@ def cmd_train(
     device: str = None,  # cpu, cuda or mps (Apple); otherwise the CUDA GPU, if there is one
     compile: bool = False,  # compile the networks with torch.compile
     precision: str = 'auto',  # auto: bf16 if the device has bf16 arithmetic; bf16; float32
+    accumulate: int = 1,  # parts of a batch, one after the other: less memory, the same step
     every: int = 500,  # training steps between checkpoints
     # JSON Lines file to which each checkpoint appends the squared error of the predicted noise on
     # 2,000 test images. `pdae plot` plots it if it is held_out.jsonl in the folder of the run.
@@ -196,6 +199,7 @@ def cmd_train(
         device=device,
         compile=compile,
         precision=precision,
+        accumulate=accumulate,
         every=every,
         look=_test_error_log(r, look) if look else None,
         tensorboard=tensorboard,
@@ -309,16 +313,18 @@ def cmd_sample(
         clf = _load(classifier, device, NoisyClassifier) if classifier else None
         y = _labels(name, label, n, model if clf is None else clf)
         clip = None if solver == 'belm' else 1.0
-        xT = noise(model.shape, n, seed).to(model.device)
-        chunks = []
-        for xT_chunk, y_chunk in _chunks(xT, y):
-            denoiser = _class_denoiser(model, clf, y_chunk, scale)
+
+        def samples(rows):
+            xT = noise(model.shape, len(rows), seed, rows.start).to(model.device)
+            y_rows = None if y is None else y[rows.start : rows.stop]
+            denoiser = _class_denoiser(model, clf, y_rows, scale)
             step = SOLVERS[solver]
             if solver == 'ddim' and eta:
-                first = sum(len(chunk) for chunk in chunks)
-                step = partial(ddim_step, noise=StepNoise(len(xT_chunk), seed, first))
-            chunks.append(sample(denoiser, xT_chunk, model.sched, steps, eta, clip, step))
-        x = torch.cat(chunks)
+                step = partial(ddim_step, noise=StepNoise(len(rows), seed, rows.start))
+            return sample(denoiser, xT, model.sched, steps, eta, clip, step)
+
+        parts = [range(first, min(first + 64, n)) for first in range(0, n, 64)]
+        x = torch.cat(map_parts(samples, parts))
     else:
         raise ValueError(
             f'{name} has no prior of codes: sample its latent run instead, e.g. mnist_pdae_latent'
@@ -600,11 +606,13 @@ def cmd_evaluate(
     counts = _counts_of(parameters, given)
     _check_not_smaller(before, counts)
     given |= _other_models(parameters, base, eval_classifier, device)
-    add_missing_result(model)
+    by_first(partial(add_missing_result, model))
     if 'path' in parameters:
         given['path'] = path.with_name(f'{path.stem}-sums.json')
     result = evaluator_of(model)(model, **given) | dict(counts=counts)
-    return result | dict(written=write_json(path, result))
+    if processes().is_first:
+        write_json(path, result)
+    return result | dict(written=str(path))
 
 
 def _other_models(parameters, base, eval_classifier, device):
@@ -1022,6 +1030,24 @@ def _check_numbers(keywords):
         raise ValueError(f'--seed must be at least 0, got {seed}')
 
 
+_SHARED = ('sample', 'evaluate')  # commands whose work several processes share
+
+
+def _check_shareable(name):
+    "Raise in a program of several processes, unless the command can be shared by them."
+    world = launched().world
+    if world > 1 and name not in ('train', *_SHARED):
+        raise ValueError(
+            f'{name} runs in one process, got {world}: '
+            f'only train, {" and ".join(_SHARED)} are for several'
+        )
+
+
+def _work_of(name):
+    "Share the parts of a sampling or an evaluation. A training shares its steps itself."
+    return shared() if name in _SHARED else nullcontext()
+
+
 def _call(name, words):
     "Run a command with the words of a command line, and print its result as JSON."
     command = COMMANDS[name]
@@ -1038,8 +1064,10 @@ def _call(name, words):
                 break
             positional.append(value)
     _check_numbers(keywords)
-    result = command(*positional, **keywords)
-    if result is None:
+    _check_shareable(name)
+    with joined(keywords.get('device')) as own, _work_of(name):
+        result = command(*positional, **keywords)
+    if result is None or not own.is_first:
         return
     try:
         _print(json.dumps(finite(result), indent=1))

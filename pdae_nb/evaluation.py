@@ -54,6 +54,7 @@ from .methods.classifier import (
 from .methods.dpm import DPM, ClassConditionalDPM
 from .metrics import eval_feats, lpips, mse, ssim
 from .model import GenerativeModel, Model, model_fingerprint, noise
+from .processes import for_each
 from .recipes import RECIPES
 from .sampling import invert, restored, sample
 from .solvers import dpmpp_step, round_trip, snr_times
@@ -629,6 +630,42 @@ def weights_mark(
     return ' '.join(marks)
 
 
+class _TableOfErrors:
+    "The rows of `reconstruction_table` for one chunk of images."
+
+    def __init__(self, model, sums, eval_classifier, first, images, labels):  # noqa: PLR0917
+        self.sched = model.sched
+        self.sums = sums
+        self.eval_classifier = eval_classifier
+        self.feats = eval_feats(eval_classifier)
+        self.first = first  # index of the first image
+        self.images = images
+        self.labels = labels
+        decoders = _decoders(model)
+        self.denoisers = {method: bind(images) for method, bind in decoders.items()}
+
+    def measured(self, row):
+        "Number of images that a row has so far."
+        old = self.sums.get('rows', row.name)
+        return old['n'] if old else 0
+
+    def is_missing(self, row):
+        "Whether a row lacks images of this chunk."
+        return self.measured(row) < self.first + len(self.images)
+
+    def measure(self, row):
+        "The metrics of all images of the chunk."
+        denoiser = self.denoisers[row.method]
+        x = WAYS[row.way](denoiser, self.images, self.sched, row.steps, self.first)
+        return _measure(x, self.images, self.labels, self.eval_classifier, self.feats)
+
+    def keep(self, row, values):
+        "Add the metrics to the sums of a row. Each image counts once."
+        skip = max(0, self.measured(row) - self.first)
+        old = self.sums.get('rows', row.name)
+        self.sums.put('rows', row.name, _add(old, {k: v[skip:] for k, v in values.items()}))
+
+
 @torch.no_grad()
 def reconstruction_table(
     model: GenerativeModel,  # an autoencoder, or an unconditional DPM
@@ -645,24 +682,13 @@ def reconstruction_table(
     "Reconstruction errors for each way to decode, for a model and its DPM alone (PDAE Table 1)."
     about = dict(weights=weights_mark(model, eval_classifier))
     sums = ResultFile(path, about, kind='sums of a table', device=model.device)
-    feats = eval_feats(eval_classifier)
-    decoders = _decoders(model)
-    rows = _rows(decoders, ways, steps)
+    rows = _rows(_decoders(model), ways, steps)
     for first in range(0, len(x0), chunk):
-        images = x0[first : first + chunk]
-        labels = y[first : first + chunk]
-        end = first + len(images)
-        denoisers = {method: bind(images) for method, bind in decoders.items()}
-        for row in rows:
-            old = sums.get('rows', row.name)
-            measured = old['n'] if old else 0
-            if measured >= end:
-                continue
-            x = WAYS[row.way](denoisers[row.method], images, model.sched, row.steps, first)
-            values = _measure(x, images, labels, eval_classifier, feats)
-            skip = max(0, measured - first)  # each image counts once
-            sums.put('rows', row.name, _add(old, {k: v[skip:] for k, v in values.items()}))
-        log(f'{end} of {len(x0)} images')
+        part = slice(first, first + chunk)
+        errors = _TableOfErrors(model, sums, eval_classifier, first, x0[part], y[part])
+        missing = [row for row in rows if errors.is_missing(row)]
+        for_each(errors.measure, missing, errors.keep)
+        log(f'{first + len(errors.images)} of {len(x0)} images')
     return {k: _means(v) for k, v in sums.finish()['rows'].items()}
 
 

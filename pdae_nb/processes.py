@@ -19,6 +19,7 @@ __all__ = [
     'shared',
     'map_parts',
     'by_first',
+    'for_each',
 ]
 
 # %% ../nbs/toolbox/processes.ipynb #449743c9
@@ -183,22 +184,31 @@ def shared():
 
 
 def _on_cpu(result):
-    "A result, or each of a tuple of results, as a CPU tensor that can be sent."
+    "A result, or each of several results, as a CPU tensor that can be sent."
+    if isinstance(result, dict):
+        return {name: _on_cpu(value) for name, value in result.items()}
     if isinstance(result, tuple):
         return tuple(map(_on_cpu, result))
     return result.detach().cpu() if isinstance(result, Tensor) else result
 
 
 def map_parts(
-    f: Callable,  # part -> tensor, tuple of tensors, or another object
+    f: Callable,  # part -> tensor, tuple or dict of tensors, or another object
     parts: Iterable,  # the same in all processes
 ) -> list:  # f of each part, in their order; inside `shared`, tensors are on the CPU
-    "f of each part. Inside `shared`, each process computes every `world`-th part."
+    """f of each part. Inside `shared`, each process computes every `world`-th part.
+
+    Within f, nothing is shared: the other processes work on other parts.
+    """
     if not _is_shared.get():
         return [f(part) for part in parts]
     parts = list(parts)
     rank, world, _ = processes()
-    own = [_on_cpu(f(part)) for part in parts[rank::world]]
+    token = _is_shared.set(False)
+    try:
+        own = [_on_cpu(f(part)) for part in parts[rank::world]]
+    finally:
+        _is_shared.reset(token)
     gathered = [None] * world
     dist.all_gather_object(gathered, own)
     return [gathered[i % world][i // world] for i in range(len(parts))]
@@ -211,3 +221,17 @@ def by_first(
     if not _is_shared.get():
         return f()
     return from_first(f() if processes().is_first else None)
+
+
+def for_each(
+    f: Callable,  # part -> tensor, tuple or dict of tensors, or another object
+    parts: Iterable,  # the same in all processes
+    keep: Callable,  # (part, f(part)) -> None
+) -> None:
+    "keep(part, f(part)) for each part, in order. Inside `shared`, `world` parts at a time."
+    parts = list(parts)
+    at_a_time = processes().world if _is_shared.get() else 1
+    for start in range(0, len(parts), at_a_time):
+        group = parts[start : start + at_a_time]
+        for part, result in zip(group, map_parts(f, group), strict=True):
+            keep(part, result)

@@ -9,11 +9,13 @@ __all__ = ['differences', 'ResultFile']
 import json
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from .files import finite, write_json
+from .processes import by_first, processes
 from .training import _json, hardware, versions
 
 
@@ -58,8 +60,8 @@ class ResultFile:
         self.parts = parts
         self.kind = kind
         self.device = device or torch.device('cpu')
-        self.changed = False
-        self.data = self._opened(check)
+        # The first of several processes reads the file, and it alone writes.
+        self.data, self.changed = by_first(partial(self._opened, check))
         self._last = time.monotonic()
 
     @property
@@ -73,13 +75,17 @@ class ResultFile:
         return self.path is not None and self.path.exists() and not self.changed
 
     def _opened(self, check):
-        "The content of an earlier call, or an empty one."
+        "The content of an earlier call, or an empty one; and whether it is unfinished."
         if self.path is not None:
             for path in (self.unfinished, self.path):
                 if path.exists():
-                    self.changed = path == self.unfinished
-                    return self._read(path, check)
-        return dict(about=self.about, seconds=0) | {part: {} for part in self.parts}
+                    return self._read(path, check), path == self.unfinished
+        return dict(about=self.about, seconds=0) | {part: {} for part in self.parts}, False
+
+    @property
+    def is_written(self) -> bool:
+        "Whether this process writes the file."
+        return self.path is not None and processes().is_first
 
     def _read(self, path, check):
         try:
@@ -152,7 +158,7 @@ class ResultFile:
             self.data['seconds'] = round(self.data['seconds'] + now - self._last, 1)
         self._last = now
         self.data |= dict(hardware=hardware(self.device), versions=versions())
-        if self.path is not None:
+        if self.is_written:
             write_json(self.unfinished, self.data)
 
     def keep(
@@ -173,9 +179,9 @@ class ResultFile:
         "Write the file, unless it exists and no part was added; end the file of unfinished parts."
         if not self.is_finished:
             self.data |= _json(finite(found))
-            if self.path is not None:
+            if self.is_written:
                 write_json(self.path, self.data)
-        if self.path is not None:
+        if self.is_written:
             self.unfinished.unlink(missing_ok=True)
         self.changed = False
         return self.data
