@@ -15,16 +15,20 @@ __all__ = [
     'encode_and_denoise',
     'forward_bytes',
     'step_bytes',
+    'micro_batch',
     'batch_for',
+    'run_checkpointed',
+    'checkpointing_blocks',
 ]
 
 # %% ../nbs/toolbox/memory.ipynb #5f4fcb62
 import copy
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from threading import RLock
 from typing import NamedTuple
 from unittest.mock import patch
 from weakref import ref
@@ -35,6 +39,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 
 # %% ../nbs/toolbox/memory.ipynb #c5f64d57
@@ -84,6 +89,11 @@ def _ignore(name, *tensors):
     "Report an operation to nobody."
 
 
+_attention = F.scaled_dot_product_attention
+_dropout = F.dropout
+_REPLACING = RLock()  # two threads must not replace functions at the same time
+
+
 @contextmanager
 def whole_operations(
     report: Callable = _ignore,  # (name, *tensors): is called for each of these operations
@@ -93,21 +103,20 @@ def whole_operations(
     The block replaces two functions of `torch.nn.functional`. On other devices, they compute as
     before.
     """
-    attention = F.scaled_dot_product_attention
-    dropout = F.dropout
 
     def whole_attention(query, key, value, *args, **kwargs):
         # `sdpa_kernel(SDPBackend.MATH)` switches the fused kernels off.
         if query.is_meta and torch.backends.cuda.flash_sdp_enabled():
             return _Attention.apply(query, key, value, report)
-        return attention(query, key, value, *args, **kwargs)
+        return _attention(query, key, value, *args, **kwargs)
 
     def whole_dropout(input, p=0.5, training=True, inplace=False):
         if input.is_meta and training and p > 0:
             return _Dropout.apply(input, report)
-        return dropout(input, p, training, inplace)
+        return _dropout(input, p, training, inplace)
 
     with (
+        _REPLACING,
         patch.object(F, 'scaled_dot_product_attention', whole_attention),
         patch.object(F, 'dropout', whole_dropout),
     ):
@@ -180,6 +189,14 @@ class TrainingBytes(NamedTuple):
     def total(self) -> int:
         "Bytes of all parts."
         return sum(self)
+
+    def sharded(
+        self,
+        gpus: int,  # number of GPUs, 1…
+    ) -> 'TrainingBytes':  # of one GPU
+        "All parts but the activations divided among GPUs, as fully sharded training does."
+        shares = [-(-part // gpus) for part in self[:-1]]
+        return TrainingBytes(*shares, self.activations)
 
 
 def _bytes_of(tensors):
@@ -306,9 +323,9 @@ def largest_batch(
     "The largest batch with a peak of at most `budget`."
     if most < 1:
         raise ValueError(f'a batch has at least 1 image, got most={most}')
-    if most == 1:
-        return 1
-    batches = [2**k for k in range(most.bit_length()) if 2**k < most] + [most]
+    if most == 1 or bytes_of(most) <= budget:
+        return most
+    batches = [2**k for k in range(most.bit_length()) if 2**k < most]
     one = bytes_of(1)
     slope = bytes_of(2) - one
     candidates = [batch for batch in batches if one + (batch - 1) * slope <= budget]
@@ -404,6 +421,19 @@ def step_bytes(
         return training_peak_bytes(loss, twin.networks())
 
 
+def micro_batch(
+    model: nn.Module,  # as for `step_bytes`
+    budget: int,  # bytes
+    most: int,  # images
+) -> int:  # a power of two or `most`; 1 if nothing fits
+    "Images of one forward and backward pass, such that the training fits the budget."
+
+    def bytes_of(batch):
+        return step_bytes(model, batch).total
+
+    return largest_batch(bytes_of, budget, most)
+
+
 _COUNTED = {}  # (geometry of a model, batch, forward pass) -> bytes of `forward_bytes`
 
 
@@ -440,3 +470,65 @@ def batch_for(
         return largest_batch(bytes_of, budget, most)
     except (RuntimeError, TypeError, AttributeError):  # a network that cannot compute on meta
         return most
+
+
+# %% ../nbs/toolbox/memory.ipynb #467dd569
+def _needs_gradient(block, inputs):
+    "Whether autograd keeps activations of this block."
+    tensors = [*(x for x in inputs if x is not None), *block.parameters()]
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def run_checkpointed(
+    block: nn.Module,  # (features, *others) -> features
+    features: Sequence[Tensor],  # feature maps, to be joined along the channels: (B,c,H,W) each
+    *others: Tensor | None,  # other inputs of the block
+) -> Tensor:
+    "Run a block. If it needs a gradient, the backward pass computes its activations again."
+
+    def run(*features):
+        joined = torch.cat(features, 1) if len(features) > 1 else features[0]
+        return block(joined, *others)
+
+    if not _needs_gradient(block, [*features, *others]):
+        return run(*features)
+    return checkpoint(run, *features, use_reentrant=False)
+
+
+def _checkpointed_parts(networks):
+    "The modules that have residual blocks. Raises if there are none, or if one cannot do it."
+    for network in networks:
+        if any(getattr(module, 'twice', False) for module in network.modules()):
+            raise ValueError(
+                f'{type(network).__name__} is differentiated twice (twice=True); '
+                'activation checkpointing is for networks that are differentiated once'
+            )
+    modules = (module for network in networks for module in network.modules())
+    parts = [module for module in modules if hasattr(module, 'checkpointing')]
+    if not parts:
+        names = ', '.join(type(network).__name__ for network in networks)
+        raise ValueError(
+            'activation checkpointing needs a network made of `Down` and `Up`, or a '
+            f'`SemanticEncoder`, got {names or "no network"}'
+        )
+    return parts
+
+
+@contextmanager
+def checkpointing_blocks(
+    networks: Iterable[nn.Module],  # their submodules included
+):
+    """Within the block, the backward pass computes the activations of residual blocks again.
+
+    Afterwards, the networks are as before. The setting belongs to the networks: other threads that
+    train them compute activations again, too.
+    """
+    parts = _checkpointed_parts(list(networks))
+    before = [part.checkpointing for part in parts]
+    try:
+        for part in parts:
+            part.checkpointing = True
+        yield
+    finally:
+        for part, value in zip(parts, before, strict=True):
+            part.checkpointing = value

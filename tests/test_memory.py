@@ -1,6 +1,7 @@
 """Peak memory counted on meta tensors, and batches that fit."""
 
 from functools import partial
+from threading import Event, Thread
 
 import pytest
 import torch
@@ -13,16 +14,25 @@ from pdae_nb import memory
 from pdae_nb.data import Images
 from pdae_nb.layers import Arithmetic, computing_in
 from pdae_nb.memory import (
+    TrainingBytes,
     batch_for,
+    checkpointing_blocks,
     forward_bytes,
     free_bytes,
     largest_batch,
+    micro_batch,
     on_meta,
     peak_bytes,
     step_bytes,
     training_peak_bytes,
+    whole_operations,
 )
+from pdae_nb.methods.diffae import EncoderBlock, SemanticEncoder
+from pdae_nb.methods.latent import MLPSkipNet
+from pdae_nb.model import Draw
+from pdae_nb.networks import ConvEncoder
 from pdae_nb.recipes import recipe
+from pdae_nb.unet import Block, UNet
 
 GB = 10**9
 FAMILIES = ('dpm', 'cdpm', 'pdae', 'label_pdae', 'diffae', 'scorevae', 'conditional', 'vae')
@@ -249,7 +259,10 @@ def test_largest_batch_counts_few_batches():
         return 1000 * batch
 
     assert largest_batch(bytes_of, budget=17_000, most=1000) == 16
-    assert counted == [1, 2, 16]
+    assert counted == [1000, 1, 2, 16]
+    counted.clear()
+    assert largest_batch(bytes_of, budget=10**7, most=1000) == 1000
+    assert counted == [1000]
     with pytest.raises(ValueError, match='most=0'):
         largest_batch(bytes_of, 1, most=0)
 
@@ -323,11 +336,15 @@ def test_batch_for_counts_each_geometry_once(monkeypatch, no_counts):
     monkeypatch.setattr(memory, 'forward_bytes', counting)
     for run in ('mnist_dpm', 'mnist_dpm', 'mnist_diffae'):
         batch_for(untrained(run), 4)
-    assert calls == [1, 2, 4] * 2
+    assert calls == [4] * 2
     model = untrained('mnist_dpm')
     with computing_in(model.networks(), Arithmetic(torch.bfloat16)):
         batch_for(model, 4)
-    assert calls == [1, 2, 4] * 3
+    assert calls == [4] * 3
+    monkeypatch.setattr(memory, 'free_bytes', lambda device: 2 * 2)
+    assert batch_for(model, 4) == 2
+    assert batch_for(model, 4) == 2
+    assert calls == [4] * 3 + [1, 2]
 
 
 class ReadsValues(nn.Module):
@@ -347,3 +364,197 @@ def test_a_network_that_cannot_compute_on_meta_gets_the_largest_batch(no_counts)
     with pytest.raises((RuntimeError, TypeError)):
         forward_bytes(model, 1)
     assert batch_for(model, 77) == 77
+
+
+def test_counts_in_two_threads_leave_the_functions_as_they_were():
+    "The second thread waits until the first one has restored the functions."
+    attention, dropout = F.scaled_dot_product_attention, F.dropout
+    is_inside = Event()
+    may_end = Event()
+
+    def count():
+        is_inside.set()
+        may_end.wait(10)
+
+    with whole_operations():
+        thread = Thread(target=peak_bytes, args=(count,))
+        thread.start()
+        assert not is_inside.wait(0.3)
+    may_end.set()
+    thread.join()
+    assert is_inside.is_set()
+    assert F.scaled_dot_product_attention is attention
+    assert F.dropout is dropout
+
+
+# activation checkpointing
+
+CHECKPOINTED = ('mnist_dpm', 'mnist_cdpm', 'mnist_pdae', 'mnist_label_pdae', 'mnist_diffae')
+
+
+def with_dropout(run):
+    "A model in training mode with dropout. No layer is zero, so that all parts have gradients."
+    model = untrained(run).train()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.data = parameter.data + scale * noise
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.3
+    return model
+
+
+def losses_and_gradients(model):
+    "One step: losses, and the gradients by name. Dropout uses PyTorch's own generator."
+    generator = torch.Generator().manual_seed(1)
+    x0 = torch.rand(4, *model.shape, generator=generator) * 2 - 1
+    model.zero_grad()
+    torch.manual_seed(2)
+    losses, _ = model(x0, torch.arange(4), Draw(0, 0, 4))
+    losses.mean().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return losses.detach(), gradients, torch.rand(1)  # the state of the generator afterwards
+
+
+@pytest.mark.parametrize('dtype', [None, torch.bfloat16])
+@pytest.mark.parametrize('run', CHECKPOINTED)
+def test_losses_and_gradients_are_equal_with_checkpointing(run, dtype):
+    model = with_dropout(run)
+    with computing_in(model.networks(), None if dtype is None else Arithmetic(dtype)):
+        losses, gradients, after = losses_and_gradients(model)
+        again, _, _ = losses_and_gradients(model)
+        assert torch.equal(losses, again)
+        with checkpointing_blocks(model.networks()):
+            others, other_gradients, other_after = losses_and_gradients(model)
+    assert torch.equal(losses, others)
+    assert torch.equal(after, other_after)
+    assert gradients.keys() == other_gradients.keys()
+    assert gradients.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert all(gradient.any() for gradient in gradients.values())
+    unequal = [n for n in gradients if not torch.equal(gradients[n], other_gradients[n])]
+    assert not unequal
+
+
+def test_checkpointing_makes_the_counted_peak_fall():
+    shape = dict(ch=16, mult=(1, 2, 2), size=32)
+    with torch.device('meta'):
+        net = UNet(**shape)
+        enc = SemanticEncoder(c=1, z_dim=8, **shape)
+        x = torch.empty(8, 1, 32, 32)
+        t = torch.empty(8, dtype=torch.int64)
+        for network, inputs in ((net, (x, t)), (enc, (x,))):
+
+            def loss(network=network, inputs=inputs):
+                return network(*inputs).square().mean()
+
+            kept = training_peak_bytes(loss, [network])
+            with checkpointing_blocks([network]):
+                computed_again = training_peak_bytes(loss, [network])
+            assert kept[:4] == computed_again[:4]
+            assert computed_again.activations < 0.5 * kept.activations
+
+
+def calls_of_blocks(model, monkeypatch):
+    "Count the calls of the residual blocks by way of what `torch.compile` sets."
+    calls = {}
+    for network in model.networks():
+        for module in network.modules():
+            if isinstance(module, Block | EncoderBlock):
+                calls[module] = 0
+
+                def call(*args, module=module):
+                    calls[module] += 1
+                    return module._call_impl(*args)
+
+                monkeypatch.setattr(module, '_compiled_call_impl', call)
+    return calls
+
+
+def test_blocks_are_called_as_modules_and_frozen_blocks_run_once(monkeypatch):
+    model = with_dropout('mnist_pdae')
+    calls = calls_of_blocks(model, monkeypatch)
+    trained = {block: next(block.parameters()).requires_grad for block in calls}
+    assert set(trained.values()) == {True, False}
+    with checkpointing_blocks(model.networks()):
+        losses_and_gradients(model)
+        assert calls == {block: 1 + trained[block] for block in calls}
+        calls.update(dict.fromkeys(calls, 0))
+        model.encode(torch.zeros(2, *model.shape))
+        model.decode(torch.zeros(2, 64), torch.zeros(2, *model.shape), steps=1)
+    assert set(calls.values()) == {1}
+
+
+def test_blocks_of_the_encoder_of_diffae_run_twice(monkeypatch):
+    model = with_dropout('mnist_diffae')
+    calls = calls_of_blocks(model, monkeypatch)
+    losses_and_gradients(model)
+    assert set(calls.values()) == {1}
+    with checkpointing_blocks(model.networks()):
+        losses_and_gradients(model)
+    assert set(calls.values()) == {3}
+
+
+def test_the_setting_is_restored_and_is_not_stored():
+    net = UNet(ch=8, mult=(1, 2), size=8, n_res=1)
+    config = dict(net.config)
+    with checkpointing_blocks([net]):
+        assert net.down.checkpointing and net.up.checkpointing
+        assert net.config == config
+        with pytest.raises(RuntimeError, match='inside'), checkpointing_blocks([net]):
+            raise RuntimeError('inside')
+        assert net.down.checkpointing and net.up.checkpointing
+    assert not net.down.checkpointing and not net.up.checkpointing
+    assert 'checkpointing' not in ''.join(net.state_dict())
+
+
+def test_networks_that_cannot_be_checkpointed_are_named():
+    model = untrained('mnist_scorevae')
+    with (
+        pytest.raises(ValueError, match='TimeEncoder is differentiated twice'),
+        checkpointing_blocks(model.networks()),
+    ):
+        pass
+    assert not model.enc.down.checkpointing
+    others = [ConvEncoder(1, 28, 8), MLPSkipNet(8, hidden=8, layers=2)]
+    with (
+        pytest.raises(ValueError, match='got ConvEncoder, MLPSkipNet'),
+        checkpointing_blocks(others),
+    ):
+        pass
+
+
+# Diff-AE at 256 pixels
+
+
+@pytest.fixture(scope='module')
+def diffae256():
+    "The model of the recipe for FFHQ-256, on the device meta."
+    return on_meta(untrained('ffhq256_diffae', 'paper')).train()
+
+
+def test_diffae_at_256_pixels_trains_on_24_gb(diffae256):
+    "bf16, checkpointing, accumulated gradients: two micro-batches of 32 images make the batch."
+    batch = recipe('ffhq256_diffae', 'paper').batch
+    with (
+        computing_in(diffae256.networks(), Arithmetic(torch.bfloat16)),
+        checkpointing_blocks(diffae256.networks()),
+    ):
+        assert micro_batch(diffae256, 24 * GB, batch) == 32
+        counted = step_bytes(diffae256, 32)
+    assert counted.total <= 24 * GB
+    parameters = sum(p.numel() for p in diffae256.parameters())
+    assert parameters == 168_492_291  # of the published model
+    assert counted.parameters == counted.gradients == counted.average == 4 * parameters
+    assert counted.moments == 8 * parameters
+
+
+def test_diffae_at_256_pixels_without_checkpointing_needs_smaller_micro_batches(diffae256):
+    assert step_bytes(diffae256, 4).total <= 24 * GB < step_bytes(diffae256, 8).total
+
+
+def test_sharding_divides_all_but_the_activations():
+    counted = TrainingBytes(100, 80, 160, 80, 1000)
+    assert counted.sharded(1) == counted
+    assert counted.sharded(8) == TrainingBytes(13, 10, 20, 10, 1000)
