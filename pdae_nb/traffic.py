@@ -11,14 +11,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .forward import Schedule
 from .layers import Arithmetic, computing_in
+from .memory import whole_operations
 from .methods.dpm import DPM
 from .methods.pdae import EpsAndScore
 from .networks import ConvEncoder, GradientEstimator
@@ -74,77 +73,13 @@ class Traffic(TorchDispatchMode):
         return sum(self.bytes.values())
 
 
-def _like(*tensors):
-    "Tensors of these shapes and dtypes, made without being counted."
-    with torch.utils._python_dispatch._disable_current_modes():
-        return [torch.empty(t.shape, dtype=t.dtype, device='meta') for t in tensors]
-
-
-class _Attention(torch.autograd.Function):
-    "Attention as one operation: it reads q, k and v, and writes the output."
-
-    @staticmethod
-    def forward(ctx, q, k, v, traffic):
-        (out,) = _like(q)
-        ctx.save_for_backward(q, k, v)
-        ctx.traffic = traffic
-        traffic.add('attention', q, k, v, out)
-        return out
-
-    @staticmethod
-    def backward(ctx, gradient):
-        inputs = ctx.saved_tensors
-        gradients = _like(*inputs)
-        output = gradient  # the output of the forward pass is read again; it has this shape
-        ctx.traffic.add('attention_backward', gradient, output, inputs, gradients)
-        return *gradients, None
-
-
-class _Dropout(torch.autograd.Function):
-    "Dropout as one operation: it reads x, and writes the output and a mask of one byte a number."
-
-    @staticmethod
-    def forward(ctx, x, traffic):
-        (out,) = _like(x)
-        ctx.mask = torch.empty(x.shape, dtype=torch.bool, device='meta')
-        ctx.traffic = traffic
-        traffic.add('dropout', x, out, ctx.mask)
-        return out
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (out,) = _like(gradient)
-        ctx.traffic.add('dropout_backward', gradient, ctx.mask, out)
-        return out, None
-
-
-class _WholeOperations(TorchFunctionMode):
-    "Replaces attention and dropout by one operation each."
-
-    def __init__(self, traffic: Traffic):
-        super().__init__()
-        self.traffic = traffic
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            return _Attention.apply(*args, self.traffic)
-        if func is F.dropout:
-            (x,) = args
-            is_used = kwargs['training'] and kwargs['p'] > 0
-            return _Dropout.apply(x, self.traffic) if is_used else x
-        return func(*args, **kwargs)
-
-
 def traffic_of(
     loss: Callable,  # without arguments -> scalar, computed on the device meta
 ) -> Traffic:
     "The bytes of a forward and a backward pass."
     traffic = Traffic()
-    with traffic, _WholeOperations(traffic):
-        value = loss()
-    with traffic:
-        value.backward()
+    with traffic, whole_operations(traffic.add):
+        loss().backward()
     return traffic
 
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .layers import Conv2d, Linear, Network, norm
+from .memory import run_checkpointed
 
 
 # %% ../nbs/course/04_unet.ipynb #ffcf2f22
@@ -202,6 +203,8 @@ def _number_of_heads(c, heads, head_channels):
 class Down(nn.Module):
     "First half of a U-Net: from an image to the feature maps of all blocks."
 
+    checkpointing = False  # see `checkpointing_blocks`
+
     def __init__(
         self,
         c: int,  # channels of the image
@@ -242,8 +245,13 @@ class Down(nn.Module):
         """
         hs = [self.stem(x).to(t.dtype)]
         for block in self.blocks:
-            hs.append(block(hs[-1], t, z))
+            hs.append(_run(self, block, hs[-1], t, z))
         return hs
+
+
+def _run(half, block, h, t, z):
+    "Run a block of one half, with activation checkpointing if it is on."
+    return run_checkpointed(block, [h], t, z) if half.checkpointing else block(h, t, z)
 
 
 # %% ../nbs/course/04_unet.ipynb #065cc736
@@ -252,6 +260,8 @@ class Up(nn.Module):
 
     Several can share one `Down`, as in PDAE Section 3.3.
     """
+
+    checkpointing = False  # see `checkpointing_blocks`
 
     def __init__(
         self,
@@ -292,11 +302,15 @@ class Up(nn.Module):
         hs = list(hs)
         h = hs[-1]
         for block in self.mid:
-            h = block(h, t, z)
+            h = _run(self, block, h, t, z)
         for block in self.blocks:
-            if not block.resample:
+            if block.resample:
+                h = _run(self, block, h, t, z)
+            elif self.checkpointing:  # the joined features are not kept
+                h = run_checkpointed(block, [h, hs.pop()], t, z)
+            else:
                 h = torch.cat([h, hs.pop()], 1)
-            h = block(h, t, z)
+                h = block(h, t, z)
         return self.out(h)
 
 

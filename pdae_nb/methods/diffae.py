@@ -15,6 +15,7 @@ from ..data import Images
 from ..denoise import Denoiser, denoising_loss
 from ..forward import Schedule
 from ..layers import Conv2d, Linear, Network, norm
+from ..memory import run_checkpointed
 from ..training import autoencoder_noise_mse
 from ..unet import Attention, UNet
 from .dpm import DPMSettings, NoisePredictor, NoiseResult
@@ -59,6 +60,8 @@ class SemanticEncoder(Network):
 
     It is the first half of a U-Net without timesteps, followed by the mean over all positions.
     """
+
+    checkpointing = False  # see `checkpointing_blocks`
 
     def __init__(
         self,
@@ -105,7 +108,10 @@ class SemanticEncoder(Network):
         stem, *layers = self.body
         features = stem(x0).to(self.dtype_at())
         for layer in layers:
-            features = layer(features)
+            if self.checkpointing and isinstance(layer, EncoderBlock):
+                features = run_checkpointed(layer, [features])
+            else:
+                features = layer(features)
         return self.head(features.mean((2, 3))).to(x0.dtype)
 
 
