@@ -175,6 +175,8 @@ def cmd_train(
     compile: bool = False,  # compile the networks with torch.compile
     precision: str = 'auto',  # auto: bf16 if the device has bf16 arithmetic; bf16; float32
     accumulate: int = 1,  # parts of a batch, one after the other: less memory, the same step
+    # compute the activations of residual blocks again in the backward pass: less memory, more time
+    checkpoint: bool = False,
     every: int = 500,  # training steps between checkpoints
     # JSON Lines file to which each checkpoint appends the squared error of the predicted noise on
     # 2,000 test images. `pdae plot` plots it if it is held_out.jsonl in the folder of the run.
@@ -200,6 +202,7 @@ def cmd_train(
         compile=compile,
         precision=precision,
         accumulate=accumulate,
+        checkpoint=checkpoint,
         every=every,
         look=_test_error_log(r, look) if look else None,
         tensorboard=tensorboard,

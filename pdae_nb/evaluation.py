@@ -240,14 +240,17 @@ class NoisePrediction:
     curve: LossCurve
 
 
-def _noise_prediction(denoiser, x0, sched):
+def _noise_prediction(model, x0):
     "Squared error of the predicted noise: overall, by quarter of 1…T, and at fixed timesteps."
-    loss, t = noise_mse(denoiser, x0, sched)
+    denoiser = model.denoiser()
+    sched = model.sched
+    bs = model.batch_size(len(x0), most=500)
+    loss, t = noise_mse(denoiser, x0, sched, bs=min(bs, 100))
     overall = Estimate.of(loss)
     quarter = (t - 1) * 4 // sched.T
     by_quarter = [loss[quarter == q].mean().item() for q in range(4)]
     times = scaled_times(TIMES, sched)
-    curve = loss_curve(denoiser, x0[:500], sched, times)
+    curve = loss_curve(denoiser, x0[:500], sched, times, bs=bs)
     images = curve.shape[1]
     standard_error = (curve.std(1) / images**0.5).tolist()
     at_times = LossCurve(times, curve.mean(1).tolist(), standard_error, images)
@@ -359,7 +362,7 @@ def evaluate_dpm(
     x0, _ = held_out_images(model, test_images)
     denoiser = model.denoiser()
     sched = model.sched
-    numbers = asdict(_noise_prediction(denoiser, x0, sched))
+    numbers = asdict(_noise_prediction(model, x0))
     ddim = _round_trip_error(denoiser, x0[:64], sched, 2 * steps, exact=False)
     belm = _round_trip_error(denoiser, x0[:64], sched, steps, exact=True)
     numbers['round_trip_ddim'] = asdict(ddim)
@@ -726,8 +729,8 @@ def _gaps(model, x0):
     if dpm is not None:
         curve = gap_curve(dpm.denoiser(), x0, model.sched, times)
         gaps['dpm'] = asdict(GapCurve.of(curve))
-    # Small batches: ScoreVAE differentiates its encoder and keeps the activations.
-    curve = gap_curve(with_codes, x0, model.sched, times, y=x0, bs=100)
+    bs = model.batch_size(len(x0), most=100)
+    curve = gap_curve(with_codes, x0, model.sched, times, y=x0, bs=bs)
     gaps[model.title.lower()] = asdict(GapCurve.of(curve))
     return gaps
 

@@ -4,6 +4,7 @@
 
 # %% auto #0
 __all__ = [
+    'LARGEST_BATCH',
     'VERSION_1_CLASSES',
     'seed_of',
     'Draw',
@@ -67,6 +68,7 @@ from .files import (
 )
 from .forward import Schedule
 from .layers import Arithmetic, bf16_pays, computing_in
+from .memory import batch_for
 from .processes import map_parts
 from .sampling import ddim_step, invert, sample
 
@@ -473,6 +475,11 @@ class StepNoise:
         return torch.stack(rows).to(xt)
 
 
+# Samples per forward pass, if the memory suffices. On a GPU, small networks need large batches.
+LARGEST_BATCH = dict(cpu=100, cuda=500, mps=100)
+_FEW = 8  # samples, whose memory is not counted
+
+
 class GenerativeModel(Model):
     "A model that produces data: what its denoiser depends on, and the denoiser."
 
@@ -524,13 +531,27 @@ class GenerativeModel(Model):
         "The denoiser for codes from a prior: another one only for PDAE."
         return self.denoiser(condition)
 
+    def batch_size(
+        self,
+        n: int,  # number of samples
+        most: int | None = None,  # samples per forward pass; None: that of `LARGEST_BATCH`
+    ) -> int:
+        """Samples per forward pass, such that it needs at most half of the device's free memory.
+
+        The memory is counted without computing anything. For up to 8 samples it is not counted.
+        """
+        if n <= _FEW:
+            return max(1, n)
+        return batch_for(self, most or LARGEST_BATCH.get(self.device.type, 100))
+
     @torch.no_grad()
     def encode(
         self,
         x0: Tensor,  # clean data: (N,...)
-        bs: int = 100,  # samples per forward pass
+        bs: int | None = None,  # samples per forward pass; None: as many as fit (`batch_size`)
     ) -> Tensor:  # codes: (N,D)
         "The codes of data, computed in parts and without gradients."
+        bs = bs or self.batch_size(len(x0))
         codes = map_parts(self.condition, x0.split(bs))
         if codes[0] is None:
             raise TypeError(f'{type(self).__name__} is unconditional: it has no codes')
@@ -586,7 +607,7 @@ class GenerativeModel(Model):
         steps: int | Sequence[int] = 50,  # number of steps, or falling timesteps
         solver: Callable = ddim_step,  # one step
         clip: float | None = 1.0,  # clamp x̂_0 to [-clip,clip]
-        bs: int = 100,  # samples per forward pass
+        bs: int | None = None,  # samples per forward pass; None: as many as fit (`batch_size`)
     ) -> Tensor:  # (n, *shape)
         "New data: a code from the prior, if the model takes codes, then a sample from noise."
         if prior is None and self.is_conditional:
@@ -608,7 +629,7 @@ class GenerativeModel(Model):
         steps: int | Sequence[int] = 50,  # number of steps, or falling timesteps
         solver: Callable = ddim_step,  # one step
         clip: float | None = 1.0,  # clamp x̂_0 to [-clip,clip]
-        bs: int = 100,  # samples per forward pass
+        bs: int | None = None,  # samples per forward pass; None: as many as fit (`batch_size`)
     ) -> Tensor:  # (n, *shape)
         "Samples of given codes or labels, from fresh noise."
         codes = codes.to(self.device)
@@ -633,6 +654,7 @@ class GenerativeModel(Model):
 
     def _from_noise(self, codes, denoiser_of, n, *, seed, bs, steps, **sampler):
         "Samples in parts of `bs`. The noise of a sample depends on the seed and its index only."
+        bs = bs or self.batch_size(n)
 
         def samples(first):
             rows = min(bs, n - first)

@@ -61,6 +61,7 @@ from .files import (
 from .forward import Schedule, real_type
 from .layers import arithmetic_of, bf16_pays, computing_in, fast_convolutions
 from .logs import Board, Log, read_log, summary_writer, while_open
+from .memory import checkpointing_blocks
 from .model import (
     Card,
     Draw,
@@ -1028,6 +1029,7 @@ def train_model(
     log: Callable = tqdm.write,  # takes lines of text; a terminal also gets a progress bar
     tensorboard: bool = False,  # copy the log and the previews to OUT/tensorboard
     accumulate: int = 1,  # parts of a batch, one after the other: less memory, the same step
+    checkpoint: bool = False,  # compute activations again in the backward pass: less memory
     parent: str | None = None,  # fingerprint of the run whose weights `model` begins with
 ) -> Model:  # the averaged model, with its card
     """Train a model. The same call resumes a run that was interrupted.
@@ -1063,6 +1065,8 @@ def train_model(
         if tensorboard and is_first:
             run.board = Board(out / 'tensorboard', run.seen, past, log)
             stack.callback(run.board.close)
+        if checkpoint:
+            stack.enter_context(checkpointing_blocks(list(model.children())))
         if compile:
             model.compile_networks()
         _cache_on_gpu(run)

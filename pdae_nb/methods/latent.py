@@ -247,7 +247,8 @@ class LatentDPM(GenerativeModel):
         if base is None or not base.is_autoencoder:
             kind = 'no model' if base is None else type(base).__name__
             raise ValueError(f'the base must be an autoencoder, got {kind}')
-        stats = ZStats(encode_all(base.enc, images))
+        bs = base.batch_size(len(images), most=500)
+        stats = ZStats(encode_all(base.enc, images, bs))
         return cls(MLPSkipNet(len(stats.mean), **recipe.net), stats, base)
 
     def data(
@@ -255,7 +256,8 @@ class LatentDPM(GenerativeModel):
         images: Images,  # images of the base
     ) -> Images:  # normalised codes as data: float32 (N,D)
         "The normalised codes, computed once and cached."
-        codes = encode_all(self.base.enc, images).to(self.stats.mean.device)
+        bs = self.base.batch_size(len(images), most=500)
+        codes = encode_all(self.base.enc, images, bs).to(self.stats.mean.device)
         return Images(self.stats.norm(codes).cpu())
 
     def denoiser(
