@@ -23,15 +23,18 @@ __all__ = [
 ]
 
 # %% ../nbs/toolbox/compiling.ipynb #18b66c07
+import builtins
 import functools
 import hashlib
 import importlib
+import io
 import json
 import math
 import platform
 import re
 import time
 import types
+import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -234,12 +237,49 @@ MOST_BYTES = 200_000_000  # of the files in one folder; the oldest files are del
 _LOADED = set()  # paths of the files that this process has loaded
 
 
+_LIBRARY = re.compile(r'\w+/\w[\w.]*\.so')  # a shared library in the compiler's folder
+
+
+def _libraries():
+    """The shared libraries of compiled code that this process has loaded: name -> bytes.
+
+    PyTorch's artifacts have the kernels of GPUs, but not those of CPUs. Only Linux lists them.
+    """
+    maps = Path('/proc/self/maps')
+    if not maps.is_file():
+        return {}
+    root = Path(torch._inductor.codecache.cache_dir()).resolve()
+    libraries = {}
+    for line in maps.read_text('utf-8', errors='replace').splitlines():
+        name = line[line.find('/') :].removeprefix(f'{root}/')
+        if _LIBRARY.fullmatch(name):
+            libraries[name] = (root / name).read_bytes()
+    return libraries
+
+
+def _pack(artifacts, libraries):
+    "One file of PyTorch's artifacts and the shared libraries."
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, 'w', zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr('artifacts', artifacts)
+        for name, data in libraries.items():
+            archive.writestr(name, data)
+    return buffer.getvalue()
+
+
 def _load_file(path):
     "Give the code in a file to the compiler. Raises an error if the file is damaged."
     data = path.read_bytes()
     if _digest(data) != path.stem:
         raise ValueError('it is damaged, or it is not compiled code')
-    if torch.compiler.load_cache_artifacts(data) is None:
+    root = Path(torch._inductor.codecache.cache_dir())
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        artifacts = archive.read('artifacts')
+        names = [name for name in archive.namelist() if _LIBRARY.fullmatch(name)]
+        for name in names:
+            if not (root / name).exists():
+                write_bytes(root / name, archive.read(name))
+    if torch.compiler.load_cache_artifacts(artifacts) is None:
         raise ValueError('the compiler does not accept it')
 
 
@@ -249,13 +289,13 @@ def load_artifacts(
 ) -> int:  # number of files that were loaded now
     "Give the compiled code of earlier processes to the compiler. No file is loaded twice."
     count = 0
-    for path in sorted(artifacts_dir(device).glob('*.bin')):
+    for path in sorted(artifacts_dir(device).glob('*.zip')):
         if path in _LOADED:
             continue
         try:
             _load_file(path)
         except OSError as e:
-            log(f'cannot read the compiled code {path}: {e.strerror}')
+            log(f'cannot load the compiled code {path}: {e.strerror}')
         except Exception as e:  # whatever the compiler says about a file: the code can be renewed
             log(f'the compiled code {path} is deleted and compiled again: {e}')
             path.unlink(missing_ok=True)
@@ -270,11 +310,12 @@ def _write_artifacts(folder):
     saved = torch.compiler.save_cache_artifacts()
     if saved is None:
         return None
-    data, _ = saved
-    path = folder / f'{_digest(data)}.bin'
+    artifacts, _ = saved
+    data = _pack(artifacts, _libraries())
+    path = folder / f'{_digest(data)}.zip'
     write_bytes(path, data)
     _LOADED.add(path)
-    files = sorted(folder.glob('*.bin'), key=lambda path: path.stat().st_mtime, reverse=True)
+    files = sorted(folder.glob('*.zip'), key=lambda path: path.stat().st_mtime, reverse=True)
     total = 0
     for file in files:
         total += file.stat().st_size
@@ -369,9 +410,13 @@ def _call(block, *args, **kwargs):
 
 @functools.cache
 def _compiled_call(shape, backend):
-    "A compiled `_call` for blocks of one shape. PyTorch counts the compilations of each code."
+    """A compiled `_call` for blocks of one shape.
+
+    PyTorch counts the compilations of each code object and stores names in the globals of the
+    function. This function has a code object and globals of its own.
+    """
     code = _call.__code__.replace(co_name=f'block_{shape}')
-    own = types.FunctionType(code, globals(), code.co_name)
+    own = types.FunctionType(code, dict(__name__=__name__, __builtins__=vars(builtins)))
     return torch.compile(own, fullgraph=True, dynamic=False, backend=backend)
 
 

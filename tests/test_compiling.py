@@ -10,6 +10,7 @@ import pickle
 import subprocess
 import sys
 import weakref
+import zipfile
 
 import pytest
 import torch
@@ -77,14 +78,6 @@ def images(n: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(n, 1, 8, 8, generator=g), torch.randint(1, 1000, (n,), generator=g)
 
 
-def gradients(network: nn.Module, *inputs) -> list[torch.Tensor]:
-    "The output and the gradients of all parameters."
-    network.zero_grad()
-    y = network(*inputs)
-    y.square().mean().backward()
-    return [y.detach(), *(p.grad for p in network.parameters())]
-
-
 def assert_near(got: list, expected: list, error: float) -> None:
     "The root mean square of the difference, relative to that of the expected tensor."
     for a, b in zip(got, expected, strict=True):
@@ -105,8 +98,8 @@ def paper_networks() -> tuple[UNet, GradientEstimator, ConvEncoder]:
     return net, G, enc
 
 
-def test_one_compilation_for_each_shape_of_the_papers_networks():
-    net, G, enc = paper_networks()
+def test_one_compilation_for_each_shape_of_the_papers_dpm():
+    net, _, _ = paper_networks()
     x = torch.zeros(2, 3, 64, 64, device='meta')
     t = torch.zeros(2, dtype=torch.long, device='meta')
     counter = CompileCounterWithBackend('eager')
@@ -117,17 +110,28 @@ def test_one_compilation_for_each_shape_of_the_papers_networks():
     assert counter.frame_count == len(set(running.plan.shapes)) == 24
     assert len(running.plan.blocks) == 28
 
+
+def test_pdae_adds_the_shapes_of_its_own_networks():
+    "The frozen DPM has as many shapes as a trained one, and they are others."
+    net, G, enc = paper_networks()
+    trained = set(plan_of(dict(net=net)).shapes)
     net.requires_grad_(False).eval()
-    pair = EpsAndScore(DPM(net, Schedule.linear(), (3, 64, 64)), G)
+    frozen = set(plan_of(dict(net=net)).shapes)
+    assert len(frozen) == len(trained) == 24
+    assert not frozen & trained
+    assert len(set(plan_of(dict(base=net, G=G)).shapes)) == 24 + 15
+    assert len(set(plan_of(dict(base=net, G=G, enc=enc)).shapes)) == 24 + 15 + 1  # an attention
+
+
+def test_one_compilation_for_each_shape_of_pdae():
+    parts = parts_of_pdae().to(memory_format=torch.contiguous_format)
+    x = torch.zeros(2, 1, 16, 16)
+    t = torch.tensor([1, 500])
     counter = CompileCounterWithBackend('eager')
-    with compiled_blocks(dict(enc=enc, G=G, base=net), backend=counter) as running:
+    with compiled_blocks(dict(parts.items()), backend=counter) as running:
         for _ in range(2):
-            eps, score = pair(x, t, enc(x))
-            (eps + score).square().mean().backward()
-    of_G = set(plan_of(dict(G=G)).shapes)
-    assert len(of_G) == 15
-    assert counter.frame_count == 24 + 15 + 1  # the frozen DPM, G, and the encoder's attention
-    assert counter.frame_count == len(set(running.plan.shapes))
+            pdae_gradients(parts, x, t)
+    assert counter.frame_count == len(set(running.plan.shapes)) == 3 + 3 + 2  # base, G, encoder
 
 
 def test_networks_of_the_package_and_their_blocks():
@@ -299,26 +303,35 @@ def test_hooks_of_a_block_are_called():
 # The same numbers
 
 
+def assert_checkpoints_equal(block, *inputs):
+    "The first call of a block is one that is computed again in the backward pass."
+
+    def recomputed(*inputs):
+        return checkpoint(block, *inputs, use_reentrant=False)
+
+    results = []
+    for call in (recomputed, block):
+        torch.manual_seed(3)
+        block.zero_grad()
+        y = call(*inputs)
+        y.square().mean().backward()
+        results.append([y.detach(), *(p.grad for p in block.parameters())])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize('arithmetic', [None, BF16], ids=['float32', 'bf16'])
 def test_checkpoints_recompute_compiled_blocks(arithmetic):
     "Also with dropout: the second pass draws the same random numbers."
     net = tiny(drop=0.3)
-    block = net.down.blocks[0]
     x, t = images()
     with computing_in([net], arithmetic):
         h = net.down.stem(x).to(net.dtype_at(t)).detach()
         e = net.embed(t).detach()
     counter = CompileCounterWithBackend('aot_eager')
     with compiled_blocks(dict(net=net), backend=counter):
-        torch.manual_seed(3)
-        expected = gradients(block, h, e)
-        torch.manual_seed(3)
-        block.zero_grad()
-        y = checkpoint(block, h, e, use_reentrant=False)
-        y.square().mean().backward()
+        assert_checkpoints_equal(net.down.blocks[0], h, e)
     assert counter.frame_count == 1
-    for a, b in zip([y, *(p.grad for p in block.parameters())], expected, strict=True):
-        assert torch.equal(a, b)
 
 
 def test_scorevae_trains_with_a_compiled_base():
@@ -343,9 +356,9 @@ def test_scorevae_trains_with_a_compiled_base():
 
 def parts_of_pdae():
     "A frozen DPM, a gradient estimator and an encoder in the layout of a training."
-    net = tiny(size=16, mult=(1, 2)).requires_grad_(False).eval()
+    net = tiny(size=16).requires_grad_(False).eval()
     G = filled(GradientEstimator.on(net, z_dim=4))
-    enc = SemanticEncoder(c=1, ch=8, mult=(1, 2), size=16, z_dim=4, n_res=1)
+    enc = SemanticEncoder(c=1, ch=8, mult=(1,), size=16, z_dim=4, n_res=1)
     for network in (net, G, enc):
         network.to(memory_format=torch.channels_last)
     return nn.ModuleDict(dict(base=net, G=G, enc=enc))
@@ -364,7 +377,7 @@ def pdae_gradients(parts, x, t):
 
 @pytest.mark.slow
 def test_inductors_numbers_are_those_of_eager():
-    "Of a DPM's Down and Up, and in PDAE's case of frozen features in the channels_last layout."
+    "For PDAE: an encoder, and G on frozen features, in the channels_last layout."
     parts = parts_of_pdae()
     torch.manual_seed(4)
     x = torch.randn(4, 1, 16, 16).to(memory_format=torch.channels_last)
@@ -373,13 +386,15 @@ def test_inductors_numbers_are_those_of_eager():
         exact = pdae_gradients(parts, x, t)
     expected = pdae_gradients(parts, x, t)
     eager_error = [(a - b).norm() / b.norm() for a, b in zip(exact, expected, strict=True)]
-    with compiled_blocks(dict(parts.items()), batch=4) as running:
+    with compiled_blocks(dict(G=parts.G, enc=parts.enc), batch=4) as running:
+        shapes = len(set(running.plan.shapes))
         got = pdae_gradients(parts, x, t)
-        assert running.spent.graphs == len(set(running.plan.shapes))
+        assert running.spent.graphs == shapes
         with computing_in(parts.values(), BF16):
             rounded = pdae_gradients(parts, x, t)
-        assert running.spent.graphs == 2 * len(set(running.plan.shapes))
+        assert running.spent.graphs == 2 * shapes
         assert running.spent.seconds > 0
+        assert_checkpoints_equal(parts.enc.body[1], torch.randn(4, 8, 16, 16))
     assert_near(got, expected, 1e-5)
     for a, b, error in zip(rounded, expected, eager_error, strict=True):
         assert (a - b).norm() / b.norm() <= max(0.01, 1.5 * error)
@@ -418,11 +433,16 @@ def kept(log, spent=COMPILED):
     return running
 
 
+def kept_code() -> list[bytes]:
+    "The code in each stored file."
+    paths = artifacts_dir('cpu').glob('*.zip')
+    return [zipfile.ZipFile(path).read('artifacts') for path in paths]
+
+
 def test_kept_code_is_loaded_once(monkeypatch):
     compiler = Compiler(monkeypatch)
     kept(pytest.fail)
-    (path,) = artifacts_dir('cpu').glob('*.bin')
-    assert path.read_bytes() == b'code'
+    assert kept_code() == [b'code']
     assert load_artifacts('cpu', pytest.fail) == 0, 'it comes from this process'
     compiling._LOADED.clear()
     assert load_artifacts('cpu', pytest.fail) == 1
@@ -430,26 +450,39 @@ def test_kept_code_is_loaded_once(monkeypatch):
     assert compiler.loaded == [b'code']
 
 
+def test_libraries_are_put_where_the_compiler_looks(monkeypatch, tmp_path):
+    monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path / 'cache'))
+    Compiler(monkeypatch)
+    libraries = {'ab/kernel.main.so': b'library', '../outside.so': b'no', 'ab/text.txt': b'no'}
+    monkeypatch.setattr(compiling, '_libraries', lambda: libraries)
+    kept(pytest.fail)
+    compiling._LOADED.clear()
+    assert load_artifacts('cpu', pytest.fail) == 1
+    assert (tmp_path / 'cache/ab/kernel.main.so').read_bytes() == b'library'
+    assert [path.name for path in tmp_path.rglob('*.so')] == ['kernel.main.so']
+    assert list(tmp_path.rglob('*.txt')) == []
+
+
 def test_damaged_files_are_deleted_with_a_message(monkeypatch):
     compiler = Compiler(monkeypatch)
     kept(pytest.fail)
-    (path,) = artifacts_dir('cpu').glob('*.bin')
-    path.write_bytes(b'cod')
-    path.with_name('foreign.bin').write_bytes(b'virus')
+    (path,) = artifacts_dir('cpu').glob('*.zip')
+    path.write_bytes(path.read_bytes()[:-1])
+    path.with_name('foreign.zip').write_bytes(b'virus')
     compiling._LOADED.clear()
     lines = []
     assert load_artifacts('cpu', lines.append) == 0
     assert compiler.loaded == []
     assert len(lines) == 2
     assert all('deleted and compiled again' in line for line in lines)
-    assert list(artifacts_dir('cpu').glob('*.bin')) == []
+    assert kept_code() == []
     kept(pytest.fail)
-    assert path.read_bytes() == b'code'
+    assert kept_code() == [b'code']
 
 
-def test_bytes_that_pytorch_does_not_accept():
-    data = b'no compiled code'
-    path = artifacts_dir('cpu') / f'{hashlib.sha256(data).hexdigest()}.bin'
+@pytest.mark.parametrize('data', [b'no archive', compiling._pack(b'no compiled code', {})])
+def test_a_file_that_pytorch_does_not_accept(data):
+    path = artifacts_dir('cpu') / f'{hashlib.sha256(data).hexdigest()}.zip'
     path.parent.mkdir(parents=True)
     path.write_bytes(data)
     lines = []
@@ -470,13 +503,14 @@ def test_a_folder_that_cannot_be_written(monkeypatch, tmp_path):
 
 def test_old_files_are_deleted(monkeypatch):
     compiler = Compiler(monkeypatch)
-    monkeypatch.setattr(compiling, 'MOST_BYTES', 10)
-    for i, code in enumerate([b'first', b'second', b'third']):
-        compiler.code = code
-        kept(pytest.fail)
-        path = artifacts_dir('cpu') / f'{hashlib.sha256(code).hexdigest()}.bin'
-        os.utime(path, (i, i))
-    assert [path.read_bytes() for path in artifacts_dir('cpu').glob('*.bin')] == [b'third']
+    kept(pytest.fail)
+    compiler.code = b'second'
+    kept(pytest.fail)
+    assert sorted(kept_code()) == [b'code', b'second']
+    monkeypatch.setattr(compiling, 'MOST_BYTES', 1)
+    compiler.code = b'third'
+    kept(pytest.fail)
+    assert kept_code() == [b'third']
     assert len(Measured.read('cpu').shapes) == 1
 
 
@@ -511,7 +545,7 @@ def test_expected_seconds_follow_the_measurement(monkeypatch):
     assert expected_seconds(networks, 'cpu', batch=4) == pytest.approx(3 * 2)
     kept(pytest.fail, Compilations(8, 3, 1e6))
     assert expected_seconds(networks, 'cpu', batch=5) == pytest.approx(3 * 5), 'of two kinds'
-    for path in artifacts_dir('cpu').glob('*.bin'):
+    for path in artifacts_dir('cpu').glob('*.zip'):
         path.unlink()
     assert expected_seconds(networks, 'cpu', batch=4) == pytest.approx(3 * 5)
     assert expected_seconds(dict(other=nn.Linear(2, 2)), 'cpu') == math.inf
@@ -528,12 +562,13 @@ def test_a_damaged_measurement_is_ignored(text):
 FIRST_STEP = """
 import json, torch
 from pdae_nb.compiling import compiled_blocks, expected_seconds
-from pdae_nb.unet import UNet
+from pdae_nb.methods.latent import MLPSkipNet
 torch.manual_seed(0)
-net = UNet(c=1, size=8, ch=8, mult=(1,), n_res=1)
-before = expected_seconds(dict(net=net), 'cpu', batch=2)
-with compiled_blocks(dict(net=net), batch=2) as running:
-    net(torch.randn(2, 1, 8, 8), torch.tensor([1, 500])).square().mean().backward()
+networks = dict(net=MLPSkipNet(d=4, hidden=8, layers=3))
+before = expected_seconds(networks, 'cpu', batch=2)
+with compiled_blocks(networks, batch=2) as running:
+    loss = networks['net'](torch.randn(2, 4), torch.tensor([1, 500])).square().mean()
+    loss.backward()
 inductor = torch._dynamo.utils.counters['inductor']
 misses = inductor['fxgraph_cache_miss']
 print(json.dumps([*running.spent[:2], misses, inductor['fxgraph_cache_hit'], before]))
@@ -542,17 +577,17 @@ print(json.dumps([*running.spent[:2], misses, inductor['fxgraph_cache_hit'], bef
 
 @pytest.mark.slow
 def test_a_second_process_compiles_nothing(tmp_path):
-    "The inductor's own cache is empty in both processes."
+    "Each process has an empty folder of the inductor. The second one has no C++ compiler."
     results = []
-    for name in ('first', 'second'):
-        env = os.environ | dict(TORCHINDUCTOR_CACHE_DIR=str(tmp_path / name))
+    for name, env in dict(first={}, second=dict(CXX='/no/compiler')).items():
+        env = os.environ | env | dict(TORCHINDUCTOR_CACHE_DIR=str(tmp_path / name))
         run = subprocess.run(
             [sys.executable, '-c', FIRST_STEP], capture_output=True, text=True, env=env
         )
         assert run.returncode == 0, run.stderr
         results.append(json.loads(run.stdout))
     (graphs, loaded, misses, hits, before), second = results
-    assert (graphs, loaded, hits) == (3, 0, 0)
-    assert misses == 6  # a forward and a backward pass of each shape
-    assert second[:4] == [3, 3, 0, 6]
+    assert (graphs, loaded, hits) == (2, 0, 0)
+    assert misses == 4  # a forward and a backward pass of each shape
+    assert second[:4] == [2, 2, 0, 4]
     assert second[4] < before
