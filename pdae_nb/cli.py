@@ -172,7 +172,7 @@ def cmd_train(
     predicts: str = None,  # eps or v: output of the network, instead of the recipe's or --init's
     seed: int = 0,  # seed of the initial weights, the order of the images, the timesteps and noise
     device: str = None,  # cpu, cuda or mps (Apple); otherwise the CUDA GPU, if there is one
-    compile: bool = False,  # compile the networks with torch.compile
+    compile: str = 'auto',  # compile residual blocks: auto (on a GPU, if it pays), on or off
     precision: str = 'auto',  # auto: bf16 if the device has bf16 arithmetic; bf16; float32
     accumulate: int = 1,  # parts of a batch, one after the other: less memory, the same step
     # compute the activations of residual blocks again in the backward pass: less memory, more time

@@ -102,6 +102,7 @@ from .training import (
     Recipe,
     _check_same,
     add_result,
+    check_compile,
     check_parts,
     seeded,
     train_model,
@@ -775,6 +776,7 @@ def train(
     recipe = _named_parent(recipe, init)
     with joined(options.get('device')):
         check_parts(recipe.batch, options.get('accumulate', 1))
+        check_compile(options.get('compile', 'auto'))
         return _train(name, recipe, out, predicts, build, **options)
 
 

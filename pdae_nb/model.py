@@ -361,7 +361,7 @@ class Model(nn.Module):
 
     def networks(self) -> list[nn.Module]:
         "The networks of this model, of its base, of the base's base, …"
-        return [network for model in self._chain() for network in model.children()]
+        return [*self.named_networks().values()]
 
     @property
     def exact_above(self) -> int | None:
@@ -383,11 +383,13 @@ class Model(nn.Module):
                 stack.enter_context(computing_in(model.children(), arithmetic))
             yield
 
-    def compile_networks(self) -> None:
-        "Apply `torch.compile` to the networks that are differentiated once."
-        for network in self.children():
-            if not getattr(network, 'twice', False):
-                network.compile()
+    def named_networks(self) -> dict[str, nn.Module]:
+        "The networks of `networks`, by their names: net, base.net, …"
+        networks = {}
+        for depth, model in enumerate(self._chain()):
+            for name, network in model.named_children():
+                networks['base.' * depth + name] = network
+        return networks
 
     def __repr__(self) -> str:
         "At most ten lines: class, networks, base, data and results."

@@ -19,6 +19,7 @@ __all__ = [
     'versions',
     'memory_layout',
     'add_result',
+    'check_compile',
     'train_model',
     'check_parts',
 ]
@@ -45,6 +46,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .compiling import compiled_blocks, expected_seconds, pays
 from .data import Images, batches, to_signed
 from .denoise import Denoiser, denoising_loss
 from .files import (
@@ -673,6 +675,7 @@ class _Run:
     skipped: Tensor | int = 0  # steps that were not finite, counted on the device
     precision: str = 'auto'  # of the next steps: for `arithmetic_of`
     accumulate: int = 1  # parts of a batch, one after the other
+    is_compiled: bool | None = None  # whether blocks run compiled; None: not decided yet
     parent: str | None = None  # fingerprint of the model with whose weights it began
     used: list[str] = field(default_factory=list)  # dtypes of the steps that were done
     board: Board | None = None  # TensorBoard's copy of the log and the previews
@@ -773,6 +776,7 @@ def _load_newest(run, log):
     run.i = meta['i']
     run.seconds = meta['seconds']
     run.skipped = meta['skipped']
+    run.is_compiled = meta.get('compiled')
     log(f'going on at step {run.i} of {run.recipe.steps}')
     run.used = meta.get('precision', [])
     if run.used not in ([], [run.dtype]) and run.i < run.recipe.steps:
@@ -839,6 +843,7 @@ def _save(run):
         versions=versions(),
         precision=run.used,
         parent=run.parent,
+        compiled=run.is_compiled,
     )
     save_checkpoint(run.out / 'checkpoints', run.i, run.model, run.ema, run.opt, meta)
 
@@ -922,6 +927,61 @@ def add_result(
     write_card(model)
 
 
+# %% ../nbs/toolbox/training.ipynb #89fc8f7a
+def check_compile(
+    name: str,  # 'auto', 'on' or 'off'
+) -> None:
+    "Raise for an unknown name."
+    if name not in ('auto', 'on', 'off'):
+        raise ValueError(f'compile must be auto, on or off, got {name!r}')
+
+
+class _Compilation:
+    """Compiles the residual blocks of a training, if and when it was asked for.
+
+    'auto' decides after 20 steps, by the measured seconds per step. The decision is stored in the
+    checkpoints, so that a resumed run computes what an uninterrupted one does.
+    """
+
+    def __init__(self, run, name, log, stack):
+        self.run = run
+        self.log = log
+        self.stack = stack  # ends the compilation
+        self.networks = run.model.named_networks()
+        parts = processes().world * run.accumulate
+        self.batch = run.recipe.batch // parts  # images of one forward pass
+        self.seconds = []  # of the steps of this process
+        self.running = None
+        if name == 'on':
+            run.is_compiled = True
+        elif name == 'off' or run.model.device.type != 'cuda':
+            run.is_compiled = False
+        if run.is_compiled:
+            self._begin()
+
+    def _begin(self):
+        how = dict(batch=self.batch, log=self.log)
+        self.running = self.stack.enter_context(compiled_blocks(self.networks, **how))
+        self.log(f'compiling {self.running.plan}')
+
+    def add(self, step):
+        "Decide if it is time. Keep the compiled code every ten steps."
+        if step.i % READ_EVERY == 0 and self.running is not None:
+            self.running.keep()
+        if self.run.is_compiled is not None:
+            return
+        self.seconds.append(step.seconds)
+        if len(self.seconds) < 2 * READ_EVERY or step.i % READ_EVERY:
+            return
+        # The device was read after this step and ten steps before: these seconds are complete.
+        per_step = sum(self.seconds[-READ_EVERY:]) / READ_EVERY
+        left = per_step * (self.run.recipe.steps - step.i)
+        expected = expected_seconds(self.networks, self.run.model.device, self.batch)
+        self.run.is_compiled = from_first(pays(left, expected))
+        if self.run.is_compiled:
+            self._begin()
+
+
 # %% ../nbs/toolbox/training.ipynb #d2f3c326
 def _steps(run):
     "The remaining steps of a run, as `fit` yields them."
@@ -979,7 +1039,7 @@ def _explained(error, run):
     )
 
 
-def _train_all_steps(run, log, every, look):
+def _train_all_steps(run, log, every, look, compilation):
     "Do the steps. Write checkpoints every `every` steps, at the end, and when asked to stop."
     n = run.recipe.steps
     if 0 < run.i < n and run.i % every == 0:
@@ -991,6 +1051,7 @@ def _train_all_steps(run, log, every, look):
             for step in tqdm(_steps(run), run.out.name, n, initial=run.i, disable=hidden):
                 run.add(step)
                 log.add(step, run.skipped)
+                compilation.add(step)
                 is_to_stop = _is_to_stop(signals, run.i)
                 if is_to_stop:
                     break
@@ -1021,7 +1082,7 @@ def train_model(
     *,
     name: str | None = None,  # of the run; None: the name of the folder
     device=None,  # cpu, cuda or mps; None takes the CUDA GPU if there is one
-    compile: bool = False,  # torch.compile the networks that are differentiated once
+    compile: str = 'auto',  # compile residual blocks: 'auto' on a GPU, if it pays; 'on'; 'off'
     precision: str = 'auto',  # 'auto': bf16 if the device has bf16 arithmetic; 'bf16'; 'float32'
     every: int = 500,  # steps between checkpoints and previews
     log_every: int = 50,  # steps between log lines
@@ -1051,6 +1112,7 @@ def train_model(
         )
     arithmetic_of(precision, device)  # raises an error for an unknown name
     check_parts(recipe.batch, accumulate)
+    check_compile(compile)
     model.check_test(len(test))
     check_name(name or out.name)
     _check_folder(out)
@@ -1067,12 +1129,11 @@ def train_model(
             stack.callback(run.board.close)
         if checkpoint:
             stack.enter_context(checkpointing_blocks(list(model.children())))
-        if compile:
-            model.compile_networks()
         _cache_on_gpu(run)
+        compilation = _Compilation(run, compile, log, stack)
         T = None if model.sched is None else model.sched.T
         lines = _Log(out / 'log.jsonl', log_every, recipe.steps, T, log, run.board)
-        _train_all_steps(run, lines if is_first else _NoLog(), every, look)
+        _train_all_steps(run, lines if is_first else _NoLog(), every, look, compilation)
         _round(run)
         _store(run, name or out.name)
         if is_first:
