@@ -187,6 +187,6 @@ def test_a_process_without_a_gpu_of_its_own_is_refused(monkeypatch):
     for name, value in dict(RANK='1', WORLD_SIZE='2', LOCAL_RANK='1').items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
-    with pytest.raises(ValueError, match='process 1 of this machine needs a GPU of its own'):
-        with joined('cuda'):
-            pass
+    message = 'process 1 of this machine needs a GPU of its own'
+    with pytest.raises(ValueError, match=message), joined('cuda'):
+        pass

@@ -1,4 +1,4 @@
-"""A step does not read numbers from its device: on a GPU, the CPU would wait for all queued work."""
+"""A step reads no numbers from its device: on a GPU, the CPU would wait for all queued work."""
 
 import traceback
 from contextlib import contextmanager
