@@ -453,8 +453,11 @@ def batch_for(
     model: nn.Module,  # with `shape`, `networks`, `device`, and what `forward` uses
     most: int,  # images
     forward: Callable = encode_and_denoise,  # (model, images, labels) -> anything
-) -> int:  # a power of two or `most`
-    "Images of one forward pass, such that it needs at most half of the free memory."
+) -> int:  # a power of two or `most`; 1 if nothing fits
+    """Images of one forward pass, such that it needs at most half of the free memory.
+
+    Counts are kept for the same geometry and the same function `forward`.
+    """
     if model.device.type not in ('cpu', 'cuda', 'mps'):
         return most
     geometry = _geometry(model)
@@ -500,8 +503,8 @@ def _checkpointed_parts(networks):
     for network in networks:
         if any(getattr(module, 'twice', False) for module in network.modules()):
             raise ValueError(
-                f'{type(network).__name__} is differentiated twice (twice=True); '
-                'activation checkpointing is for networks that are differentiated once'
+                f'{type(network).__name__} is made to be differentiated twice (twice=True); '
+                'activation checkpointing needs networks that are differentiated once'
             )
     modules = (module for network in networks for module in network.modules())
     parts = [module for module in modules if hasattr(module, 'checkpointing')]

@@ -477,13 +477,22 @@ def test_blocks_are_called_as_modules_and_frozen_blocks_run_once(monkeypatch):
     calls = calls_of_blocks(model, monkeypatch)
     trained = {block: next(block.parameters()).requires_grad for block in calls}
     assert set(trained.values()) == {True, False}
+    checkpoints = []
+
+    def counted_checkpoint(*args, **kwargs):
+        checkpoints.append(args)
+        return checkpoint(*args, **kwargs)
+
+    monkeypatch.setattr(memory, 'checkpoint', counted_checkpoint)
     with checkpointing_blocks(model.networks()):
         losses_and_gradients(model)
         assert calls == {block: 1 + trained[block] for block in calls}
+        assert len(checkpoints) == sum(trained.values())
         calls.update(dict.fromkeys(calls, 0))
         model.encode(torch.zeros(2, *model.shape))
         model.decode(torch.zeros(2, 64), torch.zeros(2, *model.shape), steps=1)
     assert set(calls.values()) == {1}
+    assert len(checkpoints) == sum(trained.values())
 
 
 def test_blocks_of_the_encoder_of_diffae_run_twice(monkeypatch):
@@ -512,7 +521,7 @@ def test_the_setting_is_restored_and_is_not_stored():
 def test_networks_that_cannot_be_checkpointed_are_named():
     model = untrained('mnist_scorevae')
     with (
-        pytest.raises(ValueError, match='TimeEncoder is differentiated twice'),
+        pytest.raises(ValueError, match='TimeEncoder is made to be differentiated twice'),
         checkpointing_blocks(model.networks()),
     ):
         pass
