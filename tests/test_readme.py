@@ -72,9 +72,10 @@ def blocks(kind):
 
 
 def pdae_lines():
-    "The README's lines of shell code that begin with `pdae`, without comments."
+    "The README's lines of shell code that begin with `pdae` or `torchrun`, without comments."
     lines = '\n'.join(blocks('sh')).splitlines()
-    return [line.split('#')[0].strip() for line in lines if line.startswith('pdae ')]
+    programs = ('pdae ', 'torchrun ')
+    return [line.split('#')[0].strip() for line in lines if line.startswith(programs)]
 
 
 # Code
@@ -130,8 +131,8 @@ def place(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize('line', pdae_lines())
 def test_shell_lines_run(line, place, data):
-    program = str(Path(sys.executable).with_name('pdae'))
-    command = [program, *line.split()[1:]]
+    name, *words = line.split()
+    command = [str(Path(sys.executable).with_name(name)), *words]
     done = subprocess.run(command, cwd=place, env=ENV | data, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
