@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import test_model as models
 
 from pdae_nb.data import Images, batches, load_images
+from pdae_nb.evaluation import reconstruction_table
 from pdae_nb.hub import load, train
 from pdae_nb.methods.dpm import DPM
 from pdae_nb.methods.latent import LatentDPM, MLPSkipNet, ZStats, encode_all
@@ -158,7 +159,33 @@ def job_share(folder):
             samples=pdae.sample_codes(codes[:20], steps=2, bs=8),
             of_dpm=load('mnist_dpm').sample(20, steps=2, bs=8),
             result=torch.tensor(pdae.base.test_result(x0, None).test_noise_mse),
+            **table_of_errors(pdae, x0[:5], test.y[:5], folder),
         )
+
+
+def table_of_errors(model, x0, y, folder):
+    "All numbers of a small table of reconstruction errors, whose sums are kept in a file."
+    table = reconstruction_table(
+        model,
+        x0,
+        y,
+        load('mnist_eval_classifier'),
+        Path(folder) / 'sums.json',
+        steps=(2, 3),
+        chunk=3,
+        log=no_log,
+        ways=('random, DDIM', 'inferred, DDIM'),
+    )
+    numbers = {}
+    for row, metrics in table.items():
+        assert metrics.pop('n') == 5
+        for metric, (mean, se) in metrics.items():
+            numbers[f'{row} {metric}'] = torch.tensor([mean, se])
+    return numbers
+
+
+def no_log(message):
+    "A log function that drops its message."
 
 
 def job_latent(folder):

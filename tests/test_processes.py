@@ -154,6 +154,9 @@ def test_shared_work_gives_the_images_of_one_process(tmp_path, monkeypatch):
         folder.mkdir()
         monkeypatch.setitem(ENVIRONMENT, 'PDAE_NB_CACHE', str(folder / 'cache'))
         results[world] = result_of(world, folder, 'share')
+        sums = json.loads((folder / 'sums.json').read_text())
+        assert {row['n'] for row in sums['rows'].values()} == {5}
+    assert len(results[1]) > 5
     assert_same(results[3], results[1])
 
 
