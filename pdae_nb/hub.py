@@ -798,6 +798,8 @@ def _train(name, recipe, out, predicts, build, **options):
     if recipe.init is not None:
         parent = parent or _load_parent(recipe, out, build)
         _check_parent(parent, recipe, images, below)
+    if below is not None:  # it encodes the images for a latent DPM
+        below.to(options.get('device') or ('cuda' if torch.cuda.is_available() else 'cpu'))
     with shared(), seeded(recipe.seed, torch.device('cpu')):
         model = _build_model(recipe, images, below, build)
     if parent is not None:
