@@ -30,52 +30,35 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
-from .decode import Header, bits_of, note, read_header, read_image, shown, square
+from .decode import Decoder, Header, bits_of, note, read_header, shown
 from .files import _lock, leftovers, read_tensors, write_tensors
 from .readers import Source
+from .workers import each_image, worker_count
 
 # %% ../nbs/toolbox/cache.ipynb #cach0006
-_CHUNK_BYTES = 2**26  # of image files that are decoded together
-_CHUNK_ROWS = 256
+_FEWEST_DECODED = 500  # images, for which workers are started
+_FEWEST_OPENED = 2000
+_LARGE_SET = 2**26  # bytes of image files, for which workers are started
 
 
-def _chunks(rows):
-    "Lists of rows whose images take little memory together."
-    chunk = []
-    size = 0
-    for row in rows:
-        chunk.append(row)
-        size += len(row.image) if isinstance(row.image, bytes) else 0
-        if len(chunk) == _CHUNK_ROWS or size > _CHUNK_BYTES:
-            yield chunk
-            chunk = []
-            size = 0
-    if chunk:
-        yield chunk
-
-
-def _on_row(f, row):
-    "f(image) for the image of a row. An error states where the image is from."
-    try:
-        return f(row.image)
-    except Exception as e:
-        raise ValueError(
-            f'{row.where}: not a readable image ({type(e).__name__}: {e}); repair or remove it'
-        ) from e
-
-
-def _map(f, rows):
-    "f(image) for all rows, several at a time, in their order: lists of results."
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        for chunk in _chunks(rows):
-            yield list(pool.map(lambda row: _on_row(f, row), chunk))
+def _map(f, rows, n, *, where, doing, workers, result_bytes=0):
+    "Lists of f(image) for all rows, in their order. A terminal shows a progress bar."
+    options = dict(n=n, where=where, workers=workers, result_bytes=result_bytes)
+    with (
+        tqdm(total=n, desc=doing, unit=' images', leave=False, disable=None) as bar,
+        closing(each_image(f, rows, **options)) as chunks,
+    ):
+        for results in chunks:
+            yield results
+            bar.update(len(results))
 
 
 def survey(
@@ -108,10 +91,14 @@ def stamp_of(
 
 def _survey(source):
     splits = list(source.sizes) if source.has_splits else list(source.sizes)[:1]
+    n = sum(source.sizes[split] for split in splits)
+    workers = worker_count() if n >= _FEWEST_OPENED else 0
+    rows = chain.from_iterable(source.rows(split) for split in splits)
+    options = dict(where=source.where, doing='open images', workers=workers)
     grey = True
     top = 0
-    for split in splits:
-        for headers in _map(read_header, source.rows(split)):
+    with closing(_map(read_header, rows, n, **options)) as chunks:
+        for headers in chunks:
             grey = grey and all(header.grey for header in headers)
             top = max(top, *(header.top for header in headers))
     return Header(grey, top)
@@ -151,18 +138,30 @@ def plan(
     bits = bits_of(common.top) if common.top else None
     remarks = Counter()
 
-    def decode(image):
-        picture = read_image(image, bits)
-        return square(picture.image, size, channels, crop), picture.remarks
+    decoder = Decoder(size, channels, crop, bits)
+    shape = (source.sizes[split], channels, size, size)
 
     def pixels():
-        for chunk in _map(decode, source.rows(split)):
-            for _, about in chunk:
-                remarks.update(_general(remark) for remark in about)
-            yield np.stack([image for image, _ in chunk])
+        options = dict(
+            where=source.where,
+            doing=f'decode {split}',
+            workers=worker_count() if _is_much(source, split) else 0,
+            result_bytes=math.prod(shape[1:]),
+        )
+        with closing(_map(decoder, source.rows(split), shape[0], **options)) as chunks:
+            for chunk in chunks:
+                for image in chunk:
+                    remarks.update(_general(remark) for remark in image.remarks)
+                yield np.stack([image.pixels for image in chunk])
 
-    shape = (source.sizes[split], channels, size, size)
     return Plan(shape, labels.of_split[split], labels.classes, labels.notes, pixels(), remarks)
+
+
+def _is_much(source, split):
+    "Whether decoding takes long, so that the start of workers pays."
+    if source.sizes[split] >= _FEWEST_DECODED:
+        return True
+    return sum(file.stat().st_size for file in source.files) >= _LARGE_SET
 
 
 def _general(remark):
@@ -264,11 +263,12 @@ def _write_body(file, planned):
     n = planned.shape[0]
     done = 0
     crc = 0
-    for chunk in planned.pixels:
-        part = _bytes_of(chunk)
-        crc = zlib.crc32(part, crc)
-        file.write(part)
-        done += len(chunk)
+    with closing(planned.pixels) as chunks:
+        for chunk in chunks:
+            part = _bytes_of(chunk)
+            crc = zlib.crc32(part, crc)
+            file.write(part)
+            done += len(chunk)
     if done != n:
         raise ValueError(f'expected {n} images, {done} were decoded')
     y_shape = None
@@ -306,9 +306,10 @@ def _in_memory(planned):
     "Decode a plan into memory."
     x = np.empty(planned.shape, np.uint8)
     done = 0
-    for chunk in planned.pixels:
-        x[done : done + len(chunk)] = chunk
-        done += len(chunk)
+    with closing(planned.pixels) as chunks:
+        for chunk in chunks:
+            x[done : done + len(chunk)] = chunk
+            done += len(chunk)
     if done != len(x):
         raise ValueError(f'expected {len(x)} images, {done} were decoded')
     return Stored(x, planned.y, planned.classes, planned.all_notes())
