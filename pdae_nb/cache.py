@@ -19,6 +19,7 @@ __all__ = [
 
 # %% ../nbs/toolbox/cache.ipynb #cach0003
 import errno
+import hashlib
 import json
 import math
 import mmap
@@ -45,7 +46,7 @@ from .workers import each_image, worker_count
 
 # %% ../nbs/toolbox/cache.ipynb #cach0006
 _FEWEST_DECODED = 500  # images, for which workers are started
-_FEWEST_OPENED = 2000
+_FEWEST_OPENED = 5000
 _LARGE_SET = 2**26  # bytes of image files, for which workers are started
 
 
@@ -68,8 +69,9 @@ def survey(
 
     A data set whose files have not changed is opened once in a process.
     """
-    key = stamp_of(source)
-    if not key or key not in _surveys:
+    stamp = stamp_of(source)
+    key = hashlib.sha256(repr(stamp).encode()).digest()  # a stamp has 200 bytes for each image
+    if not stamp or key not in _surveys:
         _surveys[key] = _survey(source)
     return _surveys[key]
 
@@ -183,6 +185,7 @@ class Stored(NamedTuple):
 
 _END = 16  # bytes at the end of a file, which hold the length of its description
 _MOST_ABOUT = 2**26  # bytes of the description
+_BLOCK = 2**16  # bytes that are read at once for the checksum
 
 
 def _about_bytes(about, crc):
@@ -206,6 +209,20 @@ def _read_about(file, size):
     return json.loads(file.read(length)), size - _END - length
 
 
+def _crc_of(file, n_bytes):
+    "The CRC-32 of the first bytes of an opened file. It is read in blocks and not mapped."
+    file.seek(0)
+    block = memoryview(bytearray(_BLOCK))
+    crc = 0
+    while n_bytes:
+        n = file.readinto(block[: min(_BLOCK, n_bytes)])
+        if not n:
+            raise ValueError(f'it ends {n_bytes:,} bytes too early')
+        crc = zlib.crc32(block[:n], crc)
+        n_bytes -= n
+    return crc
+
+
 def read_stored(
     path: Path,  # a cache file
 ) -> Stored:  # the pixels are memory-mapped; writing on them does not change the file
@@ -218,10 +235,10 @@ def read_stored(
         n_y = 0 if y_shape is None else math.prod(y_shape)
         if n_bytes != n_x + 8 * n_y:
             raise ValueError(f'it has {n_bytes:,} bytes of pixels, expected {n_x + 8 * n_y:,}')
+        found = _crc_of(file, n_bytes)
+        if _about_bytes(about, found) != file.read():
+            raise ValueError(f'its checksum {crc} does not fit what it holds')
         memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    found = zlib.crc32(memoryview(memory)[:n_bytes])
-    if _about_bytes(about, found) != bytes(memory[n_bytes:]):
-        raise ValueError(f'its checksum {crc} does not fit what it holds')
     x = np.frombuffer(memory, np.uint8, n_x).reshape(about['shape'])
     y = None
     if y_shape is not None:
