@@ -26,6 +26,7 @@ import mmap
 import os
 import re
 import shutil
+import sys
 import tempfile
 import time
 import zlib
@@ -53,8 +54,9 @@ _LARGE_SET = 2**26  # bytes of image files, for which workers are started
 def _map(f, rows, n, *, where, doing, workers, result_bytes=0):
     "Lists of f(image) for all rows, in their order. A terminal shows a progress bar."
     options = dict(n=n, where=where, workers=workers, result_bytes=result_bytes)
+    hidden = None if sys.stderr else True  # None: hidden unless it is a terminal
     with (
-        tqdm(total=n, desc=doing, unit=' images', leave=False, disable=None) as bar,
+        tqdm(total=n, desc=doing, unit=' images', leave=False, disable=hidden) as bar,
         closing(each_image(f, rows, **options)) as chunks,
     ):
         for results in chunks:

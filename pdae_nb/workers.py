@@ -150,7 +150,8 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, **_ONE_THREAD},
-            start_new_session=True,
+            start_new_session=True,  # on Windows, a console of its own does the same
+            creationflags=getattr(subprocess, 'CREATE_NO_WINDOW', 0),
         )
         self.f = f
 

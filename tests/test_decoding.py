@@ -429,6 +429,17 @@ def test_a_notebook_loads_images(tmp_path):
 
 
 @needs_posix
+def test_a_program_without_standard_streams_loads_images(tmp_path):
+    write_links(tmp_path / 'mine', 600)
+    script = tmp_path / 'script.py'
+    write = "\nopen('result', 'w').write(f'{len(images)} {len(pids)}')\n"
+    script.write_text(COUNTED + LOAD.replace('print', 'max') + write, encoding='utf-8')
+    command = [sys.executable, '-W', 'ignore', str(script)]
+    subprocess.run(['sh', '-c', '"$@" <&- >&- 2>&-', 'sh', *command], timeout=300)
+    assert Path('result').read_text(encoding='utf-8') == '600 2'
+
+
+@needs_posix
 def test_a_terminal_shows_a_progress_bar(tmp_path):
     write_links(tmp_path / 'mine', 600)
     termios = pytest.importorskip('termios')
