@@ -46,9 +46,9 @@ from .readers import Source
 from .workers import each_image, worker_count
 
 # %% ../nbs/toolbox/cache.ipynb #cach0006
-_FEWEST_DECODED = 500  # images, for which workers are started
-_FEWEST_OPENED = 5000
-_LARGE_SET = 2**26  # bytes of image files, for which workers are started
+_FEWEST_OPENED = 5000  # images: to open so many, workers are started
+_FEWEST_DECODED = 500  # images: to decode so many, workers are started
+_LARGE_SET = 2**26  # bytes of image files: to decode them, workers are started
 
 
 def _map(f, rows, n, *, where, doing, workers, result_bytes=0):

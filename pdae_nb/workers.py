@@ -237,13 +237,12 @@ def _in_workers(chunks, workers, where):
             idle.put(worker)
 
     waiting = deque()
-    n_bytes = 0
+    most = 2 * len(workers)
+    n_bytes = 0  # of the chunks that wait
     threads = ThreadPoolExecutor(len(workers))
     try:
         for chunk in chunks:
-            while len(waiting) == 2 * len(workers) or n_bytes + chunk.n_bytes > _BYTES_IN_WORK:
-                if not waiting:
-                    break
+            while waiting and (len(waiting) == most or n_bytes + chunk.n_bytes > _BYTES_IN_WORK):
                 first, answers = waiting.popleft()
                 yield first, answers.result()
                 n_bytes -= first.n_bytes
@@ -259,7 +258,7 @@ def _in_workers(chunks, workers, where):
 
 
 def each_image(
-    f: Callable,  # of a path, bytes or an opened PIL image; it is pickled, and imports no torch
+    f: Callable,  # of a path, bytes or an opened PIL image; from a module without torch, picklable
     rows: Iterable[Row],  # images of a data set
     *,
     n: int,  # their number
