@@ -46,18 +46,16 @@ from .readers import Source
 from .workers import each_image, worker_count
 
 # %% ../nbs/toolbox/cache.ipynb #cach0006
-_FEWEST_OPENED = 5000  # images: to open so many, workers are started
-_FEWEST_DECODED = 500  # images: to decode so many, workers are started
-_LARGE_SET = 2**26  # bytes of image files: to decode them, workers are started
+_SECONDS_ALONE = 0.5  # in which no workers are started
 
 
-def _map(f, rows, n, *, where, doing, workers, result_bytes=0):
+def _map(f, rows, n, *, where, doing, result_bytes=0):
     "Lists of f(image) for all rows, in their order. A terminal shows a progress bar."
-    options = dict(n=n, where=where, workers=workers, result_bytes=result_bytes)
+    options = dict(n=n, where=where, workers=worker_count(), result_bytes=result_bytes)
     hidden = None if sys.stderr else True  # None: hidden unless it is a terminal
     with (
         tqdm(total=n, desc=doing, unit=' images', leave=False, disable=hidden) as bar,
-        closing(each_image(f, rows, **options)) as chunks,
+        closing(each_image(f, rows, **options, seconds_alone=_SECONDS_ALONE)) as chunks,
     ):
         for results in chunks:
             yield results
@@ -96,12 +94,11 @@ def stamp_of(
 def _survey(source):
     splits = list(source.sizes) if source.has_splits else list(source.sizes)[:1]
     n = sum(source.sizes[split] for split in splits)
-    workers = worker_count() if n >= _FEWEST_OPENED else 0
     rows = chain.from_iterable(source.rows(split) for split in splits)
-    options = dict(where=source.where, doing='open images', workers=workers)
     grey = True
     top = 0
-    with closing(_map(read_header, rows, n, **options)) as chunks:
+    headers_of = _map(read_header, rows, n, where=source.where, doing='open images')
+    with closing(headers_of) as chunks:
         for headers in chunks:
             grey = grey and all(header.grey for header in headers)
             top = max(top, *(header.top for header in headers))
@@ -149,7 +146,6 @@ def plan(
         options = dict(
             where=source.where,
             doing=f'decode {split}',
-            workers=worker_count() if _is_much(source, split) else 0,
             result_bytes=math.prod(shape[1:]),
         )
         with closing(_map(decoder, source.rows(split), shape[0], **options)) as chunks:
@@ -159,13 +155,6 @@ def plan(
                 yield np.stack([image.pixels for image in chunk])
 
     return Plan(shape, labels.of_split[split], labels.classes, labels.notes, pixels(), remarks)
-
-
-def _is_much(source, split):
-    "Whether decoding takes long, so that the start of workers pays."
-    if source.sizes[split] >= _FEWEST_DECODED:
-        return True
-    return sum(file.stat().st_size for file in source.files) >= _LARGE_SET
 
 
 def _general(remark):

@@ -6,12 +6,14 @@
 __all__ = ['MOST_WORKERS', 'usable_cores', 'worker_count', 'each_image']
 
 # %% ../nbs/toolbox/workers.ipynb #a31f6bca
+import math
 import os
 import pickle
 import queue
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -40,6 +42,7 @@ def worker_count() -> int:
 
 
 # %% ../nbs/toolbox/workers.ipynb #792feb58
+_FEW_ROWS = 8  # of a chunk that the caller decodes
 _CHUNK_ROWS = 64
 _CHUNK_BYTES = 2**22  # of image files and results of a chunk
 _BYTES_IN_WORK = 2**27  # of image files and results of all chunks that workers have
@@ -115,7 +118,15 @@ def _received(f, row, answer):
 # %% ../nbs/toolbox/workers.ipynb #562ffc98
 # A process that shares nothing but two pipes: `fork` can deadlock after threads of PyTorch, and
 # `spawn` and `forkserver` run a script without a `__main__` guard again.
-_SCRIPT = 'import sys; sys.path[:] = {path!a}; from pdae_nb.workers import _work; _work()'
+_SCRIPT = """
+import importlib, sys
+try:
+    sys.path[:] = {path!a}
+    workers = importlib.import_module('pdae_nb.workers')
+except Exception:
+    sys.exit(1)  # without workers, the caller decodes the images
+workers._work()
+"""
 _READY = b'ready\n'
 _ONE_THREAD = dict.fromkeys(('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS'), '1')
 
@@ -136,7 +147,7 @@ def _work():
             images = pickle.load(sys.stdin.buffer)
             pickle.dump([_attempt(f, image) for image in images], answers, protocol=5)
             answers.flush()
-    except (EOFError, BrokenPipeError, pickle.UnpicklingError):
+    except (EOFError, OSError, pickle.UnpicklingError):
         os._exit(0)  # the caller has ended, or wants no more
 
 
@@ -257,6 +268,15 @@ def _in_workers(chunks, workers, where):
         threads.shutdown()
 
 
+def _alone(f, chunks, end=math.inf):
+    "Results of chunks that the caller decodes, until a time of the monotonic clock."
+    while time.monotonic() < end:
+        chunk = next(chunks, None)
+        if chunk is None:
+            return
+        yield [_received(f, row, None) for row in chunk.rows]
+
+
 def each_image(
     f: Callable,  # of a path, bytes or an opened PIL image; from a module without torch, picklable
     rows: Iterable[Row],  # images of a data set
@@ -265,19 +285,27 @@ def each_image(
     where: str,  # the data set; errors begin with it
     workers: int,  # number of workers; 0: the caller decodes the images
     result_bytes: int = 0,  # bytes of a result, about
+    seconds_alone: float = 0.0,  # after which the workers are started
 ) -> Iterator[list]:  # results of the images, in their order
-    """Apply a function to images, in several processes.
+    """Apply a function to images: a short time in the caller, and then in several processes.
 
     A damaged image raises ValueError. If a worker was killed, ChildProcessError is raised.
     """
+    rows = iter(rows)
+    end = time.monotonic() + seconds_alone if workers else math.inf
+    done = 0
+    for results in _alone(f, _chunks(rows, _FEW_ROWS, result_bytes), end):
+        done += len(results)
+        yield results
+    if done >= n:
+        return
     most = max(1, min(_CHUNK_ROWS, n // (4 * max(1, workers))))  # each worker gets several chunks
     chunks = _chunks(rows, most, result_bytes)
     with _started(f, workers) as ready:
-        if ready:
-            with closing(_in_workers(chunks, ready, where)) as answered:
-                for chunk, answers in answered:
-                    pairs = zip(chunk.rows, answers, strict=True)
-                    yield [_received(f, row, answer) for row, answer in pairs]
-        else:
-            for chunk in chunks:
-                yield [_received(f, row, None) for row in chunk.rows]
+        if not ready:
+            yield from _alone(f, chunks)
+            return
+        with closing(_in_workers(chunks, ready, where)) as answered:
+            for chunk, answers in answered:
+                pairs = zip(chunk.rows, answers, strict=True)
+                yield [_received(f, row, answer) for row, answer in pairs]

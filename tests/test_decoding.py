@@ -12,6 +12,7 @@ import time
 import warnings
 from contextlib import closing, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -39,18 +40,19 @@ def places(tmp_path, monkeypatch):
 
 @pytest.fixture
 def started(monkeypatch):
-    "Two workers decode even few images. The list holds all workers that were started."
+    "Two workers decode even few images. The list holds all workers whose start succeeded."
     all_workers = []
-    start = workers._Worker.__init__
+    is_ready = workers._Worker.is_ready
 
-    def recorded(worker, f):
-        start(worker, f)
-        all_workers.append(worker)
+    def recorded(worker):
+        if is_ready(worker):
+            all_workers.append(worker)
+            return True
+        return False
 
-    monkeypatch.setattr(workers._Worker, '__init__', recorded)
+    monkeypatch.setattr(workers._Worker, 'is_ready', recorded)
     monkeypatch.setattr(workers, 'usable_cores', lambda: 2)
-    monkeypatch.setattr(cache, '_FEWEST_DECODED', 2)
-    monkeypatch.setattr(cache, '_FEWEST_OPENED', 2)
+    monkeypatch.setattr(cache, '_SECONDS_ALONE', 0)
     return all_workers
 
 
@@ -171,15 +173,29 @@ def test_number_of_workers(monkeypatch, cores, count):
     assert workers.worker_count() == count
 
 
-def test_number_of_images_that_start_workers(tmp_path, started, monkeypatch):
-    monkeypatch.setattr(cache, '_FEWEST_DECODED', 31)
-    monkeypatch.setattr(cache, '_FEWEST_OPENED', 31)
-    root = write_pictures(tmp_path / 'mine', 30)
-    decoded(root)
+def test_short_work_starts_no_workers(tmp_path, started, monkeypatch):
+    monkeypatch.setattr(cache, '_SECONDS_ALONE', 1000)
+    decoded(write_pictures(tmp_path / 'mine', 30))
     assert not started
-    monkeypatch.setattr(cache, '_LARGE_SET', 30 * 1000)  # the files have about 1.9 kB
-    decoded(root)
-    assert len(started) == 2
+
+
+def test_workers_take_over_after_a_time(tmp_path, started, monkeypatch):
+    "By a clock that shows a second more at each look, the caller decodes four chunks of 8 images."
+    clock = SimpleNamespace(monotonic=iter(range(1000)).__next__)
+    monkeypatch.setattr(workers, 'time', clock)
+    files = sorted(write_pictures(tmp_path / 'mine', 100).iterdir())
+    rows = [Row(path.name, path) for path in files]
+    decoder = Decoder(8, 3)
+    options = dict(n=100, where='mine', workers=2, seconds_alone=5)
+    pixels = []
+    sizes = []
+    for chunk in workers.each_image(decoder, rows, **options):
+        assert bool(started) == (len(pixels) >= 32)
+        sizes.append(len(chunk))
+        pixels += [image.pixels for image in chunk]
+    assert sizes == [8, 8, 8, 8, 12, 12, 12, 12, 12, 8]
+    assert np.array_equal(pixels, [decoder(path).pixels for path in files])
+    assert len(started) == 2 and all_ended(started)
 
 
 def test_large_images_are_left_to_the_caller(tmp_path):
@@ -248,6 +264,8 @@ def test_warnings_of_workers_are_given(tmp_path, started, monkeypatch):
 @needs_posix
 def test_a_killed_worker_is_an_error_that_names_the_data(tmp_path, started, monkeypatch):
     root = write_pictures(tmp_path / 'mine', 120)
+    cache.survey(local_source(root))
+    started.clear()
     ask = workers._Worker.ask
     asked = []
 
@@ -258,7 +276,6 @@ def test_a_killed_worker_is_an_error_that_names_the_data(tmp_path, started, monk
         return ask(worker, chunk, where)
 
     monkeypatch.setattr(workers._Worker, 'ask', killed)
-    monkeypatch.setattr(cache, '_FEWEST_OPENED', 1000)
     with pytest.raises(ChildProcessError) as error:
         load_images(root, 'train', 8)
     words = str(error.value)
@@ -297,7 +314,9 @@ def refuse(*args, **kwargs):
     raise OSError(11, 'Resource temporarily unavailable')
 
 
-@pytest.mark.parametrize('reason', ['no processes', 'no Python', 'another program', 'frozen'])
+@pytest.mark.parametrize(
+    'reason', ['no processes', 'no Python', 'another program', 'no package', 'frozen']
+)
 def test_without_workers_the_caller_decodes(tmp_path, started, monkeypatch, capfd, reason):
     root = write_mixed_folder(tmp_path / 'mine')
     wanted = decoded(root)
@@ -308,11 +327,13 @@ def test_without_workers_the_caller_decodes(tmp_path, started, monkeypatch, capf
         monkeypatch.setattr(sys, 'executable', '')
     elif reason == 'another program':
         monkeypatch.setattr(sys, 'executable', shutil.which('true') or shutil.which('where'))
+    elif reason == 'no package':
+        monkeypatch.setattr(sys, 'path', [])
     else:
         monkeypatch.setattr(sys, 'frozen', True, raising=False)
     found = decoded(root)
     assert np.array_equal(found.x, wanted.x) and found.notes == wanted.notes
-    assert all_ended(started)
+    assert not started
     assert capfd.readouterr().err == ''
 
 
@@ -336,14 +357,17 @@ def test_one_of_two_workers_is_enough(tmp_path, started, monkeypatch):
 
 
 COUNTED = """
-import pdae_nb.workers as workers
+from pdae_nb import cache, workers
+cache._SECONDS_ALONE = 0
 workers.usable_cores = int('2').__int__
-start = workers._Worker.__init__
+is_ready = workers._Worker.is_ready
 pids = []
-def recorded(worker, f):
-    start(worker, f)
-    pids.append(worker.process.pid)
-workers._Worker.__init__ = recorded
+def recorded(worker):
+    ready = is_ready(worker)
+    if ready:
+        pids.append(worker.process.pid)
+    return ready
+workers._Worker.is_ready = recorded
 """
 LOAD = """
 from pdae_nb.data import load_images
@@ -388,7 +412,7 @@ def test_a_script_without_a_guard_runs_once(tmp_path, before):
     write_links(tmp_path / 'mine', 600)
     result = run_script(tmp_path, before, COUNTED, LOAD)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == ['begin', '600', '2', '600']
+    assert result.stdout.split() == ['begin', '600', '4', '600']
     assert result.stderr == '', 'no progress bar without a terminal'
 
 
@@ -404,7 +428,7 @@ def test_a_daemonic_process_loads_images(tmp_path):
         "\nprocess = multiprocessing.get_context('fork').Process(target=load, daemon=True)\n",
         'process.start()\nprocess.join()\nprint(process.exitcode)\n',
     )
-    assert result.stdout.split()[-4:] == ['600', '2', '600', '0'], result.stderr
+    assert result.stdout.split()[-4:] == ['600', '4', '600', '0'], result.stderr
 
 
 def test_a_notebook_loads_images(tmp_path):
@@ -424,7 +448,7 @@ def test_a_notebook_loads_images(tmp_path):
         kernel.shutdown_kernel(now=True)
     assert reply['content']['status'] == 'ok', reply
     output = ''.join(texts)
-    assert output.split()[-3:] == ['600', '2', '600'], output
+    assert output.split()[-3:] == ['600', '4', '600'], output
     assert '%|' not in output
 
 
@@ -436,7 +460,7 @@ def test_a_program_without_standard_streams_loads_images(tmp_path):
     script.write_text(COUNTED + LOAD.replace('print', 'max') + write, encoding='utf-8')
     command = [sys.executable, '-W', 'ignore', str(script)]
     subprocess.run(['sh', '-c', '"$@" <&- >&- 2>&-', 'sh', *command], timeout=300)
-    assert Path('result').read_text(encoding='utf-8') == '600 2'
+    assert Path('result').read_text(encoding='utf-8') == '600 4'
 
 
 @needs_posix
@@ -457,7 +481,7 @@ def test_a_terminal_shows_a_progress_bar(tmp_path):
     os.close(mine)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, shown
-    assert output.split() == ['600', '2', '600'], 'the standard output has no bar'
+    assert output.split() == ['600', '4', '600'], 'the standard output has no bar'
     for doing in (b'open images', b'decode train'):
         assert doing + b':   0%|' in shown and b'/600' in shown
 
@@ -572,9 +596,9 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
 
 
 def test_workers_import_little():
-    code = 'import sys, pdae_nb.workers; print(sorted(m for m in sys.modules if "." not in m))'
+    code = 'import sys, pdae_nb.workers; print(*sys.modules)'
     result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
-    modules = set(eval(result.stdout))
+    modules = set(result.stdout.split())
     assert 'numpy' in modules
     assert not modules & {'torch', 'pyarrow', 'datasets', 'matplotlib', 'scipy', 'tqdm', 'IPython'}
 
