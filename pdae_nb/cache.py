@@ -19,63 +19,47 @@ __all__ = [
 
 # %% ../nbs/toolbox/cache.ipynb #cach0003
 import errno
+import hashlib
 import json
 import math
 import mmap
 import os
 import re
 import shutil
+import sys
 import tempfile
 import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
-from .decode import Header, bits_of, note, read_header, read_image, shown, square
+from .decode import Decoder, Header, bits_of, note, read_header, shown
 from .files import _lock, leftovers, read_tensors, write_tensors
 from .readers import Source
+from .workers import each_image, worker_count
 
 # %% ../nbs/toolbox/cache.ipynb #cach0006
-_CHUNK_BYTES = 2**26  # of image files that are decoded together
-_CHUNK_ROWS = 256
+_SECONDS_ALONE = 0.5  # in which no workers are started
 
 
-def _chunks(rows):
-    "Lists of rows whose images take little memory together."
-    chunk = []
-    size = 0
-    for row in rows:
-        chunk.append(row)
-        size += len(row.image) if isinstance(row.image, bytes) else 0
-        if len(chunk) == _CHUNK_ROWS or size > _CHUNK_BYTES:
-            yield chunk
-            chunk = []
-            size = 0
-    if chunk:
-        yield chunk
-
-
-def _on_row(f, row):
-    "f(image) for the image of a row. An error states where the image is from."
-    try:
-        return f(row.image)
-    except Exception as e:
-        raise ValueError(
-            f'{row.where}: not a readable image ({type(e).__name__}: {e}); repair or remove it'
-        ) from e
-
-
-def _map(f, rows):
-    "f(image) for all rows, several at a time, in their order: lists of results."
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        for chunk in _chunks(rows):
-            yield list(pool.map(lambda row: _on_row(f, row), chunk))
+def _map(f, rows, n, *, where, doing, result_bytes=0):
+    "Lists of f(image) for all rows, in their order. A terminal shows a progress bar."
+    options = dict(n=n, where=where, workers=worker_count(), result_bytes=result_bytes)
+    hidden = None if sys.stderr else True  # None: hidden unless it is a terminal
+    with (
+        tqdm(total=n, desc=doing, unit=' images', leave=False, disable=hidden) as bar,
+        closing(each_image(f, rows, **options, seconds_alone=_SECONDS_ALONE)) as chunks,
+    ):
+        for results in chunks:
+            yield results
+            bar.update(len(results))
 
 
 def survey(
@@ -85,8 +69,9 @@ def survey(
 
     A data set whose files have not changed is opened once in a process.
     """
-    key = stamp_of(source)
-    if not key or key not in _surveys:
+    stamp = stamp_of(source)
+    key = hashlib.sha256(repr(stamp).encode()).digest()  # a stamp has 200 bytes for each image
+    if not stamp or key not in _surveys:
         _surveys[key] = _survey(source)
     return _surveys[key]
 
@@ -108,10 +93,13 @@ def stamp_of(
 
 def _survey(source):
     splits = list(source.sizes) if source.has_splits else list(source.sizes)[:1]
+    n = sum(source.sizes[split] for split in splits)
+    rows = chain.from_iterable(source.rows(split) for split in splits)
     grey = True
     top = 0
-    for split in splits:
-        for headers in _map(read_header, source.rows(split)):
+    headers_of = _map(read_header, rows, n, where=source.where, doing='open images')
+    with closing(headers_of) as chunks:
+        for headers in chunks:
             grey = grey and all(header.grey for header in headers)
             top = max(top, *(header.top for header in headers))
     return Header(grey, top)
@@ -151,17 +139,21 @@ def plan(
     bits = bits_of(common.top) if common.top else None
     remarks = Counter()
 
-    def decode(image):
-        picture = read_image(image, bits)
-        return square(picture.image, size, channels, crop), picture.remarks
+    decoder = Decoder(size, channels, crop, bits)
+    shape = (source.sizes[split], channels, size, size)
 
     def pixels():
-        for chunk in _map(decode, source.rows(split)):
-            for _, about in chunk:
-                remarks.update(_general(remark) for remark in about)
-            yield np.stack([image for image, _ in chunk])
+        options = dict(
+            where=source.where,
+            doing=f'decode {split}',
+            result_bytes=math.prod(shape[1:]),
+        )
+        with closing(_map(decoder, source.rows(split), shape[0], **options)) as chunks:
+            for chunk in chunks:
+                for image in chunk:
+                    remarks.update(_general(remark) for remark in image.remarks)
+                yield np.stack([image.pixels for image in chunk])
 
-    shape = (source.sizes[split], channels, size, size)
     return Plan(shape, labels.of_split[split], labels.classes, labels.notes, pixels(), remarks)
 
 
@@ -184,6 +176,7 @@ class Stored(NamedTuple):
 
 _END = 16  # bytes at the end of a file, which hold the length of its description
 _MOST_ABOUT = 2**26  # bytes of the description
+_BLOCK = 2**16  # bytes that are read at once for the checksum
 
 
 def _about_bytes(about, crc):
@@ -207,6 +200,20 @@ def _read_about(file, size):
     return json.loads(file.read(length)), size - _END - length
 
 
+def _crc_of(file, n_bytes):
+    "The CRC-32 of the first bytes of an opened file. It is read in blocks and not mapped."
+    file.seek(0)
+    block = memoryview(bytearray(_BLOCK))
+    crc = 0
+    while n_bytes:
+        n = file.readinto(block[: min(_BLOCK, n_bytes)])
+        if not n:
+            raise ValueError(f'it ends {n_bytes:,} bytes too early')
+        crc = zlib.crc32(block[:n], crc)
+        n_bytes -= n
+    return crc
+
+
 def read_stored(
     path: Path,  # a cache file
 ) -> Stored:  # the pixels are memory-mapped; writing on them does not change the file
@@ -219,10 +226,10 @@ def read_stored(
         n_y = 0 if y_shape is None else math.prod(y_shape)
         if n_bytes != n_x + 8 * n_y:
             raise ValueError(f'it has {n_bytes:,} bytes of pixels, expected {n_x + 8 * n_y:,}')
+        found = _crc_of(file, n_bytes)
+        if _about_bytes(about, found) != file.read():
+            raise ValueError(f'its checksum {crc} does not fit what it holds')
         memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    found = zlib.crc32(memoryview(memory)[:n_bytes])
-    if _about_bytes(about, found) != bytes(memory[n_bytes:]):
-        raise ValueError(f'its checksum {crc} does not fit what it holds')
     x = np.frombuffer(memory, np.uint8, n_x).reshape(about['shape'])
     y = None
     if y_shape is not None:
@@ -264,11 +271,12 @@ def _write_body(file, planned):
     n = planned.shape[0]
     done = 0
     crc = 0
-    for chunk in planned.pixels:
-        part = _bytes_of(chunk)
-        crc = zlib.crc32(part, crc)
-        file.write(part)
-        done += len(chunk)
+    with closing(planned.pixels) as chunks:
+        for chunk in chunks:
+            part = _bytes_of(chunk)
+            crc = zlib.crc32(part, crc)
+            file.write(part)
+            done += len(chunk)
     if done != n:
         raise ValueError(f'expected {n} images, {done} were decoded')
     y_shape = None
@@ -306,9 +314,10 @@ def _in_memory(planned):
     "Decode a plan into memory."
     x = np.empty(planned.shape, np.uint8)
     done = 0
-    for chunk in planned.pixels:
-        x[done : done + len(chunk)] = chunk
-        done += len(chunk)
+    with closing(planned.pixels) as chunks:
+        for chunk in chunks:
+            x[done : done + len(chunk)] = chunk
+            done += len(chunk)
     if done != len(x):
         raise ValueError(f'expected {len(x)} images, {done} were decoded')
     return Stored(x, planned.y, planned.classes, planned.all_notes())

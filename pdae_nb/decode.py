@@ -14,6 +14,7 @@ __all__ = [
     'is_hidden',
     'all_files',
     'image_files',
+    'is_large',
     'open_image',
     'name_of',
     'Header',
@@ -23,6 +24,8 @@ __all__ = [
     'read_image',
     'square',
     'decode_image',
+    'Decoded',
+    'Decoder',
 ]
 
 # %% ../nbs/toolbox/decode.ipynb #deco0003
@@ -175,6 +178,18 @@ _LARGE = 2**24  # pixels of an image that is decoded alone, so that memory stays
 _one_at_a_time = threading.Lock()
 
 
+def is_large(
+    image,  # PIL image
+) -> bool:
+    "Whether an image has so many pixels that it is decoded alone."
+    return image.size[0] * image.size[1] > _LARGE
+
+
+def _turn(image):
+    "Wait for other large images, if an image is large."
+    return _one_at_a_time if is_large(image) else nullcontext()
+
+
 def _check_file(path):
     if not path.exists():
         raise FileNotFoundError(f'{shown(path)} does not exist')
@@ -204,6 +219,7 @@ def open_image(
         source = io.BytesIO(source)
     else:
         _check_file(source)
+    Image.init()  # registers the formats
     formats = [kind for kind in Image.OPEN if kind not in _NOT_READ]  # EPS starts Ghostscript
     with Image.open(source, formats=formats) as image:
         _check_pixels(image)
@@ -243,8 +259,7 @@ def read_header(
         mode = image.mode.split(';')[0]
         top = 0
         if mode == 'I':
-            is_large = image.size[0] * image.size[1] > _LARGE
-            with _one_at_a_time if is_large else nullcontext():
+            with _turn(image):
                 top = int(_wide_grey(image).max())
         return Header(mode in ('1', 'L', 'LA', 'La', 'I', 'F'), top)
 
@@ -281,11 +296,8 @@ def read_image(
     frames, the first one of a file is taken. 16-bit grey values are reduced to 8 bits.
     Floating-point pixels are refused, because their value of white is unknown.
     """
-    with open_image(source) as file:
-        if file.size[0] * file.size[1] <= _LARGE:
-            return _picture(file, bits)
-        with _one_at_a_time:
-            return _picture(file, bits)
+    with open_image(source) as file, _turn(file):
+        return _picture(file, bits)
 
 
 _ORIENTATION = 0x0112  # entry of EXIF
@@ -372,3 +384,27 @@ def decode_image(
     if isinstance(source, str):
         source = Path(source).expanduser()
     return square(read_image(source).image, size, channels, crop)
+
+
+class Decoded(NamedTuple):
+    "An image of a data set, decoded."
+
+    pixels: np.ndarray  # uint8 (C,H,W)
+    remarks: tuple[str, ...]  # what was decided about its pixels
+
+
+class Decoder(NamedTuple):
+    "How all images of a data set are decoded. It can be pickled."
+
+    size: int  # height and width of the output, pixels
+    channels: int  # 1 or 3
+    crop: tuple[int, int, int] | None = None  # left, top, width; for images of 178x218 pixels
+    bits: int | None = None  # bits of grey values in 16-bit files; None: as many as they need
+
+    def __call__(
+        self,
+        source,  # path, content of an image file (bytes), or PIL image
+    ) -> Decoded:
+        "Decode an image as `read_image` does, and make it a square as `square` does."
+        picture = read_image(source, self.bits)
+        return Decoded(square(picture.image, self.size, self.channels, self.crop), picture.remarks)

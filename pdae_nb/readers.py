@@ -52,6 +52,7 @@ class Source(ABC):
 
     files: list[Path]  # all files of all splits
     sizes: dict[str, int]  # split -> number of images
+    where: str  # the data set in a message
     is_celeba: bool = False  # whether images of 178x218 pixels are CelebA's
     has_splits: bool = True  # whether the splits have different images
 
@@ -232,6 +233,7 @@ class FolderSource(Source):
                 f'under {shown(root)}; it holds {listed(held) or "nothing"}'
             )
         self.root = root
+        self.where = shown(root)
         self.files = list(files)
         tree = _outer(_Tree.of(root, files))
         self.trees = _split_trees(tree)
@@ -411,6 +413,7 @@ class CelebASource(Source):
         root: Path,  # the folder of the lists
     ):
         self.root = root
+        self.where = shown(root)
         partition = _list_file(root, 'list_eval_partition')
         if partition is None:
             raise FileNotFoundError(

@@ -347,6 +347,7 @@ class ParquetSource(Source):
         files: list[Path],  # the parquet files below it
     ):
         self.root = root
+        self.where = shown(root)
         self.files = list(files)
         self.files_of = {}
         for path in files:

@@ -807,14 +807,14 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, told):
 
 FIRST_LOAD = """
 import sys, time
-from pdae_nb import cache
+from pdae_nb import decode
 if sys.argv[2] == 'slow':
-    read_image = cache.read_image
+    read_image = decode.read_image
     def slow(*args):
         print('decoding', flush=True)
         time.sleep(60)
         return read_image(*args)
-    cache.read_image = slow
+    decode.read_image = slow
 from pdae_nb.data import load_images
 load_images(sys.argv[1], size=64)
 """
@@ -851,7 +851,7 @@ def test_a_full_disk_is_an_error_before_decoding(tmp_path, monkeypatch):
     def decode_nothing(*args):
         raise AssertionError('decoded')
 
-    monkeypatch.setattr(cache, 'read_image', decode_nothing)
+    monkeypatch.setattr(decode, 'read_image', decode_nothing)
     if hasattr(os, 'posix_fallocate'):
         monkeypatch.setattr(os, 'posix_fallocate', full)
         with pytest.raises(OSError, match=r'no room.*\$PDAE_NB_CACHE'):
