@@ -13,7 +13,7 @@ __all__ = [
     'any_process',
     'wait',
     'ProcessLost',
-    'is_loss',
+    'may_mean_a_lost_process',
     'averaging',
     'without_averaging',
     'shared',
@@ -137,10 +137,13 @@ class ProcessLost(RuntimeError):
     "Raised in a process that waited for another one which has ended."
 
 
-def is_loss(
+def may_mean_a_lost_process(
     error: BaseException,
 ) -> bool:
-    "Whether an error says that another process does not answer any more."
+    """Whether an error comes from the exchange between processes.
+
+    Its usual cause is that another process has ended.
+    """
     if isinstance(error, getattr(dist, 'DistError', ())):
         return True
     words = ('gloo', 'NCCL', 'Connection closed by peer', 'Connection reset by peer')
@@ -170,6 +173,7 @@ def without_averaging(
 
 
 # %% ../nbs/toolbox/processes.ipynb #663cf736
+# Code below a call of `shared`, such as a sampler, needs no additional argument.
 _is_shared = ContextVar('_is_shared', default=False)
 
 
@@ -209,7 +213,7 @@ def map_parts(
         own = [_on_cpu(f(part)) for part in parts[rank::world]]
     finally:
         _is_shared.reset(token)
-    gathered = [None] * world
+    gathered = [None] * world  # part i is result i // world of rank i % world
     dist.all_gather_object(gathered, own)
     return [gathered[i % world][i // world] for i in range(len(parts))]
 

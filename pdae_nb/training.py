@@ -81,8 +81,8 @@ from .processes import (
     any_process,
     averaging,
     from_first,
-    is_loss,
     map_parts,
+    may_mean_a_lost_process,
     processes,
     shared,
     total,
@@ -1030,7 +1030,7 @@ def _is_to_stop(signals, i):
 
 def _explained(error, run):
     "The error, or a `ProcessLost` if it means that another process has ended."
-    if processes().world == 1 or not is_loss(error):
+    if processes().world == 1 or not may_mean_a_lost_process(error):
         return error
     first_line = str(error).partition('\n')[0][:160]
     return ProcessLost(
