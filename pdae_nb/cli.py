@@ -82,7 +82,7 @@ from .methods.scorevae import CodedModel, ConditionalDecoder, ScoreVAE
 from .model import GenerativeModel, Model, StepNoise, noise
 from .plot import plot_gap, plot_log, show
 from .pretrained import load_official
-from .processes import by_first, joined, launched, map_parts, processes, shared
+from .processes import join, launched, map_parts, processes, shared
 from .recipes import recipe
 from .sampling import ddim_step, sample, trajectory
 from .solvers import belm_step, dpmpp_step, round_trip
@@ -609,7 +609,7 @@ def cmd_evaluate(
     counts = _counts_of(parameters, given)
     _check_not_smaller(before, counts)
     given |= _other_models(parameters, base, eval_classifier, device)
-    by_first(partial(add_missing_result, model))
+    add_missing_result(model)
     if 'path' in parameters:
         given['path'] = path.with_name(f'{path.stem}-sums.json')
     result = evaluator_of(model)(model, **given) | dict(counts=counts)
@@ -1068,7 +1068,8 @@ def _call(name, words):
             positional.append(value)
     _check_numbers(keywords)
     _check_shareable(name)
-    with joined(keywords.get('device')) as own, _work_of(name):
+    own = join(keywords.get('device'))
+    with _work_of(name):
         result = command(*positional, **keywords)
     if result is None or not own.is_first:
         return

@@ -511,14 +511,15 @@ def batches(
         coin = np.random.default_rng([seed, k, 1]).random(bs)[rank::world] < 0.5
         return x, y, torch.from_numpy(coin)
 
+    how = dict(device=device, non_blocking=torch.device(device).type == 'cuda')
     for x, y, coin in _ahead(prepare, range(start, steps)):
-        x0 = x.to(device, non_blocking=True)
+        x0 = x.to(**how)
         if x0.dtype == torch.uint8:
             x0 = to_signed(x0)
         if flip:
-            mirrored = coin.to(device, non_blocking=True)[:, None, None, None]
+            mirrored = coin.to(**how)[:, None, None, None]
             x0 = torch.where(mirrored, x0.flip(-1), x0)
-        yield x0, None if y is None else y.to(device, non_blocking=True)
+        yield x0, None if y is None else y.to(**how)
 
 
 # %% ../nbs/toolbox/data.ipynb #fa1e1b76

@@ -33,6 +33,7 @@ from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +95,7 @@ from .model import (
 )
 from .networks import GradientEstimator
 from .pretrained import load_dpm
-from .processes import joined, processes, shared, wait
+from .processes import from_first, join, processes, shared, wait
 from .recipes import RECIPES, size_or_default
 from .recipes import recipe as recipe_of
 from .release import PACKAGED, ModelInfo, describe, fetch_run, is_released, released
@@ -774,10 +775,10 @@ def train(
         recipe = replace(recipe, base=base)
     arithmetic_of(options.get('precision', 'auto'), 'cpu')  # raises an error for another name
     recipe = _named_parent(recipe, init)
-    with joined(options.get('device')):
-        check_parts(recipe.batch, options.get('accumulate', 1))
-        check_compile(options.get('compile', 'auto'))
-        return _train(name, recipe, out, predicts, build, **options)
+    join(options.get('device'))
+    check_parts(recipe.batch, options.get('accumulate', 1))
+    check_compile(options.get('compile', 'auto'))
+    return _train(name, recipe, out, predicts, build, **options)
 
 
 def _train(name, recipe, out, predicts, build, **options):
@@ -785,8 +786,9 @@ def _train(name, recipe, out, predicts, build, **options):
     is_first = processes().is_first
     log = while_open(options.get('log', tqdm.write)) if is_first else _silent
     recipe, parent = _with_parent(recipe, out, predicts, build)
-    if (out / 'run.json').exists():
-        stored = _stored_run(out, recipe, build, log)
+    state = from_first(_state_of(out) if is_first else None)
+    if state.record is not None:
+        stored = _stored_run(out, recipe, build, state, log=log)
         if stored is not None:
             return stored
     if options.get('tensorboard'):
@@ -853,9 +855,22 @@ def add_missing_result(
     add_result(model, to_signed(x) if x.dtype == torch.uint8 else x, y)
 
 
-def _stored_run(out: Path, recipe: Recipe, build, log: Callable) -> Model | None:
+class _State(NamedTuple):
+    "What a folder of a run holds before a training. The first of several processes looks."
+
+    record: dict | None  # contents of run.json
+    has_checkpoints: bool
+
+
+def _state_of(out: Path) -> _State:
+    "The state of a folder."
+    record = read_record(out) if (out / 'run.json').exists() else None
+    return _State(record, (out / 'checkpoints').is_dir())
+
+
+def _stored_run(out: Path, recipe: Recipe, build, state: _State, *, log: Callable) -> Model | None:
     "The run in a folder, if it needs no more training steps; None if it is to be continued."
-    record = read_record(out)
+    record = state.record
     if not isinstance(record.get('recipe'), dict) or not record['recipe']:
         raise ValueError(f'{out} holds a model without a recipe. Choose another folder')
     _check_same(record['recipe'], recipe, out)
@@ -866,7 +881,7 @@ def _stored_run(out: Path, recipe: Recipe, build, log: Callable) -> Model | None
     if is_whole and record.get('result') is not None:
         log(f'{out} is finished')
         return load(out, network=build, trust=build is not None)
-    if not (out / 'checkpoints').is_dir():
+    if not state.has_checkpoints:
         return _without_checkpoints(out, recipe, is_whole, build)
     return None
 
@@ -879,7 +894,8 @@ def _without_checkpoints(out: Path, recipe: Recipe, is_whole: bool, build) -> Mo
             f'Train in another folder, with this run as init'
         )
     model = load(out, network=build, trust=build is not None)
-    add_missing_result(model)
+    with shared():
+        add_missing_result(model)
     return model
 
 

@@ -126,7 +126,10 @@ def same_timestep(
     t: int,  # timestep
     x: Tensor,  # data: (B,...)
 ) -> Tensor:  # int64 (B,), on the device of `x`
-    "The timestep t for each sample of x. Its attribute `same` is t, for `timestep_range`."
+    """The timestep t for each sample of x. Its attribute `same` is t, for `timestep_range`.
+
+    The tensor must not be changed in place.
+    """
     times = torch.full((len(x),), t, device=x.device)
     times.same = t
     return times

@@ -69,7 +69,7 @@ from .files import (
 from .forward import Schedule
 from .layers import Arithmetic, bf16_pays, computing_in
 from .memory import batch_for
-from .processes import map_parts
+from .processes import least, map_parts
 from .sampling import ddim_step, invert, sample
 
 
@@ -541,10 +541,11 @@ class GenerativeModel(Model):
         """Samples per forward pass, such that it needs at most half of the device's free memory.
 
         The memory is counted without computing anything. For up to 8 samples it is not counted.
+        Processes that share their work use the smallest number of all.
         """
         if n <= _FEW:
             return max(1, n)
-        return batch_for(self, most or LARGEST_BATCH.get(self.device.type, 100))
+        return least(batch_for(self, most or LARGEST_BATCH.get(self.device.type, 100)))
 
     @torch.no_grad()
     def encode(

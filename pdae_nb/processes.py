@@ -7,7 +7,7 @@ __all__ = [
     'Processes',
     'launched',
     'processes',
-    'joined',
+    'join',
     'total',
     'from_first',
     'any_process',
@@ -16,17 +16,21 @@ __all__ = [
     'may_mean_a_lost_process',
     'averaging',
     'without_averaging',
+    'without_wrapper',
     'shared',
     'map_parts',
     'by_first',
+    'least',
     'for_each',
 ]
 
 # %% ../nbs/toolbox/processes.ipynb #449743c9
+import atexit
 import os
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from contextvars import ContextVar
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
@@ -63,39 +67,46 @@ def launched() -> Processes:
 
 
 def processes() -> Processes:
-    "Which of the connected processes this one is. Before `joined`, it is the only one."
+    "Which of the connected processes this one is. Before `join`, it is the only one."
     if not (dist.is_available() and dist.is_initialized()):
         return Processes()
     return Processes(dist.get_rank(), dist.get_world_size(), launched().local)
 
 
-@contextmanager
-def joined(
-    device: str | torch.device | None = None,  # cpu or cuda; None: cuda if there is a GPU
-):  # yields `processes()`
-    """Connect the processes that `torchrun` started, for the block.
+def _check_device(own, device):
+    "Whether the processes use GPUs. Raise if a process of this machine has none of its own."
+    if device is not None and torch.device(device).index is not None:
+        raise ValueError(f'several processes choose their GPUs themselves, got the device {device}')
+    on_gpu = torch.cuda.is_available() if device is None else torch.device(device).type == 'cuda'
+    n = torch.cuda.device_count()
+    if on_gpu and own.local >= n:
+        raise ValueError(
+            f'process {own.local} of this machine needs a GPU of its own, there are {n}: '
+            'start at most as many processes as there are GPUs'
+        )
+    return on_gpu
 
-    With a single process, or inside of another `joined`, nothing is done. Process `local` uses the
-    GPU of this number.
+
+_LONGEST_WAIT = timedelta(hours=2)  # for another process that works, e.g. on a preview
+
+
+def join(
+    device: str | torch.device | None = None,  # cpu or cuda; None: cuda if there is a GPU
+) -> Processes:
+    """Connect the processes that `torchrun` started. Later calls do nothing.
+
+    In a program of a single process, nothing is done. Process `local` uses the GPU of this number.
+    The connection lasts until the program ends.
     """
     own = launched()
-    if own.world == 1 or processes().world > 1:
-        yield processes()
-        return
-    on_gpu = torch.cuda.is_available() if device is None else torch.device(device).type == 'cuda'
-    if on_gpu:
-        n = torch.cuda.device_count()
-        if own.local >= n:
-            raise ValueError(
-                f'process {own.local} of this machine needs a GPU of its own, there are {n}: '
-                'start at most as many processes as there are GPUs'
-            )
-        torch.cuda.set_device(own.local)
-    dist.init_process_group('cpu:gloo,cuda:nccl' if on_gpu else 'gloo')
-    try:
-        yield processes()
-    finally:
-        dist.destroy_process_group()
+    if own.world > 1 and processes().world == 1:
+        on_gpu = _check_device(own, device)
+        if on_gpu:
+            torch.cuda.set_device(own.local)
+        backend = 'cpu:gloo,cuda:nccl' if on_gpu else 'gloo'
+        dist.init_process_group(backend, timeout=_LONGEST_WAIT)
+        atexit.register(dist.destroy_process_group)
+    return processes()
 
 
 # %% ../nbs/toolbox/processes.ipynb #036bcc10
@@ -140,13 +151,8 @@ class ProcessLost(RuntimeError):
 def may_mean_a_lost_process(
     error: BaseException,
 ) -> bool:
-    """Whether an error comes from the exchange between processes.
-
-    Its usual cause is that another process has ended.
-    """
-    if isinstance(error, getattr(dist, 'DistError', ())):
-        return True
-    words = ('gloo', 'NCCL', 'Connection closed by peer', 'Connection reset by peer')
+    "Whether an error says that a connection to another process was closed at the other end."
+    words = ('closed by peer', 'reset by peer', 'Broken pipe', 'ncclRemoteError', 'remote error')
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
@@ -172,6 +178,14 @@ def without_averaging(
         yield
 
 
+def without_wrapper(
+    model: Callable,  # what `averaging` returned, or any loss
+) -> Callable:
+    "The model that `averaging` wrapped, or the loss itself."
+    is_wrapped = isinstance(model, nn.parallel.DistributedDataParallel)
+    return model.module if is_wrapped else model
+
+
 # %% ../nbs/toolbox/processes.ipynb #663cf736
 # Code below a call of `shared`, such as a sampler, needs no additional argument.
 _is_shared = ContextVar('_is_shared', default=False)
@@ -181,6 +195,16 @@ _is_shared = ContextVar('_is_shared', default=False)
 def shared():
     "Within the block, `map_parts` shares its parts among all processes, which must all call it."
     token = _is_shared.set(processes().world > 1)
+    try:
+        yield
+    finally:
+        _is_shared.reset(token)
+
+
+@contextmanager
+def _alone():
+    "Within the block, nothing is shared: the other processes do something else."
+    token = _is_shared.set(False)
     try:
         yield
     finally:
@@ -208,14 +232,15 @@ def map_parts(
         return [f(part) for part in parts]
     parts = list(parts)
     rank, world, _ = processes()
-    token = _is_shared.set(False)
-    try:
+    with _alone():
         own = [_on_cpu(f(part)) for part in parts[rank::world]]
-    finally:
-        _is_shared.reset(token)
-    gathered = [None] * world  # part i is result i // world of rank i % world
-    dist.all_gather_object(gathered, own)
-    return [gathered[i % world][i // world] for i in range(len(parts))]
+    gathered = [None] * world
+    dist.all_gather_object(gathered, (len(parts), own))
+    lengths = [n for n, _ in gathered]
+    if len(set(lengths)) > 1:
+        raise RuntimeError(f'the processes share the same parts, got {lengths} parts of them')
+    results = [of_rank for _, of_rank in gathered]
+    return [results[i % world][i // world] for i in range(len(parts))]
 
 
 def by_first(
@@ -224,7 +249,20 @@ def by_first(
     "f(). Inside `shared`, the first process calls it, and the others receive the result."
     if not _is_shared.get():
         return f()
-    return from_first(f() if processes().is_first else None)
+    with _alone():
+        result = f() if processes().is_first else None
+    return from_first(result)
+
+
+def least(
+    n: int,
+) -> int:
+    "The smallest n of all processes inside `shared`, where all of them must ask; else n."
+    if not _is_shared.get():
+        return n
+    numbers = [None] * processes().world
+    dist.all_gather_object(numbers, n)
+    return min(numbers)
 
 
 def for_each(

@@ -88,6 +88,7 @@ from .processes import (
     total,
     wait,
     without_averaging,
+    without_wrapper,
 )
 
 
@@ -285,7 +286,8 @@ READ_EVERY = 10  # steps between two moments at which the CPU waits for the GPU
 
 def _step_if(ok, opt):
     "The optimiser's step, if `ok` is True. A fused optimiser reads `ok` on the device."
-    if not getattr(opt, '_step_supports_amp_scaling', False):
+    on_mps = ok.device.type == 'mps'  # whose kernel does not read it
+    if on_mps or not getattr(opt, '_step_supports_amp_scaling', False):
         if ok:
             opt.step()
         return
@@ -398,11 +400,14 @@ def fit(
     params = [p for p in params if p.requires_grad]
     if not params:
         raise ValueError('nothing to train: no parameter requires a gradient')
+    if patience < 1:
+        raise ValueError(f'patience must be at least 1 step, got {patience}')
     opt = opt or optimiser(params, recipe)
     device = params[0].device
     arithmetic = arithmetic_of(precision, device)
     if networks is None:
-        networks = loss.networks() if isinstance(loss, Model) else []
+        model = without_wrapper(loss)
+        networks = model.networks() if isinstance(model, Model) else []
     networks = list(networks)
     if precision == 'bf16' and not networks:
         raise ValueError('a loss that is no Model needs `networks`, those that compute in bf16')
@@ -766,6 +771,11 @@ def _check_checkpoint(run, meta):
         )
 
 
+def _conditions(run):
+    "What the decision on compilation depends on, as a checkpoint stores it."
+    return dict(device=run.model.device.type, images=run.recipe.images)
+
+
 def _load_newest(run, log):
     "Load the newest checkpoint into `run`, if there is one."
     folder = run.out / 'checkpoints'
@@ -776,7 +786,9 @@ def _load_newest(run, log):
     run.i = meta['i']
     run.seconds = meta['seconds']
     run.skipped = meta['skipped']
-    run.is_compiled = meta.get('compiled')
+    stored = meta.get('compiled') or {}
+    if stored.items() >= _conditions(run).items():
+        run.is_compiled = stored.get('is_compiled')
     log(f'going on at step {run.i} of {run.recipe.steps}')
     run.used = meta.get('precision', [])
     if run.used not in ([], [run.dtype]) and run.i < run.recipe.steps:
@@ -843,7 +855,7 @@ def _save(run):
         versions=versions(),
         precision=run.used,
         parent=run.parent,
-        compiled=run.is_compiled,
+        compiled=dict(_conditions(run), is_compiled=run.is_compiled),
     )
     save_checkpoint(run.out / 'checkpoints', run.i, run.model, run.ema, run.opt, meta)
 
@@ -914,6 +926,7 @@ def _store(run, name):
     )
     if own.is_first:
         write_model(model, run.out)
+    model.path = run.out.resolve()
 
 
 def add_result(
@@ -924,7 +937,8 @@ def add_result(
     "Measure `test_result`, and add it to the model's card and its `run.json`."
     model.check_test(len(x0))
     model.card.result = finite(asdict(model.test_result(x0, y)))
-    write_card(model)
+    if processes().is_first:
+        write_card(model)
 
 
 # %% ../nbs/toolbox/training.ipynb #89fc8f7a
@@ -940,7 +954,8 @@ class _Compilation:
     """Compiles the residual blocks of a training, if and when it was asked for.
 
     'auto' decides after 20 steps, by the measured seconds per step. The decision is stored in the
-    checkpoints, so that a resumed run computes what an uninterrupted one does.
+    checkpoints, so that a resumed run computes what an uninterrupted one does. On another device,
+    and for another length of the run, 'auto' decides again.
     """
 
     def __init__(self, run, name, log, stack):
@@ -964,10 +979,20 @@ class _Compilation:
         self.running = self.stack.enter_context(compiled_blocks(self.networks, **how))
         self.log(f'compiling {self.running.plan}')
 
+    def _try(self):
+        "Begin. If this fails, or the next step does, the run goes on, or is resumed, as it was."
+        self.run.is_compiled = False  # until a compiled step has succeeded
+        try:
+            self._begin()
+        except Exception as e:
+            self.log(f'the blocks are not compiled: {type(e).__name__}: {e}')
+
     def add(self, step):
         "Decide if it is time. Keep the compiled code every ten steps."
-        if step.i % READ_EVERY == 0 and self.running is not None:
-            self.running.keep()
+        if self.running is not None:
+            self.run.is_compiled = True
+            if step.i % READ_EVERY == 0 and processes().local == 0:
+                self.running.keep()
         if self.run.is_compiled is not None:
             return
         self.seconds.append(step.seconds)
@@ -977,9 +1002,9 @@ class _Compilation:
         per_step = sum(self.seconds[-READ_EVERY:]) / READ_EVERY
         left = per_step * (self.run.recipe.steps - step.i)
         expected = expected_seconds(self.networks, self.run.model.device, self.batch)
-        self.run.is_compiled = from_first(pays(left, expected))
-        if self.run.is_compiled:
-            self._begin()
+        self.run.is_compiled = False
+        if from_first(pays(left, expected)):
+            self._try()
 
 
 # %% ../nbs/toolbox/training.ipynb #d2f3c326
@@ -1021,18 +1046,32 @@ def _look(run, look, tell):
         tell(f'no preview of step {run.i}: {type(e).__name__}: {e}')
 
 
-def _is_to_stop(signals, i):
-    "Whether a process was asked to stop. Several processes agree every ten steps."
-    if processes().world == 1:
-        return bool(signals)
-    return i % READ_EVERY == 0 and any_process(bool(signals))
+class _Stop:
+    """Whether a process was asked to stop. Several processes agree on it.
+
+    They agree about every five seconds, and at least every ten steps.
+    """
+
+    def __init__(self, signals):
+        self.signals = signals  # numbers of the received signals
+        self.due = 0  # step at which the processes agree again
+
+    def is_due(self, step):
+        "Whether the training ends after this step."
+        if processes().world == 1:
+            return bool(self.signals)
+        if step.i < self.due:
+            return False
+        steps = int(5 / max(step.seconds, 0.001))  # of five seconds
+        self.due = from_first(step.i + max(1, min(steps, READ_EVERY)))
+        return any_process(bool(self.signals))
 
 
 def _explained(error, run):
     "The error, or a `ProcessLost` if it means that another process has ended."
     if processes().world == 1 or not may_mean_a_lost_process(error):
         return error
-    first_line = str(error).partition('\n')[0][:160]
+    first_line = str(error).partition('\n')[0]
     return ProcessLost(
         f'another process of this training has ended, so process {processes().rank} cannot go on '
         f'after step {run.i} ({first_line}). The same command goes on from the last checkpoint'
@@ -1047,12 +1086,13 @@ def _train_all_steps(run, log, every, look, compilation):
     hidden = None if processes().is_first else True  # None: shown on a terminal
     is_to_stop = False
     with stoppable() as signals:
+        stop = _Stop(signals)
         try:
             for step in tqdm(_steps(run), run.out.name, n, initial=run.i, disable=hidden):
                 run.add(step)
                 log.add(step, run.skipped)
                 compilation.add(step)
-                is_to_stop = _is_to_stop(signals, run.i)
+                is_to_stop = stop.is_due(step)
                 if is_to_stop:
                     break
                 if run.i % every == 0 and run.i < n:
@@ -1099,8 +1139,7 @@ def train_model(
     is called every `every` steps and after the last step. Output never stops the training: if `log`
     raises an OSError, it is not called again, and a log file that cannot be written is left out.
 
-    Inside `joined`, all processes train together. The first one writes files and evaluates, and the
-    others return the model without its result.
+    After `join`, all processes train and evaluate together. The first one writes the files.
     """
     out = Path(out).expanduser()
     is_first = processes().is_first
@@ -1136,9 +1175,9 @@ def train_model(
         _train_all_steps(run, lines if is_first else _NoLog(), every, look, compilation)
         _round(run)
         _store(run, name or out.name)
-        if is_first:
-            _judge(run, look, log)
-            log(f'{out} is done')
+        _judge(run, look, log)
+        log(f'{out} is done')
+    wait()
     return run.average
 
 
@@ -1189,7 +1228,8 @@ def _judge(run, look, log):
     try:
         _look(run, look, log)
         log(f'evaluating {run.out.name} on {len(x0):,} test images')
-        add_result(run.average, x0, y)
+        with shared():
+            add_result(run.average, x0, y)
     except Exception as e:
         raise RuntimeError(
             f'the training is finished, and the model is stored in {run.out}. Its evaluation '

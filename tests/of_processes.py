@@ -6,7 +6,6 @@
 import os
 import signal
 import sys
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from pdae_nb.evaluation import reconstruction_table
 from pdae_nb.hub import load, train
 from pdae_nb.methods.dpm import DPM
 from pdae_nb.methods.latent import LatentDPM, MLPSkipNet, ZStats, encode_all
-from pdae_nb.processes import averaging, joined, processes, shared
+from pdae_nb.processes import averaging, join, launched, processes, shared
 from pdae_nb.recipes import recipe
 from pdae_nb.training import EMA, Recipe, fit
 
@@ -67,11 +66,11 @@ def in_dtype(data, dtype):
 
 def job_fit(folder, method, dtype, accumulate):
     "Thirty steps of `fit`: losses, gradient norms, the gradient of step 1 and the last weights."
+    own = join('cpu')
     dtype = getattr(torch, dtype)
     model = METHODS[method]().train()
     for part in chain(model):
         part.to(dtype)
-    own = processes()
     row = Recipe(DPM, 'digits', 14, images=8 * STEPS, batch=8, lr=1e-3, clip=1.0)
     data = batches(data_of(model), 8, STEPS, seed=0, rank=own.rank, world=own.world)
     ema = EMA(model)
@@ -107,7 +106,7 @@ def job_fit(folder, method, dtype, accumulate):
 
 
 class Killer:
-    "A `look` that ends a process of the training by SIGKILL after a checkpoint, but only once."
+    "Ends a process by SIGKILL when it is called, but only once."
 
     def __init__(self, folder, rank):
         self.mark = Path(folder) / 'killed'
@@ -124,7 +123,7 @@ def job_train(folder, killed='-1', stopped='-1'):
     row = replace(recipe('mnist_dpm', 'smoke'), batch=8, images=8 * 24)
     kill = Killer(folder, int(killed))
     add = fit_module()._Run.add
-    rank = processes().rank
+    rank = launched().rank
 
     def counting(run, step):
         add(run, step)
@@ -148,6 +147,7 @@ def fit_module():
 
 def job_share(folder):
     "Codes, samples, reconstruction errors and losses of shipped models, shared by the processes."
+    join('cpu')
     pdae = load('mnist_pdae')
     test = load_images('digits', 'test', 28)[:50]
     x0 = test.x.float() / 127.5 - 1
@@ -188,6 +188,19 @@ def no_log(message):
     "A log function that drops its message."
 
 
+def job_twice(folder):
+    "Two trainings in one program. Each process loads what they have stored, and trains on it."
+    row = replace(recipe('mnist_dpm', 'smoke'), batch=8, images=8 * 2)
+    out = Path(folder) / 'dpm'
+    options = dict(device='cpu', precision='float32')
+    train('mnist_dpm', row, out=out, **options)
+    assert load(out).card.result is not None
+    row = replace(recipe('mnist_pdae', 'smoke'), batch=8, images=8 * 2)
+    trained = train('mnist_pdae', row, out=Path(folder) / 'pdae', base=out, **options)
+    assert trained.card.result == load(Path(folder) / 'pdae').card.result
+    return {}
+
+
 def job_latent(folder):
     "Train a latent DPM, whose data are codes that all processes compute."
     row = replace(recipe('mnist_pdae_latent', 'smoke'), batch=8, images=8 * 12, base='mnist_pdae')
@@ -199,11 +212,9 @@ def job_latent(folder):
 def main():
     job, folder, *values = sys.argv[1:]
     torch.set_num_threads(1)
-    with ExitStack() as stack:
-        stack.enter_context(joined('cpu'))
-        result = globals()[f'job_{job}'](folder, *values)
-        if processes().is_first and result:
-            torch.save(result, Path(folder) / 'result.pt')
+    result = globals()[f'job_{job}'](folder, *values)
+    if processes().is_first and result:
+        torch.save(result, Path(folder) / 'result.pt')
 
 
 if __name__ == '__main__':

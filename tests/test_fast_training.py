@@ -45,12 +45,6 @@ def test_a_checkpointed_training_equals_a_plain_one(plain, tmp_path):
     assert_same(trained(tmp_path / 'run', small(), checkpoint=True)[0], plain)
 
 
-def test_an_accumulated_training_has_the_same_first_loss(tmp_path):
-    _, lines = trained(tmp_path / 'one', small(steps=1))
-    _, of_four = trained(tmp_path / 'four', small(steps=1), accumulate=4)
-    assert lines[0].split()[:3] == of_four[0].split()[:3]
-
-
 @pytest.mark.parametrize(
     'options, message',
     [
@@ -69,7 +63,7 @@ def test_options_are_refused_before_the_images_are_read(options, message, tmp_pa
 
 def test_scorevae_cannot_be_checkpointed(tmp_path):
     r = replace(small('mnist_scorevae'), base='mnist_dpm', px=28)
-    with pytest.raises(ValueError, match='TimeEncoder is differentiated twice'):
+    with pytest.raises(ValueError, match='TimeEncoder'):
         train('mnist_scorevae', r, out=tmp_path / 'run', checkpoint=True, log=print)
 
 
@@ -81,9 +75,11 @@ def test_a_compiled_training_resumes_bit_for_bit(plain, tmp_path, monkeypatch):
     assert len(compiling) == 1
     assert ' blocks of ' in compiling[0]
     assert list((tmp_path / 'home/compile').rglob('*.zip'))
-    for name, tensor in plain.items():
-        if name.startswith('model.'):
-            assert (whole[name] - tensor).abs().max() < 0.05, name
+    first, _ = trained(tmp_path / 'first', small(steps=1, warmup=10**6))  # nearly untrained
+    names = [name for name in plain if name.startswith('model.')]
+    moved = torch.cat([(plain[name] - first[name]).flatten() for name in names])
+    changed = torch.cat([(plain[name] - whole[name]).flatten() for name in names])
+    assert changed.norm() < 0.1 * moved.norm()
     trained(tmp_path / 'parts', small(steps=6, cooldown=0.0), compile='on')
     r = small(cooldown=0.0)
     resumed, _ = trained(tmp_path / 'parts', r, compile='on')
@@ -142,7 +138,7 @@ def decided(run, name, seconds=1.0, start=0):
 def test_auto_compiles_a_long_run_after_20_steps(compiled):
     states = decided(Run(steps=91), 'auto')
     assert states[: 2 * READ_EVERY - 1] == [None] * 19
-    assert states[19:] == [True] * 21
+    assert states[19:] == [False] + [True] * 20
     assert compiled == [4, 'kept', 'kept', 'ended']
 
 
@@ -154,6 +150,28 @@ def test_auto_does_not_compile_a_short_run(compiled):
 def test_auto_does_not_compile_on_a_cpu(compiled):
     assert decided(Run(steps=10_000, device='cpu'), 'auto')[0] is False
     assert compiled == []
+
+
+def test_a_compiler_that_fails_does_not_end_the_training(compiled, monkeypatch):
+    said = []
+
+    def fail(networks, *, batch, log):
+        raise RuntimeError('no compiler')
+
+    monkeypatch.setattr(training, 'compiled_blocks', fail)
+    run = Run(steps=10_000)
+    with ExitStack() as stack:
+        compilation = training._Compilation(run, 'auto', said.append, stack)
+        for i in range(1, 31):
+            compilation.add(SimpleNamespace(i=i, seconds=1.0))
+    assert run.is_compiled is False
+    assert said == ['the blocks are not compiled: RuntimeError: no compiler']
+
+
+def test_the_decision_is_stored_after_a_compiled_step_only(compiled):
+    "If the compiler fails in the step, the same command goes on without it."
+    states = decided(Run(steps=10_000), 'auto')
+    assert states[18:21] == [None, False, True]
 
 
 @pytest.mark.parametrize('was_compiled', [True, False])
@@ -168,11 +186,38 @@ def test_on_and_off_are_obeyed(compiled):
     assert decided(Run(steps=10_000, is_compiled=True), 'off')[0] is False
 
 
+@pytest.mark.parametrize(
+    'stored, expected',
+    [
+        (dict(device='cpu', images=96, is_compiled=True), True),
+        (dict(device='cuda', images=96, is_compiled=True), None),
+        (dict(device='cpu', images=8, is_compiled=False), None),
+        ({}, None),
+    ],
+)
+def test_auto_decides_again_on_another_device_or_for_another_length(
+    stored, expected, tmp_path, monkeypatch
+):
+    run = SimpleNamespace(
+        model=SimpleNamespace(device=torch.device('cpu')),
+        recipe=SimpleNamespace(images=96, steps=12),
+        is_compiled=None,
+        ema=None,
+        opt=None,
+        out=tmp_path,
+        dtype='float32',
+    )
+    note = dict(i=3, seconds=1, skipped=0, compiled=stored)
+    monkeypatch.setattr(training, 'load_checkpoint', lambda *args, **options: note)
+    training._load_newest(run, print)
+    assert run.is_compiled is expected
+
+
 def test_the_decision_is_stored(tmp_path):
     r = small(steps=1)
     trained(tmp_path / 'run', r)
     newest = max((tmp_path / 'run/checkpoints').glob('*.safetensors'))
     _, note = read_tensors(newest)
-    assert note['compiled'] is False
+    assert note['compiled'] == dict(device='cpu', images=8, is_compiled=False)
     assert json.loads((tmp_path / 'run/run.json').read_text())['images_seen'] == 8
     assert load(tmp_path / 'run').card.images_seen == 8

@@ -24,6 +24,7 @@ import copy
 import hashlib
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -41,6 +42,7 @@ from ..methods.pdae import PDAE
 from ..methods.scorevae import CodedModel
 from ..metrics import Feats, eval_feats, features, frechet, frechet_inf, mmd, stats
 from ..model import GenerativeModel, Model, model_fingerprint, noise
+from ..processes import by_first, processes
 from ..sampling import sample
 
 
@@ -228,7 +230,7 @@ def drawn(
     Chunk k is sampled with seed k, so it does not depend on what is stored.
     """
     path = _sample_file(label, models, feats, steps=steps, chunk=chunk, keep=keep)
-    stored = _stored(path)
+    stored = by_first(partial(_stored, path))
     count = len(stored.f) if stored else 0
     while count < n:
         new = _sample_chunk(way, feats, chunk, count // chunk, steps, label=label)
@@ -236,7 +238,8 @@ def drawn(
             new = Drawn(*map(torch.cat, zip(stored, new, strict=True)))
         stored = new._replace(x=new.x[:keep])
         count = len(stored.f)
-        write_tensors(path, stored._asdict())
+        if processes().is_first:
+            write_tensors(path, stored._asdict())
         if count >= n or count % 1000 < chunk:
             log(f'{label}, {steps} steps: {count} of {n}')
     return Drawn(stored.f[:n], stored.z[:n], stored.x[:n])

@@ -59,7 +59,7 @@ def encode_all(
         raise ValueError('the encoder is in training mode, where codes can be random: call eval()')
     path = _codes_file(enc, images)
     found = by_first(partial(read_cached, path))
-    if found is not None and 'z' in found[0]:
+    if found is not None and 'z' in found[0] and len(found[0]['z']) == len(images):
         return found[0]['z']
     device = next(enc.parameters()).device
 
