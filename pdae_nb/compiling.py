@@ -240,6 +240,11 @@ _LOADED = set()  # paths of the files that this process has loaded
 _LIBRARY = re.compile(r'\w+/\w[\w.]*\.so')  # a shared library in the compiler's folder
 
 
+def _compilers_folder():
+    "The folder in which the inductor keeps code, usually a temporary one."
+    return Path(importlib.import_module('torch._inductor.runtime.runtime_utils').cache_dir())
+
+
 def _libraries():
     """The shared libraries of compiled code that this process has loaded: name -> bytes.
 
@@ -248,7 +253,7 @@ def _libraries():
     maps = Path('/proc/self/maps')
     if not maps.is_file():
         return {}
-    root = Path(torch._inductor.codecache.cache_dir()).resolve()
+    root = _compilers_folder().resolve()
     libraries = {}
     for line in maps.read_text('utf-8', errors='replace').splitlines():
         name = line[line.find('/') :].removeprefix(f'{root}/')
@@ -267,20 +272,29 @@ def _pack(artifacts, libraries):
     return buffer.getvalue()
 
 
+class _Unusable(Exception):
+    "A file does not hold compiled code that this process can use."
+
+
 def _load_file(path):
-    "Give the code in a file to the compiler. Raises an error if the file is damaged."
+    "Give the code in a file to the compiler. Raises `_Unusable` if the file is damaged."
     data = path.read_bytes()
     if _digest(data) != path.stem:
-        raise ValueError('it is damaged, or it is not compiled code')
-    root = Path(torch._inductor.codecache.cache_dir())
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        artifacts = archive.read('artifacts')
-        names = [name for name in archive.namelist() if _LIBRARY.fullmatch(name)]
-        for name in names:
-            if not (root / name).exists():
-                write_bytes(root / name, archive.read(name))
-    if torch.compiler.load_cache_artifacts(artifacts) is None:
-        raise ValueError('the compiler does not accept it')
+        raise _Unusable('it is damaged, or it is not compiled code')
+    root = _compilers_folder()
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            members = {name: archive.read(name) for name in archive.namelist()}
+        is_accepted = torch.compiler.load_cache_artifacts(members.pop('artifacts')) is not None
+    except OSError:
+        raise
+    except Exception as e:  # the compiler unpickles what it is given
+        raise _Unusable(f'{type(e).__name__}: {e}') from e
+    if not is_accepted:
+        raise _Unusable('the compiler does not accept it')
+    for name, library in members.items():
+        if _LIBRARY.fullmatch(name) and not (root / name).exists():
+            write_bytes(root / name, library)
 
 
 def load_artifacts(
@@ -296,7 +310,7 @@ def load_artifacts(
             _load_file(path)
         except OSError as e:
             log(f'cannot load the compiled code {path}: {e.strerror}')
-        except Exception as e:  # whatever the compiler says about a file: the code can be renewed
+        except _Unusable as e:
             log(f'the compiled code {path} is deleted and compiled again: {e}')
             path.unlink(missing_ok=True)
         else:

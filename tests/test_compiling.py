@@ -7,10 +7,12 @@ import json
 import math
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import weakref
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -575,19 +577,39 @@ print(json.dumps([*running.spent[:2], misses, inductor['fxgraph_cache_hit'], bef
 """
 
 
+def counting_compiler(folder) -> tuple[dict[str, str], Path]:
+    "Environment in which the inductor calls g++ through a script, and the log of the calls."
+    log = folder / 'calls'
+    script = folder / 'g++'
+    script.write_text(f'#!/bin/sh\necho "$@" >> {log}\nexec {shutil.which("g++")} "$@"\n')
+    script.chmod(0o755)
+    return os.environ | dict(CXX=str(script)), log
+
+
 @pytest.mark.slow
+@pytest.mark.skipif(
+    not Path('/proc/self/maps').exists() or not shutil.which('g++'), reason='Linux with g++'
+)
 def test_a_second_process_compiles_nothing(tmp_path):
-    "Each process has an empty folder of the inductor. The second one has no C++ compiler."
+    "The folder of the inductor is empty at the start of each process."
+    env, log = counting_compiler(tmp_path)
     results = []
-    for name, env in dict(first={}, second=dict(CXX='/no/compiler')).items():
-        env = os.environ | env | dict(TORCHINDUCTOR_CACHE_DIR=str(tmp_path / name))
+    kernels = []
+    for name in ('first', 'second'):
+        log.write_text('')
         run = subprocess.run(
-            [sys.executable, '-c', FIRST_STEP], capture_output=True, text=True, env=env
+            [sys.executable, '-c', FIRST_STEP],
+            capture_output=True,
+            text=True,
+            env=env | dict(TORCHINDUCTOR_CACHE_DIR=str(tmp_path / name)),
         )
         assert run.returncode == 0, run.stderr
         results.append(json.loads(run.stdout))
+        kernels.append(log.read_text().count('.main.cpp'))
     (graphs, loaded, misses, hits, before), second = results
     assert (graphs, loaded, hits) == (2, 0, 0)
     assert misses == 4  # a forward and a backward pass of each shape
+    assert kernels[0] >= 4
+    assert kernels[1] == 0
     assert second[:4] == [2, 2, 0, 4]
     assert second[4] < before
