@@ -114,7 +114,7 @@ def _why_not(network):
     "Why a network is not compiled, or None."
     modules = list(network.modules())
     if any(getattr(module, 'twice', False) for module in modules):
-        return 'its loss needs second derivatives'
+        return 'it is built for second derivatives'
     if not repeated_blocks(network):
         return 'it has no repeated blocks'
     if not any(isinstance(module, Network) for module in modules):
@@ -341,7 +341,7 @@ def _write_artifacts(folder):
 # %% ../nbs/toolbox/compiling.ipynb #bc7b3547
 DEFAULT_SECONDS = {  # of one compilation, and of one that finds its kernels on the disk
     'cuda': (4.5, 0.5),
-    'cpu': (10.0, 0.5),
+    'cpu': (10.0, 1.0),
 }
 
 
@@ -364,7 +364,7 @@ class Measured:
         try:
             stored = json.loads((folder / 'measured.json').read_text('utf-8'))
             shapes = {
-                file: [str(shape) for shape in shapes]
+                file: list(shapes)
                 for file, shapes in stored['shapes'].items()
                 if (folder / file).is_file()
             }
@@ -454,11 +454,11 @@ class CompiledBlocks:
     "Blocks that run compiled, and what their compilation has cost."
 
     plan: Plan
-    device: torch.device
-    batch: int | None
-    log: Callable
-    before: Compilations = field(default_factory=compilations)
-    kept: Compilations = field(default_factory=compilations)
+    device: torch.device  # of the networks
+    batch: int | None  # only calls with this number of images are compiled; None: all
+    log: Callable  # takes messages
+    before: Compilations = field(default_factory=compilations)  # at the beginning of the block
+    kept: Compilations = field(default_factory=compilations)  # at the last call of `keep`
 
     @property
     def spent(self) -> Compilations:

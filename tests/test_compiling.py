@@ -186,7 +186,7 @@ def test_networks_that_are_left_out_are_named():
     plan = plan_of(dict(net=tiny(), enc=enc, other=foreign))
     assert str(plan) == (
         '5 blocks of 3 shapes; left out: '
-        'enc (TimeEncoder): its loss needs second derivatives, '
+        'enc (TimeEncoder): it is built for second derivatives, '
         'other (Sequential): it consists of layers of another library'
     )
     with (
