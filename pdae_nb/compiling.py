@@ -35,6 +35,7 @@ import re
 import time
 import types
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -434,11 +435,20 @@ def _compiled_call(shape, backend):
     return torch.compile(own, fullgraph=True, dynamic=False, backend=backend)
 
 
-def _call_of_batch(block, compiled, batch, x, *args, **kwargs):
-    "Run a block compiled if `x` has `batch` images, or any number if `batch` is None."
-    if batch is None or len(x) == batch:
-        return compiled(block, x, *args, **kwargs)
-    return block._call_impl(x, *args, **kwargs)
+@dataclass
+class _BlockCall:
+    "Runs a block compiled if its input has `batch` images, or any number if `batch` is None."
+
+    block: nn.Module
+    compiled: Callable
+    batch: int | None
+    calls: Counter  # number of images -> calls
+
+    def __call__(self, x, *args, **kwargs):
+        self.calls[len(x)] += 1
+        if self.batch is None or len(x) == self.batch:
+            return self.compiled(self.block, x, *args, **kwargs)
+        return self.block._call_impl(x, *args, **kwargs)
 
 
 def _hook(block, call):
@@ -459,6 +469,7 @@ class CompiledBlocks:
     log: Callable  # takes messages
     before: Compilations = field(default_factory=compilations)  # at the beginning of the block
     kept: Compilations = field(default_factory=compilations)  # at the last call of `keep`
+    calls: Counter = field(default_factory=Counter)  # number of images -> calls of blocks
 
     @property
     def spent(self) -> Compilations:
@@ -485,6 +496,12 @@ class CompiledBlocks:
             write_json(folder / 'measured.json', asdict(measured))
         except OSError as e:
             self.log(f'the compiled code is not kept: {e.strerror}')
+
+    def check_batch(self) -> None:
+        "Write a message if blocks were called, but never with `batch` images."
+        if self.calls and self.batch not in (None, *self.calls):
+            sizes = ', '.join(map(str, sorted(self.calls)))
+            self.log(f'no block ran compiled: wanted batches of {self.batch}, got {sizes}')
 
 
 def _check_torch():
@@ -522,6 +539,7 @@ def compiled_blocks(
             stack.callback(running.keep)
         for block, shape in zip(plan.blocks, plan.shapes, strict=True):
             stack.callback(_hook, block, vars(block).get('_compiled_call_impl'))
-            call = _compiled_call(shape, backend)
-            _hook(block, functools.partial(_call_of_batch, block, call, batch))
+            compiled = _compiled_call(shape, backend)
+            _hook(block, _BlockCall(block, compiled, batch, running.calls))
         yield running
+        running.check_batch()

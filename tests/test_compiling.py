@@ -48,7 +48,7 @@ from pdae_nb.recipes import RECIPES
 from pdae_nb.unet import Block, UNet
 
 BF16 = Arithmetic(torch.bfloat16)
-TINY = dict(c=1, size=8, ch=8, mult=(1,), n_res=1)  # 5 blocks of 3 shapes
+TINY = dict(c=1, size=8, ch=8, mult=(1,), n_res=1, groups=4)  # 5 blocks of 3 shapes
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +100,9 @@ def paper_networks() -> tuple[UNet, GradientEstimator, ConvEncoder]:
     return net, G, enc
 
 
-def test_one_compilation_for_each_shape_of_the_papers_dpm():
+def test_one_compilation_for_each_shape_of_the_papers_dpm(monkeypatch):
+    "With a limit of one compilation, no two shapes can share a function."
+    monkeypatch.setattr(compiling, '_RECOMPILE_LIMIT', 1)
     net, _, _ = paper_networks()
     x = torch.zeros(2, 3, 64, 64, device='meta')
     t = torch.zeros(2, dtype=torch.long, device='meta')
@@ -212,17 +214,6 @@ def test_reaching_the_limit_is_an_error(monkeypatch):
             net(x, t)
 
 
-def test_more_shapes_than_the_default_limit_of_one_function():
-    "Blocks that share a function would run without compilation from the ninth shape on."
-    net = MLPSkipNet(d=4, hidden=8, layers=3)
-    net.layers = nn.ModuleList(Block(8, 8 * k, 4) for k in range(1, 13))
-    counter = CompileCounterWithBackend('eager')
-    with compiled_blocks(dict(net=net), backend=counter):
-        for block in net.layers:
-            block(torch.zeros(1, 8, 4, 4), torch.zeros(1, 4))
-    assert counter.frame_count == 12 > torch._dynamo.config.recompile_limit
-
-
 def test_only_calls_with_the_batch_size_are_compiled():
     net = tiny()
     x, t = images(4)
@@ -237,6 +228,22 @@ def test_only_calls_with_the_batch_size_are_compiled():
         with torch.no_grad():
             net(x, t)
         assert counter.frame_count == 6
+
+
+def test_a_wrong_batch_size_is_a_message():
+    net = tiny()
+    x, t = images(3)
+    lines = []
+    for batch in (2, 3):
+        with compiled_blocks(dict(net=net), batch=batch, backend='eager', log=lines.append):
+            net(x, t)
+    assert lines == ['no block ran compiled: wanted batches of 2, got 3']
+
+
+def test_an_old_pytorch_is_named(monkeypatch):
+    monkeypatch.delattr(torch.compiler, 'save_cache_artifacts')
+    with pytest.raises(RuntimeError, match='2.7 or newer'), compiled_blocks(dict(net=tiny())):
+        pass
 
 
 # Nothing is left behind
@@ -360,8 +367,8 @@ def parts_of_pdae():
     "A frozen DPM, a gradient estimator and an encoder in the layout of a training."
     net = tiny(size=16).requires_grad_(False).eval()
     G = filled(GradientEstimator.on(net, z_dim=4))
-    enc = SemanticEncoder(c=1, ch=8, mult=(1,), size=16, z_dim=4, n_res=1)
-    for network in (net, G, enc):
+    enc = SemanticEncoder(c=1, ch=8, mult=(1,), size=16, z_dim=4, n_res=1, groups=4)
+    for network in (net, G, filled(enc)):
         network.to(memory_format=torch.channels_last)
     return nn.ModuleDict(dict(base=net, G=G, enc=enc))
 
@@ -385,9 +392,9 @@ def test_inductors_numbers_are_those_of_eager():
     x = torch.randn(4, 1, 16, 16).to(memory_format=torch.channels_last)
     t = torch.tensor([1, 300, 600, 1000])
     with computing_in(parts.values(), BF16):
-        exact = pdae_gradients(parts, x, t)
+        in_bf16 = pdae_gradients(parts, x, t)
     expected = pdae_gradients(parts, x, t)
-    eager_error = [(a - b).norm() / b.norm() for a, b in zip(exact, expected, strict=True)]
+    of_bf16 = [(a - b).norm() / b.norm() for a, b in zip(in_bf16, expected, strict=True)]
     with compiled_blocks(dict(G=parts.G, enc=parts.enc), batch=4) as running:
         shapes = len(set(running.plan.shapes))
         got = pdae_gradients(parts, x, t)
@@ -398,7 +405,7 @@ def test_inductors_numbers_are_those_of_eager():
         assert running.spent.seconds > 0
         assert_checkpoints_equal(parts.enc.body[1], torch.randn(4, 8, 16, 16))
     assert_near(got, expected, 1e-5)
-    for a, b, error in zip(rounded, expected, eager_error, strict=True):
+    for a, b, error in zip(rounded, expected, of_bf16, strict=True):
         assert (a - b).norm() / b.norm() <= max(0.01, 1.5 * error)
 
 
