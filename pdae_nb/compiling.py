@@ -515,7 +515,8 @@ def compiled_blocks(
     networks: Mapping[str, nn.Module],  # name -> network
     *,
     batch: int | None = None,  # only calls with this number of images are compiled; None: all
-    backend: str | Callable = 'inductor',  # of `torch.compile`; only inductor's code is kept
+    backend: str
+    | Callable = 'inductor',  # of `torch.compile`; only the code of the inductor is kept
     log: Callable = print,  # takes messages
 ):  # yields a `CompiledBlocks`; its `plan` says what is compiled and what is left out
     """Within the block, the repeated blocks of the networks run compiled.

@@ -80,11 +80,9 @@ def images(n: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(n, 1, 8, 8, generator=g), torch.randint(1, 1000, (n,), generator=g)
 
 
-def assert_near(got: list, expected: list, error: float) -> None:
-    "The root mean square of the difference, relative to that of the expected tensor."
-    for a, b in zip(got, expected, strict=True):
-        assert a.dtype == b.dtype
-        assert (a - b).float().norm() <= error * b.float().norm()
+def relative_errors(got, expected) -> torch.Tensor:
+    "Of each tensor, the norm of the difference over that of the expected tensor."
+    return torch.stack([(a - b).norm() / b.norm() for a, b in zip(got, expected, strict=True)])
 
 
 # What is compiled
@@ -360,7 +358,7 @@ def test_scorevae_trains_with_a_compiled_base():
     with compiled_blocks(dict(enc=enc, base=base), backend='aot_eager') as running:
         got = loss_and_gradients()
         assert running.spent.graphs == 3
-    assert_near(got, expected, 1e-5)
+    assert relative_errors(got, expected).max() < 1e-5
 
 
 def parts_of_pdae():
@@ -394,7 +392,6 @@ def test_inductors_numbers_are_those_of_eager():
     with computing_in(parts.values(), BF16):
         in_bf16 = pdae_gradients(parts, x, t)
     expected = pdae_gradients(parts, x, t)
-    of_bf16 = [(a - b).norm() / b.norm() for a, b in zip(in_bf16, expected, strict=True)]
     with compiled_blocks(dict(G=parts.G, enc=parts.enc), batch=4) as running:
         shapes = len(set(running.plan.shapes))
         got = pdae_gradients(parts, x, t)
@@ -404,9 +401,10 @@ def test_inductors_numbers_are_those_of_eager():
         assert running.spent.graphs == 2 * shapes
         assert running.spent.seconds > 0
         assert_checkpoints_equal(parts.enc.body[1], torch.randn(4, 8, 16, 16))
-    assert_near(got, expected, 1e-5)
-    for a, b, error in zip(rounded, expected, of_bf16, strict=True):
-        assert (a - b).norm() / b.norm() <= max(0.01, 1.5 * error)
+    assert relative_errors(got, expected).max() < 1e-5
+    errors = relative_errors(rounded, expected)
+    assert errors.max() < 0.05  # the spacing of bf16 numbers is 0.004 to 0.008
+    assert errors.mean() < 1.5 * relative_errors(in_bf16, expected).mean()
 
 
 # Kept code
