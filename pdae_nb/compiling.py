@@ -37,7 +37,7 @@ import types
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -236,8 +236,6 @@ def artifacts_dir(
 
 MOST_BYTES = 200_000_000  # of the files in one folder; the oldest files are deleted
 _LOADED = set()  # paths of the files that this process has loaded
-
-
 _LIBRARY = re.compile(r'\w+/\w[\w.]*\.so')  # a shared library in the compiler's folder
 
 
@@ -312,12 +310,23 @@ def load_artifacts(
         except OSError as e:
             log(f'cannot load the compiled code {path}: {e.strerror}')
         except _Unusable as e:
-            log(f'the compiled code {path} is deleted and compiled again: {e}')
-            path.unlink(missing_ok=True)
+            log(f'the compiled code {path} is ignored, deleted and compiled again: {e}')
+            with suppress(OSError):  # a folder that cannot be written
+                path.unlink()
         else:
             _LOADED.add(path)
             count += 1
     return count
+
+
+def _delete_old_files(folder, kept):
+    "Delete the oldest files beyond `MOST_BYTES`, but not the file `kept`."
+    files = [(path.stat().st_mtime, path) for path in folder.glob('*.zip')]
+    total = 0
+    for _, path in sorted(files, reverse=True):
+        total += path.stat().st_size
+        if total > MOST_BYTES and path != kept:
+            path.unlink()
 
 
 def _write_artifacts(folder):
@@ -330,12 +339,8 @@ def _write_artifacts(folder):
     path = folder / f'{_digest(data)}.zip'
     write_bytes(path, data)
     _LOADED.add(path)
-    files = sorted(folder.glob('*.zip'), key=lambda path: path.stat().st_mtime, reverse=True)
-    total = 0
-    for file in files:
-        total += file.stat().st_size
-        if total > MOST_BYTES and file != path:
-            file.unlink()
+    with suppress(OSError):  # another process deletes files, too
+        _delete_old_files(folder, path)
     return path.name
 
 

@@ -481,7 +481,7 @@ def test_damaged_files_are_deleted_with_a_message(monkeypatch):
     assert load_artifacts('cpu', lines.append) == 0
     assert compiler.loaded == []
     assert len(lines) == 2
-    assert all('deleted and compiled again' in line for line in lines)
+    assert all('ignored, deleted and compiled again' in line for line in lines)
     assert kept_code() == []
     kept(pytest.fail)
     assert kept_code() == [b'code']
@@ -496,6 +496,21 @@ def test_a_file_that_pytorch_does_not_accept(data):
     assert load_artifacts('cpu', lines.append) == 0
     assert len(lines) == 1
     assert not path.exists()
+
+
+def test_a_damaged_file_that_cannot_be_deleted(monkeypatch):
+    Compiler(monkeypatch)
+    path = artifacts_dir('cpu') / 'damaged.zip'
+    (path / 'inside').mkdir(parents=True)  # a folder in place of a file
+    path.with_name('foreign.zip').write_bytes(b'virus')
+
+    def refuse(path):
+        raise PermissionError(13, 'no permission')
+
+    monkeypatch.setattr(Path, 'unlink', refuse)
+    lines = []
+    assert load_artifacts('cpu', lines.append) == 0
+    assert len(lines) == 2
 
 
 def test_a_folder_that_cannot_be_written(monkeypatch, tmp_path):
