@@ -36,6 +36,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 
 # %% ../nbs/toolbox/processes.ipynb #c5825e49
@@ -87,6 +88,18 @@ def _check_device(own, device):
     return on_gpu
 
 
+def _store():
+    """Where the processes find the addresses of each other.
+
+    On a single machine, `torchrun --max-restarts` uses the same store again. A name for each start
+    separates new addresses from those of processes that have ended.
+    """
+    store, _, _ = next(rendezvous('env://', timeout=_LONGEST_WAIT))
+    if os.environ.get('LOCAL_WORLD_SIZE') != os.environ['WORLD_SIZE']:
+        return store
+    return dist.PrefixStore(f'start {os.environ.get("TORCHELASTIC_RESTART_COUNT")}', store)
+
+
 _LONGEST_WAIT = timedelta(hours=2)  # for another process that works, e.g. on a preview
 
 
@@ -104,7 +117,13 @@ def join(
         if on_gpu:
             torch.cuda.set_device(own.local)
         backend = 'cpu:gloo,cuda:nccl' if on_gpu else 'gloo'
-        dist.init_process_group(backend, timeout=_LONGEST_WAIT)
+        dist.init_process_group(
+            backend,
+            store=_store(),
+            rank=own.rank,
+            world_size=own.world,
+            timeout=_LONGEST_WAIT,
+        )
         atexit.register(dist.destroy_process_group)
     return processes()
 
