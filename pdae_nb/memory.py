@@ -23,6 +23,7 @@ __all__ = [
 
 # %% ../nbs/toolbox/memory.ipynb #5f4fcb62
 import copy
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
@@ -41,14 +42,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from .layers import same_timestep
+
 
 # %% ../nbs/toolbox/memory.ipynb #c5f64d57
 class _Attention(torch.autograd.Function):
-    "Attention as one operation: it reads q, k and v, and writes the output."
+    "Attention as one operation. `report` is called with the name and the tensors."
 
     @staticmethod
     def forward(ctx, q, k, v, report):
         out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device='meta')
+        # the logarithm of the softmax's denominator, which the flash kernel stores
         log_sum = torch.empty(q.shape[:-1], dtype=torch.float32, device='meta')
         ctx.save_for_backward(q, k, v, out, log_sum)
         ctx.report = report
@@ -65,7 +69,7 @@ class _Attention(torch.autograd.Function):
 
 
 class _Dropout(torch.autograd.Function):
-    "Dropout as one operation: it reads x, and writes the output and a mask of one byte a number."
+    "Dropout as one operation, with a mask with one byte for each number."
 
     @staticmethod
     def forward(ctx, x, report):
@@ -85,8 +89,9 @@ class _Dropout(torch.autograd.Function):
         return out, None
 
 
+# %% ../nbs/toolbox/memory.ipynb #c679c079
 def _ignore(name, *tensors):
-    "Report an operation to nobody."
+    "Discard the report of an operation."
 
 
 _attention = F.scaled_dot_product_attention
@@ -105,7 +110,7 @@ def whole_operations(
     """
 
     def whole_attention(query, key, value, *args, **kwargs):
-        # `sdpa_kernel(SDPBackend.MATH)` switches the fused kernels off.
+        # `sdpa_kernel` with only another backend switches the flash kernel off.
         if query.is_meta and torch.backends.cuda.flash_sdp_enabled():
             return _Attention.apply(query, key, value, report)
         return _attention(query, key, value, *args, **kwargs)
@@ -125,25 +130,27 @@ def whole_operations(
 
 # %% ../nbs/toolbox/memory.ipynb #6c16f258
 def _storages(values):
-    "Memory of the tensors in nested containers, each with its key."
+    "The storages of the tensors in nested containers, by address."
     tensors = (value for value in tree_leaves(values) if isinstance(value, Tensor))
     storages = (tensor.untyped_storage() for tensor in tensors)
+    # All views of a tensor have the same `_cdata`, the address of their common storage.
     return {storage._cdata: storage for storage in storages}
 
 
 class PeakBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made under it, while they exist.
+    """Counts the bytes of tensors that are created inside the `with` block, until their release.
 
-    Where code reads a number of a tensor on the device `meta`, the number is 1 or True.
+    Where code reads a value of a tensor on the device `meta`, the value is 1 or True.
     """
 
     def __init__(self):
         super().__init__()
         self.now = 0  # bytes that exist
         self.peak = 0  # largest value of `now`
-        self._live = {}  # key of a storage -> weak reference to it, and its bytes
+        self._live = {}  # address of a storage -> weak reference to the storage, and its bytes
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        # `item`, `bool` and `if` read a value by this operation. A tensor on `meta` has no values.
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return True if args[0].dtype == torch.bool else 1
         out = func(*args, **(kwargs or {}))
@@ -156,12 +163,14 @@ class PeakBytes(TorchDispatchMode):
 
     def _add(self, key, storage):
         "Count memory until it is released."
+        # PyTorch keeps the Python object `storage` while the memory exists. A weak reference does
+        # not prolong this time. It calls `_remove` when the memory is released.
         size = storage.nbytes()
         self._live[key] = ref(storage, partial(self._remove, key)), size
         self.now += size
 
     def _remove(self, key, _):
-        "Memory was released."
+        "Subtract memory that was released."
         _, size = self._live.pop(key)
         self.now -= size
 
@@ -195,10 +204,11 @@ class TrainingBytes(NamedTuple):
         gpus: int,  # number of GPUs, 1…
     ) -> 'TrainingBytes':  # of one GPU
         "All parts but the activations divided among GPUs, as fully sharded training does."
-        shares = [-(-part // gpus) for part in self[:-1]]
+        shares = [math.ceil(part / gpus) for part in self[:-1]]
         return TrainingBytes(*shares, self.activations)
 
 
+# %% ../nbs/toolbox/memory.ipynb #a8fa9629
 def _bytes_of(tensors):
     "Bytes of tensors."
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -268,6 +278,7 @@ def _available():
         return _ASSUMED_MEMORY // 2
 
 
+# %% ../nbs/toolbox/memory.ipynb #3b13247f
 def _cgroup_folders():
     "Folders of the control groups of this process, from its own to the root."
     folders = []
@@ -298,6 +309,7 @@ def _free_bytes_of_cpu():
     return min([_available(), *(limit for limit in limits if limit is not None)])
 
 
+# %% ../nbs/toolbox/memory.ipynb #88ee30e2
 def free_bytes(
     device: str | torch.device,  # 'cpu', 'cuda' or 'mps'
 ) -> int:
@@ -320,7 +332,7 @@ def largest_batch(
     budget: int,  # bytes
     most: int,  # images
 ) -> int:  # a power of two or `most`; 1 if nothing fits
-    "The largest batch with a peak of at most `budget`."
+    "The largest power of two, or `most`, with a counted peak of at most `budget`."
     if most < 1:
         raise ValueError(f'a batch has at least 1 image, got most={most}')
     if most == 1 or bytes_of(most) <= budget:
@@ -339,25 +351,29 @@ def on_meta(
     model: nn.Module,  # a model; its `base`, if it has one, is copied as well
 ) -> nn.Module:
     "A copy of a model on the device meta. The weights are not copied."
+    # `deepcopy` takes the copy of an object from `memo`, if `memo` has the object's id.
     memo = {}
     for parameter in model.parameters():
-        twin = torch.empty_like(parameter, device='meta')
-        memo[id(parameter)] = nn.Parameter(twin, requires_grad=parameter.requires_grad)
+        empty = torch.empty_like(parameter, device='meta')
+        memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
     for buffer in model.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device='meta')
     sched = getattr(model, 'sched', None)
     if sched is not None:
-        memo[id(sched)] = sched
-        sched(torch.ones(1, dtype=torch.int64, device='meta'))  # it keeps a copy on this device
-    twin = copy.deepcopy(model, memo)
+        memo[id(sched)] = sched  # the copy shares the schedule
+        # The schedule keeps its table on each device. The call makes the one on `meta`, so that
+        # later counts do not contain it.
+        sched(torch.ones(1, dtype=torch.int64, device='meta'))
+    copied = copy.deepcopy(model, memo)
     base = getattr(model, 'base', None)
     if base is not None:
-        twin.base = on_meta(base)
-    return twin
+        copied.base = on_meta(base)
+    return copied
 
 
+# %% ../nbs/toolbox/memory.ipynb #b65dd8ce
 class _EmptyDraw:
-    "Stands for the random numbers of a training step (`Draw`), on the device meta."
+    "Empty tensors in place of the random numbers of a training step (`Draw`)."
 
     def __init__(self, batch):
         self.batch = batch
@@ -384,13 +400,13 @@ def _empty_batch(model, batch):
 
 
 def encode_and_denoise(
-    model: nn.Module,  # with `condition` and `denoiser`, as a `GenerativeModel` has
+    model: nn.Module,  # with `condition`, `denoiser` and `sched`, as a `GenerativeModel` has
     images: Tensor,  # (B, *shape)
     labels: Tensor,  # int64 (B,)
 ) -> None:
-    "Encode images, and predict their noise."
+    "Encode images, and predict their noise at the last timestep."
     condition = model.condition(images, labels)
-    model.denoiser(condition)(images, torch.ones_like(labels))
+    model.denoiser(condition)(images, same_timestep(model.sched.T, images))
 
 
 def forward_bytes(
@@ -399,26 +415,27 @@ def forward_bytes(
     forward: Callable = encode_and_denoise,  # (model, images, labels) -> anything
 ) -> int:
     "Peak bytes of a forward pass, without gradients."
-    twin = on_meta(model)
+    copied = on_meta(model)
     images, labels = _empty_batch(model, batch)
     with torch.device('meta'), torch.no_grad():
-        return peak_bytes(partial(forward, twin, images, labels))
+        return peak_bytes(partial(forward, copied, images, labels))
 
 
+# %% ../nbs/toolbox/memory.ipynb #c858089f
 def step_bytes(
     model: nn.Module,  # with `shape`, `loss` and `networks`, as a `Model` has
     batch: int,  # images of one forward and backward pass
 ) -> TrainingBytes:
     "The memory of a training of a model."
-    twin = on_meta(model)
+    copied = on_meta(model)
     images, labels = _empty_batch(model, batch)
 
     def loss():
-        losses, _ = twin.loss(images, labels, _EmptyDraw(batch))
+        losses, _ = copied.loss(images, labels, _EmptyDraw(batch))
         return losses.mean()
 
     with torch.device('meta'):
-        return training_peak_bytes(loss, twin.networks())
+        return training_peak_bytes(loss, copied.networks())
 
 
 def micro_batch(
@@ -434,10 +451,11 @@ def micro_batch(
     return largest_batch(bytes_of, budget, most)
 
 
-_COUNTED = {}  # (geometry of a model, batch, forward pass) -> bytes of `forward_bytes`
+# %% ../nbs/toolbox/memory.ipynb #80a60d3d
+_COUNTED = {}  # (`_cache_key` of a model, batch, forward pass) -> bytes of `forward_bytes`
 
 
-def _geometry(model):
+def _cache_key(model):
     "What the peak of a forward pass depends on."
     parts = [type(model), tuple(model.shape)]
     for network in model.networks():
@@ -454,16 +472,17 @@ def batch_for(
     most: int,  # images
     forward: Callable = encode_and_denoise,  # (model, images, labels) -> anything
 ) -> int:  # a power of two or `most`; 1 if nothing fits
-    """Images of one forward pass, such that it needs at most half of the free memory.
+    """Images of one forward pass, such that its count is at most half of the free memory.
 
-    Counts are kept for the same geometry and the same function `forward`.
+    If the peak cannot be counted, this is `most`. Counts are kept, and used again for models whose
+    networks have the same types, shapes, dtypes and settings.
     """
     if model.device.type not in ('cpu', 'cuda', 'mps'):
         return most
-    geometry = _geometry(model)
+    model_key = _cache_key(model)
 
     def bytes_of(batch):
-        key = (geometry, batch, forward)
+        key = (model_key, batch, forward)
         if key not in _COUNTED:
             _COUNTED[key] = forward_bytes(model, batch, forward)
         return _COUNTED[key]
@@ -498,16 +517,18 @@ def run_checkpointed(
     return checkpoint(run, *features, use_reentrant=False)
 
 
+# %% ../nbs/toolbox/memory.ipynb #c35ae8a7
 def _checkpointed_parts(networks):
-    "The modules that have residual blocks. Raises if there are none, or if one cannot do it."
+    "The modules with checkpointed blocks. Raises ValueError if there are none."
+    parts = []
     for network in networks:
-        if any(getattr(module, 'twice', False) for module in network.modules()):
+        modules = list(network.modules())
+        if any(getattr(module, 'twice', False) for module in modules):
             raise ValueError(
-                f'{type(network).__name__} is made to be differentiated twice (twice=True); '
-                'activation checkpointing needs networks that are differentiated once'
+                f'{type(network).__name__} is differentiated twice (twice=True) with '
+                '`torch.func.grad`, which does not support activation checkpointing'
             )
-    modules = (module for network in networks for module in network.modules())
-    parts = [module for module in modules if hasattr(module, 'checkpointing')]
+        parts += [module for module in modules if hasattr(module, 'checkpointing')]
     if not parts:
         names = ', '.join(type(network).__name__ for network in networks)
         raise ValueError(
@@ -521,7 +542,7 @@ def _checkpointed_parts(networks):
 def checkpointing_blocks(
     networks: Iterable[nn.Module],  # their submodules included
 ):
-    """Within the block, the backward pass computes the activations of residual blocks again.
+    """Inside the `with` block, the backward pass computes the activations of residual blocks again.
 
     Afterwards, the networks are as before. The setting belongs to the networks: other threads that
     train them compute activations again, too.
