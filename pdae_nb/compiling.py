@@ -52,8 +52,8 @@ from .layers import Network
 # %% ../nbs/toolbox/compiling.ipynb #a84e9a2c
 def repeated_blocks(
     network: nn.Module,
-) -> list[nn.Module]:  # in order; a block inside of a block is not listed
-    "The modules of several layers that stand in a list, such as the `Block`s of a U-Net."
+) -> list[nn.Module]:  # in order; blocks inside other blocks are not listed
+    "The items of module lists that have several layers, such as the `Block`s of a U-Net."
     is_list = isinstance(network, (nn.ModuleList, nn.Sequential))
     blocks = []
     for child in network.children():
@@ -71,10 +71,11 @@ _PLAIN = (bool, int, float, str, tuple, type(None))
 def shape_of(
     block: nn.Module,
 ) -> str:  # 16 hexadecimal digits
-    """What distinguishes blocks for the compiler, as a digest.
+    """A digest of the block shape. Blocks with equal digests share compiled code.
 
-    It covers the classes and plain attributes of all submodules (`training`, too), and shape,
-    dtype and `requires_grad` of all parameters. The values of the parameters do not matter.
+    The digest covers the classes and the plain attributes of all submodules, such as `training`.
+    It also covers the names, tensor shapes, dtypes and `requires_grad` of all parameters and
+    buffers, but not their values.
     """
     facts = []
     for name, module in block.named_modules():
@@ -89,7 +90,7 @@ class LeftOut(NamedTuple):
     "A network that runs without compilation."
 
     name: str
-    kind: str  # its class
+    kind: str  # class of the network
     reason: str
 
     def __str__(self) -> str:
@@ -97,14 +98,14 @@ class LeftOut(NamedTuple):
 
 
 class Plan(NamedTuple):
-    "What is compiled, and what is not."
+    "The blocks to compile, and the networks that are left out."
 
     blocks: list[nn.Module]
     shapes: list[str]  # `shape_of` each block
     left_out: list[LeftOut]
 
     def __str__(self) -> str:
-        "For a line of a log."
+        "A summary in one line, for a log."
         text = f'{len(self.blocks)} blocks of {len(set(self.shapes))} shapes'
         if self.left_out:
             text += '; left out: ' + ', '.join(map(str, self.left_out))
@@ -112,7 +113,7 @@ class Plan(NamedTuple):
 
 
 def _why_not(network):
-    "Why a network is not compiled, or None."
+    "Why a network is left out, or None if its blocks can be compiled."
     modules = list(network.modules())
     if any(getattr(module, 'twice', False) for module in modules):
         return 'it is built for second derivatives'
@@ -126,7 +127,7 @@ def _why_not(network):
 def plan_of(
     networks: Mapping[str, nn.Module],  # name -> network
 ) -> Plan:
-    "The blocks that can be compiled, and the networks without such blocks."
+    "The blocks that can be compiled, and the networks that are left out."
     blocks = []
     left_out = []
     for name, network in networks.items():
@@ -141,10 +142,10 @@ def plan_of(
 
 # %% ../nbs/toolbox/compiling.ipynb #0e097aa4
 class Compilations(NamedTuple):
-    "Compilations of this process. Backward passes do not count separately."
+    "Compilations of this process. A forward pass and its backward pass count as one."
 
-    graphs: int  # number of compilations
-    loaded: int  # how many of them found their kernels on the disk
+    graphs: int  # number of compiled graphs, loaded ones included
+    loaded: int  # number of graphs whose kernels were found on the disk
     seconds: float  # of all compilations within `compiled_blocks`
 
     def since(
@@ -156,7 +157,7 @@ class Compilations(NamedTuple):
 
 
 class _Clock:
-    "Adds up the seconds between the compiler's reports."
+    "Adds up the seconds between the start and the end of each compilation."
 
     def __init__(self):
         self.seconds = 0.0
@@ -176,9 +177,9 @@ _CLOCK = _Clock()
 
 @contextmanager
 def _clock_runs():
-    "Within the block, the clock measures compilations."
+    "Within the `with` block, `_CLOCK` measures compilations."
     handler = torch._dynamo.callback.callback_handler
-    if _CLOCK.start in handler.start_callbacks:  # a block around this one
+    if _CLOCK.start in handler.start_callbacks:  # an outer `with` block measures already
         yield
         return
     handler.register_start_callback(_CLOCK.start)
@@ -223,7 +224,7 @@ def _hardware(device):
 def artifacts_dir(
     device: str | torch.device,  # where the networks are
 ) -> Path:  # the folder; it need not exist
-    "Folder of the code that was compiled with these versions and on this hardware."
+    "Folder of the stored code for the installed versions and this hardware."
     parts = [
         f'torch {torch.__version__}',
         f'python {platform.python_version()}',
@@ -240,14 +241,15 @@ _LIBRARY = re.compile(r'\w+/\w[\w.]*\.so')  # a shared library in the compiler's
 
 
 def _compilers_folder():
-    "The folder in which the inductor keeps code, usually a temporary one."
+    "The inductor's own folder of compiled code, by default a temporary one."
     return Path(importlib.import_module('torch._inductor.runtime.runtime_utils').cache_dir())
 
 
 def _libraries():
     """The shared libraries of compiled code that this process has loaded: name -> bytes.
 
-    PyTorch's artifacts have the kernels of GPUs, but not those of CPUs. Only Linux lists them.
+    PyTorch's artifacts contain the kernels for GPUs, but not those for CPUs. Only Linux lists the
+    libraries that a process has loaded. On other systems, the result is empty.
     """
     maps = Path('/proc/self/maps')
     if not maps.is_file():
@@ -262,7 +264,7 @@ def _libraries():
 
 
 def _pack(artifacts, libraries):
-    "One file of PyTorch's artifacts and the shared libraries."
+    "The bytes of a ZIP file that contains PyTorch's artifacts and the shared libraries."
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, 'w', zipfile.ZIP_DEFLATED) as archive:
         archive.writestr('artifacts', artifacts)
@@ -276,7 +278,7 @@ class _Unusable(Exception):
 
 
 def _load_file(path):
-    "Give the code in a file to the compiler. Raises `_Unusable` if the file is damaged."
+    "Pass the code in a file to the compiler. Raises `_Unusable` if this is not possible."
     data = path.read_bytes()
     if _digest(data) != path.stem:
         raise _Unusable('it is damaged, or it is not compiled code')
@@ -287,7 +289,7 @@ def _load_file(path):
         is_accepted = torch.compiler.load_cache_artifacts(members.pop('artifacts')) is not None
     except OSError:
         raise
-    except Exception as e:  # the compiler unpickles what it is given
+    except Exception as e:  # the compiler unpickles bytes: any error can occur
         raise _Unusable(f'{type(e).__name__}: {e}') from e
     if not is_accepted:
         raise _Unusable('the compiler does not accept it')
@@ -300,7 +302,7 @@ def load_artifacts(
     device: str | torch.device,  # where the networks are
     log: Callable = print,  # takes a message on each file that is not loaded
 ) -> int:  # number of files that were loaded now
-    "Give the compiled code of earlier processes to the compiler. No file is loaded twice."
+    "Load the stored code of earlier processes. A process loads a file at most once."
     count = 0
     for path in sorted(artifacts_dir(device).glob('*.zip')):
         if path in _LOADED:
@@ -330,7 +332,7 @@ def _delete_old_files(folder, kept):
 
 
 def _write_artifacts(folder):
-    "Write the code that this process has used to a file. Returns its name, or None."
+    "Write the code of this process to a file. Returns the file's name, or None without code."
     saved = torch.compiler.save_cache_artifacts()
     if saved is None:
         return None
@@ -339,13 +341,13 @@ def _write_artifacts(folder):
     path = folder / f'{_digest(data)}.zip'
     write_bytes(path, data)
     _LOADED.add(path)
-    with suppress(OSError):  # another process deletes files, too
+    with suppress(OSError):  # another process may delete the same files
         _delete_old_files(folder, path)
     return path.name
 
 
 # %% ../nbs/toolbox/compiling.ipynb #bc7b3547
-DEFAULT_SECONDS = {  # of one compilation, and of one that finds its kernels on the disk
+DEFAULT_SECONDS = {  # to compile a graph, and to load a graph from the disk
     'cuda': (4.5, 0.5),
     'cpu': (10.0, 1.0),
 }
@@ -353,18 +355,18 @@ DEFAULT_SECONDS = {  # of one compilation, and of one that finds its kernels on 
 
 @dataclass
 class Measured:
-    "What this machine measured the last time."
+    "The latest measurement on this machine."
 
-    compile_seconds: float  # of one compilation
-    load_seconds: float  # of one compilation that finds its kernels on the disk
-    shapes: dict[str, list[str]] = field(default_factory=dict)  # file -> shapes with batch size
+    compile_seconds: float  # of one graph that is compiled
+    load_seconds: float  # of one graph whose kernels are found on the disk
+    shapes: dict[str, list[str]] = field(default_factory=dict)  # file -> block shape and batch size
 
     @classmethod
     def read(
         cls,
         device: str | torch.device,  # where the networks are
     ) -> 'Measured':
-        "The stored measurement. The defaults hold if there is none, or if it cannot be read."
+        "The stored measurement, or the defaults if no measurement can be read."
         device = torch.device(device)
         folder = artifacts_dir(device)
         try:
@@ -382,7 +384,7 @@ class Measured:
         self,
         spent: Compilations,  # what was compiled
     ) -> None:
-        "Replace the seconds by new ones, if all compilations were of one kind."
+        "Replace the seconds of one kind, if all graphs were compiled or all were loaded."
         if spent.graphs and spent.loaded == 0:
             self.compile_seconds = spent.seconds / spent.graphs
         if spent.graphs and spent.loaded == spent.graphs:
@@ -390,7 +392,7 @@ class Measured:
 
 
 def _with_batch(shapes, batch):
-    "Shapes with the batch size, without repetition."
+    "The block shapes, each with the batch size, sorted and without repetition."
     return sorted({f'{shape} {batch}' for shape in shapes})
 
 
@@ -399,7 +401,7 @@ def expected_seconds(
     device: str | torch.device,  # where they will run
     batch: int | None = None,  # as for `compiled_blocks`
 ) -> float:  # infinity if nothing can be compiled
-    "Estimated seconds of all compilations: shapes times the seconds that this machine measured."
+    "Estimated seconds of all compilations, with one graph for each block shape."
     plan = plan_of(networks)
     if not plan.blocks:
         return math.inf
@@ -415,25 +417,25 @@ def pays(
     seconds_left: float,  # of the run, without compilation
     expected_compile_seconds: float,  # see `expected_seconds`
 ) -> bool:
-    "Whether to compile: if the run takes more than ten times as long as the compilation."
+    "Whether to compile: True if the run takes more than ten times as long as the compilation."
     return seconds_left > 10 * expected_compile_seconds
 
 
 # %% ../nbs/toolbox/compiling.ipynb #9c21131e
-_RECOMPILE_LIMIT = 64  # compilations of one shape: sizes of feature maps, dtypes, grad modes
+_RECOMPILE_LIMIT = 64  # compilations of one block shape, for example for several dtypes
 
 
 def _call(block, *args, **kwargs):
-    "Run a block with its hooks, without its compiled version."
+    "Run a block with its hooks, but without its `_compiled_call_impl`."
     return block._call_impl(*args, **kwargs)
 
 
 @functools.cache
 def _compiled_call(shape, backend):
-    """A compiled `_call` for blocks of one shape.
+    """A compiled copy of `_call` for the blocks of one block shape.
 
     PyTorch counts the compilations of each code object and stores names in the globals of the
-    function. This function has a code object and globals of its own.
+    function. Each copy therefore has a code object and globals of its own.
     """
     code = _call.__code__.replace(co_name=f'block_{shape}')
     own = types.FunctionType(code, dict(__name__=__name__, __builtins__=vars(builtins)))
@@ -442,7 +444,7 @@ def _compiled_call(shape, backend):
 
 @dataclass
 class _BlockCall:
-    "Runs a block compiled if its input has `batch` images, or any number if `batch` is None."
+    "Runs compiled code if the input has `batch` images, or for every input if `batch` is None."
 
     block: nn.Module
     compiled: Callable
@@ -466,26 +468,26 @@ def _hook(block, call):
 
 @dataclass
 class CompiledBlocks:
-    "Blocks that run compiled, and what their compilation has cost."
+    "The blocks that run compiled code, and the compilations of the process."
 
     plan: Plan
     device: torch.device  # of the networks
     batch: int | None  # only calls with this number of images are compiled; None: all
     log: Callable  # takes messages
-    before: Compilations = field(default_factory=compilations)  # at the beginning of the block
+    before: Compilations = field(default_factory=compilations)  # at the start of the `with` block
     kept: Compilations = field(default_factory=compilations)  # at the last call of `keep`
     calls: Counter = field(default_factory=Counter)  # number of images -> calls of blocks
 
     @property
     def spent(self) -> Compilations:
-        "The compilations of the process since the beginning of the block."
+        "The compilations of the process since the start of the `with` block."
         return compilations().since(self.before)
 
     def keep(self) -> None:
         """Store the code that was compiled since the last call, and the measured seconds.
 
-        The end of the `with` block calls this, too. A call after the first step of a training
-        stores the code even if the process is killed later. Errors are messages.
+        The end of the `with` block calls `keep`, too. If `keep` is called after the first training
+        step, the code is stored even if the process is killed later. `log` gets file errors.
         """
         spent = compilations().since(self.kept)
         if not spent.graphs:
@@ -510,7 +512,7 @@ class CompiledBlocks:
 
 
 def _check_torch():
-    "Raise if PyTorch lacks what this module uses."
+    "Raise RuntimeError if PyTorch cannot save artifacts."
     if not hasattr(torch.compiler, 'save_cache_artifacts'):
         raise RuntimeError(f'compilation needs PyTorch 2.7 or newer, got {torch.__version__}')
 
@@ -521,13 +523,13 @@ def compiled_blocks(
     *,
     batch: int | None = None,  # only calls with this number of images are compiled; None: all
     backend: str
-    | Callable = 'inductor',  # of `torch.compile`; only the code of the inductor is kept
+    | Callable = 'inductor',  # of `torch.compile`; only the code of the inductor is stored
     log: Callable = print,  # takes messages
-):  # yields a `CompiledBlocks`; its `plan` says what is compiled and what is left out
-    """Within the block, the repeated blocks of the networks run compiled.
+):  # yields a `CompiledBlocks`; its `plan` lists what is compiled and what is left out
+    """Within the `with` block, calls of the networks' blocks run compiled code.
 
-    A block is compiled at its first call. The setting belongs to the networks: other threads that
-    use them run the compiled code, too.
+    A block shape is compiled at the first call of a block. `compiled_blocks` changes the networks
+    themselves, so other threads that use these networks run the compiled code, too.
     """
     _check_torch()
     plan = plan_of(networks)

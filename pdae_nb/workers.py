@@ -36,16 +36,16 @@ def usable_cores() -> int:
 
 
 def worker_count() -> int:
-    "The number of workers that decode many images. With 0, the caller decodes them."
+    "The number of workers for a large data set. If it is 0, the caller decodes all images."
     cores = min(usable_cores(), MOST_WORKERS)
     return cores if cores > 1 else 0
 
 
 # %% ../nbs/toolbox/workers.ipynb #792feb58
-_FEW_ROWS = 8  # of a chunk that the caller decodes
-_CHUNK_ROWS = 64
-_CHUNK_BYTES = 2**22  # of image files and results of a chunk
-_BYTES_IN_WORK = 2**27  # of image files and results of all chunks that workers have
+_FEW_ROWS = 8  # images in a chunk before workers are started
+_CHUNK_ROWS = 64  # most images in a chunk for a worker
+_CHUNK_BYTES = 2**22  # of image files and results; a chunk that reaches this size is complete
+_BYTES_IN_WORK = 2**27  # of image files and results of all chunks in work
 
 
 class _Chunk(NamedTuple):
@@ -56,7 +56,7 @@ class _Chunk(NamedTuple):
 
 
 def _chunks(rows, most, result_bytes):
-    "Chunks of at most `most` rows, which take little memory. A row with more is a chunk."
+    "Chunks of at most `most` rows. A row that reaches `_CHUNK_BYTES` is the last of its chunk."
     chunk = []
     size = 0
     for row in rows:
@@ -72,7 +72,7 @@ def _chunks(rows, most, result_bytes):
 
 @contextmanager
 def _located(row):
-    "An error states where the image of a row is from."
+    "Turn an error into a ValueError that names the source of the image."
     try:
         yield
     except Exception as e:
@@ -89,7 +89,7 @@ class _Answer(NamedTuple):
 
 
 def _attempt(f, image):
-    "The answer of a worker for an image. None leaves the image to the caller."
+    "The answer of a worker for an image, or None if the caller must decode the image."
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter('always')
         try:
@@ -102,11 +102,11 @@ def _attempt(f, image):
     return _Answer(result, [(str(w.message), w.category, w.filename, w.lineno) for w in told])
 
 
-_told = {}  # warnings that were given
+_told = {}  # registry of the warnings that were issued
 
 
 def _received(f, row, answer):
-    "The result for a row, from the answer of a worker."
+    "The result for a row. If there is no answer of a worker, the caller decodes the image."
     with _located(row):
         if answer is None:
             return f(row.image)
@@ -116,8 +116,8 @@ def _received(f, row, answer):
 
 
 # %% ../nbs/toolbox/workers.ipynb #562ffc98
-# A process that shares nothing but two pipes: `fork` can deadlock after threads of PyTorch, and
-# `spawn` and `forkserver` run a script without a `__main__` guard again.
+# A new process that is connected with the caller by two pipes. `fork` could deadlock after PyTorch
+# has used threads. `spawn` and `forkserver` would run a script without a `__main__` guard again.
 _SCRIPT = """
 import importlib, sys
 try:
@@ -132,12 +132,12 @@ _ONE_THREAD = dict.fromkeys(('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM
 
 
 def _work():
-    "Answer the chunks on the standard input until it ends. This is what a worker runs."
+    "Answer each chunk from the standard input until the input ends. A worker runs this function."
     from PIL import Image
 
     answers = os.fdopen(os.dup(1), 'wb')
     with open(os.devnull, 'wb') as nowhere:
-        os.dup2(nowhere.fileno(), 1)  # nothing else is printed into the pipe
+        os.dup2(nowhere.fileno(), 1)  # printed text does not enter the pipe
     Image.init()
     try:
         answers.write(_READY)
@@ -148,11 +148,11 @@ def _work():
             pickle.dump([_attempt(f, image) for image in images], answers, protocol=5)
             answers.flush()
     except (EOFError, OSError, pickle.UnpicklingError):
-        os._exit(0)  # the caller has ended, or wants no more
+        os._exit(0)  # the caller has ended or has closed a pipe
 
 
 class _Worker:
-    "A worker, seen from the caller."
+    "The caller's connection to a worker process."
 
     def __init__(self, f):
         path = [entry for entry in sys.path if isinstance(entry, str)]
@@ -161,13 +161,13 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, **_ONE_THREAD},
-            start_new_session=True,  # on Windows, a console of its own does the same
+            start_new_session=True,  # against Ctrl-C; the next line is for Windows
             creationflags=getattr(subprocess, 'CREATE_NO_WINDOW', 0),
         )
         self.f = f
 
     def is_ready(self) -> bool:
-        "Wait for the start. Returns whether it succeeded."
+        "Wait until the worker has started, and send the function. Returns False after a failure."
         if self.process.stdout.readline() != _READY:
             return False
         try:
@@ -181,7 +181,7 @@ class _Worker:
         self.process.stdin.flush()
 
     def ask(self, chunk: _Chunk, where: str) -> list[_Answer | None]:
-        "The answers to a chunk. If the worker has ended, ChildProcessError."
+        "The answers to a chunk. Raises ChildProcessError if the worker has ended."
         try:
             self._send([row.image for row in chunk.rows])
             return pickle.load(self.process.stdout)
@@ -211,13 +211,13 @@ class _Worker:
     def close(self):
         "Close the pipes of a worker that has ended."
         for pipe in (self.process.stdin, self.process.stdout):
-            with suppress(OSError):  # what was not sent cannot be sent any more
+            with suppress(OSError):  # the rest of the data cannot be sent
                 pipe.close()
 
 
 @contextmanager
 def _started(f, count):
-    "Workers for a function: as many as can be started, at most `count`. At the end they end."
+    "Start up to `count` workers for a function. They are stopped after the `with` block."
     workers = []
     can_start = sys.executable and not getattr(sys, 'frozen', False)
     try:
@@ -249,7 +249,7 @@ def _in_workers(chunks, workers, where):
 
     waiting = deque()
     most = 2 * len(workers)
-    n_bytes = 0  # of the chunks that wait
+    n_bytes = 0  # of the chunks in work
     threads = ThreadPoolExecutor(len(workers))
     try:
         for chunk in chunks:
@@ -269,7 +269,7 @@ def _in_workers(chunks, workers, where):
 
 
 def _alone(f, chunks, end=math.inf):
-    "Results of chunks that the caller decodes, until a time of the monotonic clock."
+    "Lists of results. The caller decodes chunks until `time.monotonic()` reaches `end`."
     while time.monotonic() < end:
         chunk = next(chunks, None)
         if chunk is None:
@@ -281,15 +281,16 @@ def each_image(
     f: Callable,  # of a path, bytes or an opened PIL image; from a module without torch, picklable
     rows: Iterable[Row],  # images of a data set
     *,
-    n: int,  # their number
+    n: int,  # number of images
     where: str,  # the data set; errors begin with it
     workers: int,  # number of workers; 0: the caller decodes the images
-    result_bytes: int = 0,  # bytes of a result, about
-    seconds_alone: float = 0.0,  # after which the workers are started
-) -> Iterator[list]:  # results of the images, in their order
-    """Apply a function to images: a short time in the caller, and then in several processes.
+    result_bytes: int = 0,  # approximate number of bytes of a result
+    seconds_alone: float = 0.0,  # seconds after which workers are started
+) -> Iterator[list]:  # lists of results, in the order of the images
+    """Apply a function to images: at first in the caller, and after `seconds_alone` in workers.
 
-    A damaged image raises ValueError. If a worker was killed, ChildProcessError is raised.
+    If an image is damaged, ValueError is raised. If a worker ends too early, for example because
+    it was killed, ChildProcessError is raised.
     """
     rows = iter(rows)
     end = time.monotonic() + seconds_alone if workers else math.inf
