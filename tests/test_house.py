@@ -25,7 +25,7 @@ MODULES = sorted(path for path in PACKAGE.rglob('*.py') if not path.name.startsw
 LAYERS = [
     'decode readers tables cache data logs plot files release processes',
     'layers memory forward denoise sampling solvers unet networks',
-    'gap guidance weighting',
+    'gap guidance weighting compiling',
     'model training store',
     'methods.dpm methods.classifier methods.pdae methods.label_pdae methods.diffae '
     'methods.scorevae methods.vae methods.latent',
