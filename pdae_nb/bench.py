@@ -7,7 +7,6 @@ __all__ = [
     'MODES',
     'GEOMETRIES',
     'STEPS',
-    'CALLS',
     'OFFICIAL',
     'Mode',
     'default_modes',
@@ -27,8 +26,9 @@ __all__ = [
     'throughput',
 ]
 
-# %% ../nbs/toolbox/bench.ipynb #19fb8c29
+# %% ../nbs/toolbox/bench.ipynb #c051a9f4
 import copy
+import gc
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -74,7 +74,7 @@ from .store import ResultFile
 from .training import EMA, Recipe, fit, hardware, memory_layout, versions
 
 
-# %% ../nbs/toolbox/bench.ipynb #23b7d928
+# %% ../nbs/toolbox/bench.ipynb #0e07ce3a
 class Mode(NamedTuple):
     "How the networks of a row compute."
 
@@ -108,13 +108,12 @@ def _dtype(mode, device):
 _DTYPE_NAMES = {torch.float32: 'float32', torch.bfloat16: 'bf16'}
 
 
-def _placed(model, mode, device):
-    "A copy of a model and of its base on the device, in the memory layout of the mode."
+def _placed(model, device, layout):
+    "A copy of a model and of its base on the device, in a memory layout."
     memo = {}
     base = copy.deepcopy(model.base, memo)
     twin = copy.deepcopy(model, memo)
     twin.base = base
-    layout = torch.contiguous_format if mode.is_plain else memory_layout(device)
     for network in twin.networks():
         network.to(device, memory_format=layout)
     return twin
@@ -125,7 +124,7 @@ def _named(model):
     return {str(i): network for i, network in enumerate(model.networks())}
 
 
-# %% ../nbs/toolbox/bench.ipynb #9038a200
+# %% ../nbs/toolbox/bench.ipynb #33fb2a37
 class Geometry(NamedTuple):
     "A pair of recipes: a DPM, and a PDAE on it."
 
@@ -208,7 +207,7 @@ def batch_of(
     return 1 if px >= 128 else 4 if px >= 64 else 64
 
 
-# %% ../nbs/toolbox/bench.ipynb #2cd611c4
+# %% ../nbs/toolbox/bench.ipynb #c9600b73
 def _convolutions(mode):
     "The context of a call: without TF32 if the mode is float32."
     return exact_convolutions() if mode.precision == 'float32' else nullcontext()
@@ -238,7 +237,6 @@ def training_call(
 
 def sampling_call(
     model: GenerativeModel,  # on its device
-    recipe: Recipe,  # not used
     batch: int,  # images
     mode: Mode,
 ) -> Callable:  # without arguments
@@ -257,10 +255,15 @@ def sampling_call(
     return call
 
 
-CALLS = dict(training=training_call, sampling=sampling_call)
+def _call_of(race, size, model, batch, mode):
+    "The function to time for a mode of a race."
+    if race.step == 'training':
+        recipe = race.geometry.recipes(size)[race.method]
+        return training_call(model, recipe, batch, mode)
+    return sampling_call(model, batch, mode)
 
 
-# %% ../nbs/toolbox/bench.ipynb #2aa142e8
+# %% ../nbs/toolbox/bench.ipynb #7559acf3
 class Row(NamedTuple):
     "One row of the table."
 
@@ -328,7 +331,7 @@ def _warm_up(call, device, before):
     return torch.cuda.max_memory_allocated(device) - before
 
 
-# %% ../nbs/toolbox/bench.ipynb #bd362d7f
+# %% ../nbs/toolbox/bench.ipynb #7f662082
 @dataclass
 class Budget:
     "The seconds of a measurement."
@@ -357,11 +360,18 @@ class _Bench:
     peaks: dict  # name of a dtype -> GFLOP/s of `peak`
     log: Callable
     left_out: list[str]
+    parts_left: int = 1  # parts that are still to be measured, this one included
 
     @property
     def is_traced_only(self):
         "Whether the mode `compiled` runs PyTorch's own kernels, in a smoke run on a CPU."
         return self.size == 'smoke' and self.device.type == 'cpu'
+
+    def layout(self, mode):
+        "The memory layout of a mode."
+        # In the other layout, `group_norm` in bf16 can end the process (see the page).
+        is_plain = mode.is_plain or (mode.is_compiled and self.is_traced_only)
+        return torch.contiguous_format if is_plain else memory_layout(self.device)
 
     def compiles(self, mode, model, batch, key):
         "Whether there is time for a mode. If not, it is noted."
@@ -380,6 +390,11 @@ class _Bench:
         self.log(f'left out: {text}')
 
 
+def _first_line(error):
+    "Type and first line of an error."
+    return f'{type(error).__name__}: {str(error).partition(chr(10))[0]}'
+
+
 def _compiling(mode, model, batch, bench):
     "The context of all calls of a model."
     if not mode.is_compiled:
@@ -390,25 +405,22 @@ def _compiling(mode, model, batch, bench):
 
 def _entered(race, model, counts, bench, stack):
     "Prepare all modes and run each once. Returns calls and memory, by name of the mode."
-    recipe = race.geometry.recipes(bench.size)[race.method]
     calls = {}
     used = {}
     for mode in bench.modes:
         before = _allocated(bench.device)
-        if mode.is_compiled and bench.is_traced_only:
-            mode = mode._replace(is_plain=True)  # noqa: PLW2901 (group_norm in bf16: see the page)
-        twin = _placed(model, mode, bench.device)
+        twin = _placed(model, bench.device, bench.layout(mode))
         if not bench.compiles(mode, twin, counts.batch, race.key):
             continue
-        call = CALLS[race.step](twin, recipe, counts.batch, mode)
+        call = _call_of(race, bench.size, twin, counts.batch, mode)
         try:
             stack.enter_context(_compiling(mode, twin, counts.batch, bench))
             used[mode.name] = _warm_up(call, bench.device, before)
         except Exception as e:
             if not mode.is_compiled:
                 raise
-            first_line = str(e).partition('\n')[0]  # a compiler may fail in many ways
-            bench.note(f'{race.key}, {mode.name}: {type(e).__name__}: {first_line}')
+            # A compiler may fail in many ways.
+            bench.note(f'{race.key}, {mode.name}: {_first_line(e)}')
         else:
             calls[mode.name] = call
     return calls, used
@@ -420,13 +432,13 @@ def _dropout(model):
     return max(config.get('drop', 0.0) for config in networks)
 
 
-def _measure(race, bench, parts):
-    "The rows of one race. `parts` are still to be measured, this one included."
+def _measure(race, bench):
+    "The rows of one race."
     model = build_model(race, bench.size)
     counts = _counts(model, race.step, bench.size, bench.device, bench.modes)
     with ExitStack() as stack:
         calls, used = _entered(race, model, counts, bench, stack)
-        limit = bench.budget.left / parts
+        limit = bench.budget.left / bench.parts_left
         seconds = min(bench.seconds, limit / len(calls))
         times = run_rounds(calls, seconds, bench.budget.clock, limit=limit)
     took = dict(zip(calls, typical_seconds(times).tolist(), strict=True))
@@ -457,7 +469,7 @@ def _measure(race, bench, parts):
     return rows
 
 
-# %% ../nbs/toolbox/bench.ipynb #93ccb252
+# %% ../nbs/toolbox/bench.ipynb #f08eba9d
 def _peak(name, size, device, seconds):
     "GFLOP/s of large operations in a dtype; a GPU needs larger ones than a CPU."
     dtype = {v: k for k, v in _DTYPE_NAMES.items()}[name]
@@ -502,31 +514,37 @@ _PARTS = ('peak_gflops', 'rows', 'pdae', 'cold')
 
 
 def _parts(file, size, device, bench):
-    "What is still to be measured: name of the part, key, function of the number of parts left."
+    "What is still to be measured: name of the part, key, function without arguments."
     parts = [('rows', race.key, partial(_rows, race, bench)) for race in races()]
+    if size != 'smoke':
+        parts.append(('cold', 'start', _cold))
     for name in PDAE_GEOMETRIES:
         compared = partial(_compared, name, size, device, min(bench.seconds, 1.0))
-        parts.append(('pdae', name, _ignoring_parts(compared)))
-    if size != 'smoke':
-        parts.append(('cold', 'start', _ignoring_parts(_cold)))
+        parts.append(('pdae', name, compared))
     return [part for part in parts if part[1] not in file.data[part[0]]]
 
 
-def _ignoring_parts(measure):
-    "A function of the number of parts left, which does not matter."
-
-    def measured(left):
-        return measure()
-
-    return measured
-
-
-def _rows(race, bench, left):
+def _rows(race, bench):
     "The rows of a race as JSON holds them. They are also printed."
-    rows = _measure(race, bench, left)
+    rows = _measure(race, bench)
     speeds = ', '.join(f'{row.mode} {row.images_per_s:,.4g}' for row in rows)
     bench.log(f'{race.key}: images/s {speeds}')
     return [row._asdict() for row in rows]
+
+
+def _done(file, bench, part, key, measured):
+    "Measure a part and store it. Returns whether there was time, and no error of the device."
+    if bench.budget.left <= 0:
+        bench.note(f'{key}: the time is over')
+        return False
+    try:
+        file.put(part, key, measured())
+    except RuntimeError as e:  # such as a lack of memory; the other parts are still wanted
+        bench.note(f'{key}: {_first_line(e)}')
+        return False
+    finally:
+        gc.collect()  # the models of this part, before the next ones are made
+    return True
 
 
 def _load():
@@ -563,17 +581,15 @@ def bench(
     peaks = file.data['peak_gflops']
     state = _Bench(size, device, modes, seconds, budget, peaks, log, left_out=[])
     parts = _parts(file, size, device, state)
-    is_complete = True
+    missing = []
     for i, (part, key, measured) in enumerate(parts):
-        if budget.left > 0:
-            file.put(part, key, measured(len(parts) - i))
-        else:
-            state.note(f'{key}: the time is over')
-            is_complete = False
+        state.parts_left = len(parts) - i
+        if not _done(file, state, part, key, measured):
+            missing.append(key)
     result = _result(file.data, state.left_out, [load, _load()])
     if path is not None:
         write_json(path, result)
-        if is_complete:
+        if not missing:
             file.unfinished.unlink(missing_ok=True)
         else:
             log(f'the same command measures the rest; to begin again, delete {file.unfinished}')
@@ -599,7 +615,7 @@ def _result(data, left_out, load):
     )
 
 
-# %% ../nbs/toolbox/bench.ipynb #68582876
+# %% ../nbs/toolbox/bench.ipynb #361533f3
 class Official(NamedTuple):
     "A measured training speed of the official implementation of PDAE."
 
@@ -719,10 +735,12 @@ def _notes(result, shows_official):
     for official in OFFICIAL:
         speed = f'{official.method} {official.images_per_s:,.0f} images/s'
         lines.append(f'  {speed}, batch 128, one H200, PyTorch 2.11, {official.how}')
+    few = {f'{row.geometry}, {row.method} {row.step}' for row in rows_of(result) if row.rounds < 3}
+    lines += [f'fewer than three rounds: {name}' for name in sorted(few)]
     return lines + [f'left out: {text}' for text in result['left_out']]
 
 
-# %% ../nbs/toolbox/bench.ipynb #f454ad01
+# %% ../nbs/toolbox/bench.ipynb #356337a7
 def throughput(
     result: dict,  # of `bench`, with the rows of CelebA-64 of the paper
     mode: str = 'eager',

@@ -23,10 +23,10 @@ __all__ = [
     'cost_table',
 ]
 
-# %% ../nbs/toolbox/costs.ipynb #127e3e9b
+# %% ../nbs/toolbox/costs.ipynb #e3a6a9ab
 from collections.abc import Iterable
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -47,6 +47,7 @@ from .memory import (
     PeakBytes,
     _empty_batch,
     _EmptyDraw,
+    _geometry,
     on_meta,
     peak_bytes,
     step_bytes,
@@ -61,7 +62,7 @@ from .traffic import Traffic, traffic_of
 from .training import Recipe
 
 
-# %% ../nbs/toolbox/costs.ipynb #f47ee3c3
+# %% ../nbs/toolbox/costs.ipynb #fb383936
 def _parameter_on_meta(module, name, parameter):
     "The shape of a parameter."
     if parameter is None:
@@ -88,7 +89,7 @@ def shapes_only():
             handle.remove()
 
 
-# %% ../nbs/toolbox/costs.ipynb #a8afbe49
+# %% ../nbs/toolbox/costs.ipynb #9ad98a01
 _GREY = ('mnist', 'digits')  # data sets with one channel
 _CLASSES = {'imagenet64': 1000}  # number of classes; 10 in the other data sets with classes
 STANDS_FOR = {'imagenet64_dpm': 'celeba64_dpm'}  # base without a recipe: run with its image size
@@ -132,7 +133,7 @@ def untrained(
     return model_of(recipe, untrained(base, size))
 
 
-# %% ../nbs/toolbox/costs.ipynb #1a3dae40
+# %% ../nbs/toolbox/costs.ipynb #5dc12d93
 class StepBytes(NamedTuple):
     "The bytes of one step."
 
@@ -252,7 +253,7 @@ def sampling_bytes(
     return StepBytes(traffic.total / batch, activations + weight_bytes)
 
 
-# %% ../nbs/toolbox/costs.ipynb #c7ee08ca
+# %% ../nbs/toolbox/costs.ipynb #9d0a717e
 class Throughput(NamedTuple):
     "Measured training speed of the DPM and of PDAE, at one geometry."
 
@@ -290,15 +291,20 @@ class Cost(NamedTuple):
     stand_in: str | None  # run whose network the base has, because the base has no recipe
 
 
-@cache
+_COUNTED = {}  # what the arithmetic depends on -> GFLOP of a training step
+
+
 def row_gflops(
     name: str,  # of the run
     size: str,  # smoke, lesson or paper
 ) -> float:  # 10⁹ operations per image and training step
-    "The arithmetic of a training step of a row of `RECIPES`."
+    "The arithmetic of a training step of a row of `RECIPES`. Equal geometries are counted once."
     with shapes_only():
         model = untrained(name, size)
-    return training_gflops(model)
+    key = (_geometry(model), repr(model.settings))
+    if key not in _COUNTED:
+        _COUNTED[key] = training_gflops(model)
+    return _COUNTED[key]
 
 
 def paper_costs(

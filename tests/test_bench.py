@@ -232,9 +232,9 @@ class Measurements:
         monkeypatch.setattr(bench_module, '_measure', self.measure)
         monkeypatch.setattr(bench_module, '_compared', self.compare)
 
-    def measure(self, race, bench, parts):
+    def measure(self, race, bench):
         self.keys.append(race.key)
-        self.shares.append(bench.budget.left / parts)
+        self.shares.append(bench.budget.left / bench.parts_left)
         self.clock.now += self.seconds
         return [a_row(geometry=race.geometry.title, method=race.method, step=race.step)]
 
@@ -288,6 +288,18 @@ def test_compiling_is_left_out_if_it_would_take_too_long(monkeypatch):
     assert state.compiles(MODES[1], model, 4, 'a race')
     assert state.left_out == ['a race, compiled: about 40 s of compiling, 70 s left']
     assert lines == [f'left out: {state.left_out[0]}']
+
+
+def test_a_part_without_memory_is_left_out(monkeypatch):
+    fake = Measurements(monkeypatch, seconds=1)
+
+    def compare(name, *others):
+        raise torch.OutOfMemoryError('too large\nby far')
+
+    monkeypatch.setattr(bench_module, '_compared', compare)
+    result = bench(**SHORT, modes=PLAIN, clock=fake.clock, log=quiet)
+    assert len(result['rows']) == 16
+    assert result['left_out'] == [f'{name}: OutOfMemoryError: too large' for name in PDAE_GEOMETRIES]
 
 
 # --- a stop ---
@@ -390,8 +402,11 @@ def test_a_compiled_mode_is_one_more_row_and_its_failure_is_none(monkeypatch):
 
 
 def test_a_failure_of_another_mode_is_an_error(monkeypatch):
-    monkeypatch.setitem(bench_module.CALLS, 'training', lambda *a: Clock().missing)
-    with pytest.raises(AttributeError):
+    def fail(*args):
+        raise AttributeError('of a training')
+
+    monkeypatch.setattr(bench_module, 'training_call', fail)
+    with pytest.raises(AttributeError, match='of a training'):
         bench(**SHORT, modes=PLAIN, log=quiet)
 
 
@@ -448,6 +463,12 @@ def test_cells_of_a_row():
     assert cells[2:] == ['256', '1.00', '20.5', '20%', '1,000', '20']
     compiled = cells_of(table_of('a CPU'), 'DPM training', 'compiled')
     assert compiled[2:4] == ['1,024', '4.00']
+
+
+def test_few_rounds_are_named():
+    table = bench_table(a_result('a CPU', [a_row(rounds=2), a_row(method='PDAE')]))
+    lines = [line for line in table.splitlines() if line.startswith('fewer')]
+    assert lines == ['fewer than three rounds: CelebA-64 paper, DPM training']
 
 
 @pytest.mark.parametrize('hardware', ['NVIDIA H200', '2 CPU cores (x86_64, bf16), 1 threads'])
