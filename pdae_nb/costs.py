@@ -23,7 +23,7 @@ __all__ = [
     'cost_table',
 ]
 
-# %% ../nbs/toolbox/costs.ipynb #e3a6a9ab
+# %% ../nbs/toolbox/costs.ipynb #55cb3474
 from collections.abc import Iterable
 from contextlib import contextmanager
 from functools import partial
@@ -62,7 +62,7 @@ from .traffic import Traffic, traffic_of
 from .training import Recipe
 
 
-# %% ../nbs/toolbox/costs.ipynb #fb383936
+# %% ../nbs/toolbox/costs.ipynb #9b9917ae
 def _parameter_on_meta(module, name, parameter):
     "The shape of a parameter."
     if parameter is None:
@@ -89,7 +89,7 @@ def shapes_only():
             handle.remove()
 
 
-# %% ../nbs/toolbox/costs.ipynb #9ad98a01
+# %% ../nbs/toolbox/costs.ipynb #3144df26
 _GREY = ('mnist', 'digits')  # data sets with one channel
 _CLASSES = {'imagenet64': 1000}  # number of classes; 10 in the other data sets with classes
 STANDS_FOR = {'imagenet64_dpm': 'celeba64_dpm'}  # base without a recipe: run with its image size
@@ -133,7 +133,7 @@ def untrained(
     return model_of(recipe, untrained(base, size))
 
 
-# %% ../nbs/toolbox/costs.ipynb #5dc12d93
+# %% ../nbs/toolbox/costs.ipynb #5c5e1bc7
 class StepBytes(NamedTuple):
     "The bytes of one step."
 
@@ -253,7 +253,7 @@ def sampling_bytes(
     return StepBytes(traffic.total / batch, activations + weight_bytes)
 
 
-# %% ../nbs/toolbox/costs.ipynb #9d0a717e
+# %% ../nbs/toolbox/costs.ipynb #13849fb6
 class Throughput(NamedTuple):
     "Measured training speed of the DPM and of PDAE, at one geometry."
 

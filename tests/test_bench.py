@@ -28,6 +28,7 @@ from pdae_nb.costs import (
     STANDS_FOR,
     VERSION_1_ON_H200,
     Cost,
+    StepBytes,
     cost_table,
     model_of,
     paper_costs,
@@ -299,7 +300,9 @@ def test_a_part_without_memory_is_left_out(monkeypatch):
     monkeypatch.setattr(bench_module, '_compared', compare)
     result = bench(**SHORT, modes=PLAIN, clock=fake.clock, log=quiet)
     assert len(result['rows']) == 16
-    assert result['left_out'] == [f'{name}: OutOfMemoryError: too large' for name in PDAE_GEOMETRIES]
+    assert result['left_out'] == [
+        f'{name}: OutOfMemoryError: too large' for name in PDAE_GEOMETRIES
+    ]
 
 
 # --- a stop ---
@@ -485,6 +488,39 @@ def test_measured_rows_become_hours():
     )
     with pytest.raises(ValueError, match='0 of 2 rows of CelebA-64 paper in mode eager'):
         throughput(a_result('a GPU', rows), 'eager')
+
+
+# --- a GPU, without one ---
+
+
+def test_memory_on_a_gpu_is_what_the_second_call_adds(monkeypatch):
+    "The first call may search for algorithms, which needs memory once."
+    state = dict(now=100, peak=0)
+    needed = iter([900, 40])
+
+    def step():
+        state['peak'] = max(state['peak'], state['now'] + next(needed))
+
+    def reset(device):
+        state['peak'] = state['now']
+
+    monkeypatch.setattr(torch.cuda, 'reset_peak_memory_stats', reset)
+    monkeypatch.setattr(torch.cuda, 'max_memory_allocated', lambda device: state['peak'])
+    assert bench_module._warm_up(step, torch.device('cuda'), before=70) == 30 + 40
+    assert bench_module._warm_up(lambda: None, torch.device('cpu'), before=0) is None
+
+
+@pytest.mark.parametrize('free, batch', [(10**12, 128), (10**6, 4), (1, 1)])
+def test_the_batch_on_a_gpu_fits_its_memory(monkeypatch, free, batch):
+    "A training needs 100 kB, and 120 kB for each image; 70 % of the free memory may be used."
+    monkeypatch.setattr(bench_module, 'free_bytes', lambda device: free)
+    model = build_model(races()[0], 'smoke')
+
+    def bytes_of(n, dtype):
+        assert dtype == torch.float32
+        return StepBytes(0.0, 100_000 + 120_000 * n)
+
+    assert bench_module.batch_of(model, torch.device('cuda'), 'lesson', bytes_of) == batch
 
 
 # --- the command ---
