@@ -26,7 +26,7 @@ __all__ = [
     'throughput',
 ]
 
-# %% ../nbs/toolbox/bench.ipynb #28392199
+# %% ../nbs/toolbox/bench.ipynb #952eb73d
 import copy
 import gc
 import os
@@ -74,7 +74,7 @@ from .store import ResultFile
 from .training import EMA, Recipe, fit, hardware, memory_layout, versions
 
 
-# %% ../nbs/toolbox/bench.ipynb #dce48c20
+# %% ../nbs/toolbox/bench.ipynb #712fbfe9
 class Mode(NamedTuple):
     "How the networks of a row compute."
 
@@ -124,7 +124,7 @@ def _named(model):
     return {str(i): network for i, network in enumerate(model.networks())}
 
 
-# %% ../nbs/toolbox/bench.ipynb #86857ee3
+# %% ../nbs/toolbox/bench.ipynb #4f8b1064
 class Geometry(NamedTuple):
     "A pair of recipes: a DPM, and a PDAE on it."
 
@@ -207,7 +207,7 @@ def batch_of(
     return 1 if px >= 128 else 4 if px >= 64 else 64
 
 
-# %% ../nbs/toolbox/bench.ipynb #b8beaf39
+# %% ../nbs/toolbox/bench.ipynb #cf4c1f51
 def _convolutions(mode):
     "The context of a call: without TF32 if the mode is float32."
     return exact_convolutions() if mode.precision == 'float32' else nullcontext()
@@ -263,7 +263,7 @@ def _call_of(race, size, model, batch, mode):
     return sampling_call(model, batch, mode)
 
 
-# %% ../nbs/toolbox/bench.ipynb #bc884bf8
+# %% ../nbs/toolbox/bench.ipynb #66ee6269
 class Row(NamedTuple):
     "One row of the table."
 
@@ -331,7 +331,7 @@ def _warm_up(call, device, before):
     return torch.cuda.max_memory_allocated(device) - before
 
 
-# %% ../nbs/toolbox/bench.ipynb #38711a48
+# %% ../nbs/toolbox/bench.ipynb #ea2c7603
 @dataclass
 class Budget:
     "The seconds of a measurement."
@@ -469,7 +469,7 @@ def _measure(race, bench):
     return rows
 
 
-# %% ../nbs/toolbox/bench.ipynb #e0a05090
+# %% ../nbs/toolbox/bench.ipynb #13c12084
 def _peak(name, size, device, seconds):
     "GFLOP/s of large operations in a dtype; a GPU needs larger ones than a CPU."
     dtype = {v: k for k, v in _DTYPE_NAMES.items()}[name]
@@ -615,7 +615,7 @@ def _result(data, left_out, load):
     )
 
 
-# %% ../nbs/toolbox/bench.ipynb #23d935af
+# %% ../nbs/toolbox/bench.ipynb #3618a5fc
 class Official(NamedTuple):
     "A measured training speed of the official implementation of PDAE."
 
@@ -740,7 +740,7 @@ def _notes(result, shows_official):
     return lines + [f'left out: {text}' for text in result['left_out']]
 
 
-# %% ../nbs/toolbox/bench.ipynb #6ee003e1
+# %% ../nbs/toolbox/bench.ipynb #9969d5a1
 def throughput(
     result: dict,  # of `bench`, with the rows of CelebA-64 of the paper
     mode: str = 'eager',
