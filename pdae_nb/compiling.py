@@ -35,8 +35,9 @@ import re
 import time
 import types
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -114,7 +115,7 @@ def _why_not(network):
     "Why a network is not compiled, or None."
     modules = list(network.modules())
     if any(getattr(module, 'twice', False) for module in modules):
-        return 'its loss needs second derivatives'
+        return 'it is built for second derivatives'
     if not repeated_blocks(network):
         return 'it has no repeated blocks'
     if not any(isinstance(module, Network) for module in modules):
@@ -235,9 +236,12 @@ def artifacts_dir(
 
 MOST_BYTES = 200_000_000  # of the files in one folder; the oldest files are deleted
 _LOADED = set()  # paths of the files that this process has loaded
-
-
 _LIBRARY = re.compile(r'\w+/\w[\w.]*\.so')  # a shared library in the compiler's folder
+
+
+def _compilers_folder():
+    "The folder in which the inductor keeps code, usually a temporary one."
+    return Path(importlib.import_module('torch._inductor.runtime.runtime_utils').cache_dir())
 
 
 def _libraries():
@@ -248,7 +252,7 @@ def _libraries():
     maps = Path('/proc/self/maps')
     if not maps.is_file():
         return {}
-    root = Path(torch._inductor.codecache.cache_dir()).resolve()
+    root = _compilers_folder().resolve()
     libraries = {}
     for line in maps.read_text('utf-8', errors='replace').splitlines():
         name = line[line.find('/') :].removeprefix(f'{root}/')
@@ -267,20 +271,29 @@ def _pack(artifacts, libraries):
     return buffer.getvalue()
 
 
+class _Unusable(Exception):
+    "A file does not hold compiled code that this process can use."
+
+
 def _load_file(path):
-    "Give the code in a file to the compiler. Raises an error if the file is damaged."
+    "Give the code in a file to the compiler. Raises `_Unusable` if the file is damaged."
     data = path.read_bytes()
     if _digest(data) != path.stem:
-        raise ValueError('it is damaged, or it is not compiled code')
-    root = Path(torch._inductor.codecache.cache_dir())
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        artifacts = archive.read('artifacts')
-        names = [name for name in archive.namelist() if _LIBRARY.fullmatch(name)]
-        for name in names:
-            if not (root / name).exists():
-                write_bytes(root / name, archive.read(name))
-    if torch.compiler.load_cache_artifacts(artifacts) is None:
-        raise ValueError('the compiler does not accept it')
+        raise _Unusable('it is damaged, or it is not compiled code')
+    root = _compilers_folder()
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            members = {name: archive.read(name) for name in archive.namelist()}
+        is_accepted = torch.compiler.load_cache_artifacts(members.pop('artifacts')) is not None
+    except OSError:
+        raise
+    except Exception as e:  # the compiler unpickles what it is given
+        raise _Unusable(f'{type(e).__name__}: {e}') from e
+    if not is_accepted:
+        raise _Unusable('the compiler does not accept it')
+    for name, library in members.items():
+        if _LIBRARY.fullmatch(name) and not (root / name).exists():
+            write_bytes(root / name, library)
 
 
 def load_artifacts(
@@ -296,13 +309,24 @@ def load_artifacts(
             _load_file(path)
         except OSError as e:
             log(f'cannot load the compiled code {path}: {e.strerror}')
-        except Exception as e:  # whatever the compiler says about a file: the code can be renewed
-            log(f'the compiled code {path} is deleted and compiled again: {e}')
-            path.unlink(missing_ok=True)
+        except _Unusable as e:
+            log(f'the compiled code {path} is ignored, deleted and compiled again: {e}')
+            with suppress(OSError):  # a folder that cannot be written
+                path.unlink()
         else:
             _LOADED.add(path)
             count += 1
     return count
+
+
+def _delete_old_files(folder, kept):
+    "Delete the oldest files beyond `MOST_BYTES`, but not the file `kept`."
+    files = [(path.stat().st_mtime, path) for path in folder.glob('*.zip')]
+    total = 0
+    for _, path in sorted(files, reverse=True):
+        total += path.stat().st_size
+        if total > MOST_BYTES and path != kept:
+            path.unlink()
 
 
 def _write_artifacts(folder):
@@ -315,19 +339,15 @@ def _write_artifacts(folder):
     path = folder / f'{_digest(data)}.zip'
     write_bytes(path, data)
     _LOADED.add(path)
-    files = sorted(folder.glob('*.zip'), key=lambda path: path.stat().st_mtime, reverse=True)
-    total = 0
-    for file in files:
-        total += file.stat().st_size
-        if total > MOST_BYTES and file != path:
-            file.unlink()
+    with suppress(OSError):  # another process deletes files, too
+        _delete_old_files(folder, path)
     return path.name
 
 
 # %% ../nbs/toolbox/compiling.ipynb #bc7b3547
 DEFAULT_SECONDS = {  # of one compilation, and of one that finds its kernels on the disk
     'cuda': (4.5, 0.5),
-    'cpu': (10.0, 0.5),
+    'cpu': (10.0, 1.0),
 }
 
 
@@ -350,7 +370,7 @@ class Measured:
         try:
             stored = json.loads((folder / 'measured.json').read_text('utf-8'))
             shapes = {
-                file: [str(shape) for shape in shapes]
+                file: list(shapes)
                 for file, shapes in stored['shapes'].items()
                 if (folder / file).is_file()
             }
@@ -420,11 +440,20 @@ def _compiled_call(shape, backend):
     return torch.compile(own, fullgraph=True, dynamic=False, backend=backend)
 
 
-def _call_of_batch(block, compiled, batch, x, *args, **kwargs):
-    "Run a block compiled if `x` has `batch` images, or any number if `batch` is None."
-    if batch is None or len(x) == batch:
-        return compiled(block, x, *args, **kwargs)
-    return block._call_impl(x, *args, **kwargs)
+@dataclass
+class _BlockCall:
+    "Runs a block compiled if its input has `batch` images, or any number if `batch` is None."
+
+    block: nn.Module
+    compiled: Callable
+    batch: int | None
+    calls: Counter  # number of images -> calls
+
+    def __call__(self, x, *args, **kwargs):
+        self.calls[len(x)] += 1
+        if self.batch is None or len(x) == self.batch:
+            return self.compiled(self.block, x, *args, **kwargs)
+        return self.block._call_impl(x, *args, **kwargs)
 
 
 def _hook(block, call):
@@ -440,11 +469,12 @@ class CompiledBlocks:
     "Blocks that run compiled, and what their compilation has cost."
 
     plan: Plan
-    device: torch.device
-    batch: int | None
-    log: Callable
-    before: Compilations = field(default_factory=compilations)
-    kept: Compilations = field(default_factory=compilations)
+    device: torch.device  # of the networks
+    batch: int | None  # only calls with this number of images are compiled; None: all
+    log: Callable  # takes messages
+    before: Compilations = field(default_factory=compilations)  # at the beginning of the block
+    kept: Compilations = field(default_factory=compilations)  # at the last call of `keep`
+    calls: Counter = field(default_factory=Counter)  # number of images -> calls of blocks
 
     @property
     def spent(self) -> Compilations:
@@ -472,6 +502,12 @@ class CompiledBlocks:
         except OSError as e:
             self.log(f'the compiled code is not kept: {e.strerror}')
 
+    def check_batch(self) -> None:
+        "Write a message if blocks were called, but never with `batch` images."
+        if self.calls and self.batch not in (None, *self.calls):
+            sizes = ', '.join(map(str, sorted(self.calls)))
+            self.log(f'no block ran compiled: wanted batches of {self.batch}, got {sizes}')
+
 
 def _check_torch():
     "Raise if PyTorch lacks what this module uses."
@@ -484,7 +520,8 @@ def compiled_blocks(
     networks: Mapping[str, nn.Module],  # name -> network
     *,
     batch: int | None = None,  # only calls with this number of images are compiled; None: all
-    backend: str | Callable = 'inductor',  # of `torch.compile`; only inductor's code is kept
+    backend: str
+    | Callable = 'inductor',  # of `torch.compile`; only the code of the inductor is kept
     log: Callable = print,  # takes messages
 ):  # yields a `CompiledBlocks`; its `plan` says what is compiled and what is left out
     """Within the block, the repeated blocks of the networks run compiled.
@@ -508,6 +545,7 @@ def compiled_blocks(
             stack.callback(running.keep)
         for block, shape in zip(plan.blocks, plan.shapes, strict=True):
             stack.callback(_hook, block, vars(block).get('_compiled_call_impl'))
-            call = _compiled_call(shape, backend)
-            _hook(block, functools.partial(_call_of_batch, block, call, batch))
+            compiled = _compiled_call(shape, backend)
+            _hook(block, _BlockCall(block, compiled, batch, running.calls))
         yield running
+        running.check_batch()

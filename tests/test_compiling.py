@@ -7,10 +7,12 @@ import json
 import math
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import weakref
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,7 +48,7 @@ from pdae_nb.recipes import RECIPES
 from pdae_nb.unet import Block, UNet
 
 BF16 = Arithmetic(torch.bfloat16)
-TINY = dict(c=1, size=8, ch=8, mult=(1,), n_res=1)  # 5 blocks of 3 shapes
+TINY = dict(c=1, size=8, ch=8, mult=(1,), n_res=1, groups=4)  # 5 blocks of 3 shapes
 
 
 @pytest.fixture(autouse=True)
@@ -78,11 +80,9 @@ def images(n: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(n, 1, 8, 8, generator=g), torch.randint(1, 1000, (n,), generator=g)
 
 
-def assert_near(got: list, expected: list, error: float) -> None:
-    "The root mean square of the difference, relative to that of the expected tensor."
-    for a, b in zip(got, expected, strict=True):
-        assert a.dtype == b.dtype
-        assert (a - b).float().norm() <= error * b.float().norm()
+def relative_errors(got, expected) -> torch.Tensor:
+    "Of each tensor, the norm of the difference over that of the expected tensor."
+    return torch.stack([(a - b).norm() / b.norm() for a, b in zip(got, expected, strict=True)])
 
 
 # What is compiled
@@ -98,7 +98,9 @@ def paper_networks() -> tuple[UNet, GradientEstimator, ConvEncoder]:
     return net, G, enc
 
 
-def test_one_compilation_for_each_shape_of_the_papers_dpm():
+def test_one_compilation_for_each_shape_of_the_papers_dpm(monkeypatch):
+    "With a limit of one compilation, no two shapes can share a function."
+    monkeypatch.setattr(compiling, '_RECOMPILE_LIMIT', 1)
     net, _, _ = paper_networks()
     x = torch.zeros(2, 3, 64, 64, device='meta')
     t = torch.zeros(2, dtype=torch.long, device='meta')
@@ -184,7 +186,7 @@ def test_networks_that_are_left_out_are_named():
     plan = plan_of(dict(net=tiny(), enc=enc, other=foreign))
     assert str(plan) == (
         '5 blocks of 3 shapes; left out: '
-        'enc (TimeEncoder): its loss needs second derivatives, '
+        'enc (TimeEncoder): it is built for second derivatives, '
         'other (Sequential): it consists of layers of another library'
     )
     with (
@@ -210,17 +212,6 @@ def test_reaching_the_limit_is_an_error(monkeypatch):
             net(x, t)
 
 
-def test_more_shapes_than_the_default_limit_of_one_function():
-    "Blocks that share a function would run without compilation from the ninth shape on."
-    net = MLPSkipNet(d=4, hidden=8, layers=3)
-    net.layers = nn.ModuleList(Block(8, 8 * k, 4) for k in range(1, 13))
-    counter = CompileCounterWithBackend('eager')
-    with compiled_blocks(dict(net=net), backend=counter):
-        for block in net.layers:
-            block(torch.zeros(1, 8, 4, 4), torch.zeros(1, 4))
-    assert counter.frame_count == 12 > torch._dynamo.config.recompile_limit
-
-
 def test_only_calls_with_the_batch_size_are_compiled():
     net = tiny()
     x, t = images(4)
@@ -235,6 +226,22 @@ def test_only_calls_with_the_batch_size_are_compiled():
         with torch.no_grad():
             net(x, t)
         assert counter.frame_count == 6
+
+
+def test_a_wrong_batch_size_is_a_message():
+    net = tiny()
+    x, t = images(3)
+    lines = []
+    for batch in (2, 3):
+        with compiled_blocks(dict(net=net), batch=batch, backend='eager', log=lines.append):
+            net(x, t)
+    assert lines == ['no block ran compiled: wanted batches of 2, got 3']
+
+
+def test_an_old_pytorch_is_named(monkeypatch):
+    monkeypatch.delattr(torch.compiler, 'save_cache_artifacts')
+    with pytest.raises(RuntimeError, match='2.7 or newer'), compiled_blocks(dict(net=tiny())):
+        pass
 
 
 # Nothing is left behind
@@ -351,15 +358,15 @@ def test_scorevae_trains_with_a_compiled_base():
     with compiled_blocks(dict(enc=enc, base=base), backend='aot_eager') as running:
         got = loss_and_gradients()
         assert running.spent.graphs == 3
-    assert_near(got, expected, 1e-5)
+    assert relative_errors(got, expected).max() < 1e-5
 
 
 def parts_of_pdae():
     "A frozen DPM, a gradient estimator and an encoder in the layout of a training."
     net = tiny(size=16).requires_grad_(False).eval()
     G = filled(GradientEstimator.on(net, z_dim=4))
-    enc = SemanticEncoder(c=1, ch=8, mult=(1,), size=16, z_dim=4, n_res=1)
-    for network in (net, G, enc):
+    enc = SemanticEncoder(c=1, ch=8, mult=(1,), size=16, z_dim=4, n_res=1, groups=4)
+    for network in (net, G, filled(enc)):
         network.to(memory_format=torch.channels_last)
     return nn.ModuleDict(dict(base=net, G=G, enc=enc))
 
@@ -383,9 +390,8 @@ def test_inductors_numbers_are_those_of_eager():
     x = torch.randn(4, 1, 16, 16).to(memory_format=torch.channels_last)
     t = torch.tensor([1, 300, 600, 1000])
     with computing_in(parts.values(), BF16):
-        exact = pdae_gradients(parts, x, t)
+        in_bf16 = pdae_gradients(parts, x, t)
     expected = pdae_gradients(parts, x, t)
-    eager_error = [(a - b).norm() / b.norm() for a, b in zip(exact, expected, strict=True)]
     with compiled_blocks(dict(G=parts.G, enc=parts.enc), batch=4) as running:
         shapes = len(set(running.plan.shapes))
         got = pdae_gradients(parts, x, t)
@@ -395,9 +401,10 @@ def test_inductors_numbers_are_those_of_eager():
         assert running.spent.graphs == 2 * shapes
         assert running.spent.seconds > 0
         assert_checkpoints_equal(parts.enc.body[1], torch.randn(4, 8, 16, 16))
-    assert_near(got, expected, 1e-5)
-    for a, b, error in zip(rounded, expected, eager_error, strict=True):
-        assert (a - b).norm() / b.norm() <= max(0.01, 1.5 * error)
+    assert relative_errors(got, expected).max() < 1e-5
+    errors = relative_errors(rounded, expected)
+    assert errors.max() < 0.05  # the spacing of bf16 numbers is 0.004 to 0.008
+    assert errors.mean() < 1.5 * relative_errors(in_bf16, expected).mean()
 
 
 # Kept code
@@ -474,7 +481,7 @@ def test_damaged_files_are_deleted_with_a_message(monkeypatch):
     assert load_artifacts('cpu', lines.append) == 0
     assert compiler.loaded == []
     assert len(lines) == 2
-    assert all('deleted and compiled again' in line for line in lines)
+    assert all('ignored, deleted and compiled again' in line for line in lines)
     assert kept_code() == []
     kept(pytest.fail)
     assert kept_code() == [b'code']
@@ -489,6 +496,21 @@ def test_a_file_that_pytorch_does_not_accept(data):
     assert load_artifacts('cpu', lines.append) == 0
     assert len(lines) == 1
     assert not path.exists()
+
+
+def test_a_damaged_file_that_cannot_be_deleted(monkeypatch):
+    Compiler(monkeypatch)
+    path = artifacts_dir('cpu') / 'damaged.zip'
+    (path / 'inside').mkdir(parents=True)  # a folder in place of a file
+    path.with_name('foreign.zip').write_bytes(b'virus')
+
+    def refuse(path):
+        raise PermissionError(13, 'no permission')
+
+    monkeypatch.setattr(Path, 'unlink', refuse)
+    lines = []
+    assert load_artifacts('cpu', lines.append) == 0
+    assert len(lines) == 2
 
 
 def test_a_folder_that_cannot_be_written(monkeypatch, tmp_path):
@@ -575,19 +597,39 @@ print(json.dumps([*running.spent[:2], misses, inductor['fxgraph_cache_hit'], bef
 """
 
 
+def counting_compiler(folder) -> tuple[dict[str, str], Path]:
+    "Environment in which the inductor calls g++ through a script, and the log of the calls."
+    log = folder / 'calls'
+    script = folder / 'g++'
+    script.write_text(f'#!/bin/sh\necho "$@" >> {log}\nexec {shutil.which("g++")} "$@"\n')
+    script.chmod(0o755)
+    return os.environ | dict(CXX=str(script)), log
+
+
 @pytest.mark.slow
+@pytest.mark.skipif(
+    not Path('/proc/self/maps').exists() or not shutil.which('g++'), reason='Linux with g++'
+)
 def test_a_second_process_compiles_nothing(tmp_path):
-    "Each process has an empty folder of the inductor. The second one has no C++ compiler."
+    "The folder of the inductor is empty at the start of each process."
+    env, log = counting_compiler(tmp_path)
     results = []
-    for name, env in dict(first={}, second=dict(CXX='/no/compiler')).items():
-        env = os.environ | env | dict(TORCHINDUCTOR_CACHE_DIR=str(tmp_path / name))
+    kernels = []
+    for name in ('first', 'second'):
+        log.write_text('')
         run = subprocess.run(
-            [sys.executable, '-c', FIRST_STEP], capture_output=True, text=True, env=env
+            [sys.executable, '-c', FIRST_STEP],
+            capture_output=True,
+            text=True,
+            env=env | dict(TORCHINDUCTOR_CACHE_DIR=str(tmp_path / name)),
         )
         assert run.returncode == 0, run.stderr
         results.append(json.loads(run.stdout))
+        kernels.append(log.read_text().count('.main.cpp'))
     (graphs, loaded, misses, hits, before), second = results
     assert (graphs, loaded, hits) == (2, 0, 0)
     assert misses == 4  # a forward and a backward pass of each shape
+    assert kernels[0] >= 4
+    assert kernels[1] == 0
     assert second[:4] == [2, 2, 0, 4]
     assert second[4] < before
