@@ -39,6 +39,7 @@ import torch
 from fastcore.script import anno_parser
 from tqdm import tqdm
 
+from .bench import MODES, bench, bench_table, default_modes
 from .data import load_images, mnist_test_images, to_signed
 from .edit import attribute as labels_of
 from .edit import (
@@ -83,10 +84,9 @@ from .model import GenerativeModel, Model, StepNoise, noise
 from .plot import plot_gap, plot_log, show
 from .pretrained import load_official
 from .processes import join, launched, map_parts, processes, shared
-from .recipes import recipe
+from .recipes import recipe, size_or_default
 from .sampling import ddim_step, sample, trajectory
 from .solvers import belm_step, dpmpp_step, round_trip
-from .speed import bench_pdae, bench_speed
 from .training import hardware, versions
 
 # %% ../nbs/toolbox/cli.ipynb #03730e14
@@ -736,19 +736,25 @@ def _class_and_size(net):
 
 # %% ../nbs/toolbox/cli.ipynb #15013248
 def cmd_bench(
-    seconds: float = 5.0,  # approximate duration of each measurement, in seconds
+    seconds: float = 3.0,  # approximate duration of each measurement, in seconds
     device: str = None,  # cpu or cuda; otherwise the GPU, if there is one
-    compile: bool = False,  # measure with torch.compile too
+    compile: bool = False,  # measure compiled blocks on a CPU too, which takes minutes more
     # JSON file to write; otherwise bench/DEVICE.json in `data/results` of the checkout, or in
     # `results` of the user's folder
     out: str = None,
-) -> dict:  # measurements, and the path of the file
+    minutes: float = 8.0,  # time of all measurements together
+    size: str = None,  # lesson, or smoke for tiny networks; otherwise $PDAE_NB_SIZE, else lesson
+) -> dict:  # the path of the file, and what was left out
     "Measure speed, as ratios between measurements of the same call"
-    if out is not None:
-        out = output_file(out)
-    result = bench_speed(seconds, device, compile) | dict(pdae=bench_pdae(seconds, device))
-    kind = 'cpu' if 'CPU' in result['hardware'] else result['hardware'].replace(' ', '-')
-    return result | dict(written=write_json(out or results_path('bench', kind), result))
+    size = size_or_default(size)
+    dev = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    kind = 'cpu' if dev.type == 'cpu' else hardware(dev).replace(' ', '-')
+    name = kind if size == 'lesson' else f'{kind}-{size}'
+    path = results_path('bench', name) if out is None else output_file(out)
+    modes = MODES if compile else default_modes(dev)
+    result = bench(path, size=size, device=dev, minutes=minutes, seconds=seconds, modes=modes)
+    print(bench_table(result))
+    return dict(written=str(path), seconds=result['seconds'], left_out=result['left_out'])
 
 
 # %% ../nbs/toolbox/cli.ipynb #a30c89d9

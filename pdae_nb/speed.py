@@ -6,70 +6,84 @@
 __all__ = [
     'COLD',
     'IMPORT',
-    'GEOMETRIES',
     'PDAE_GEOMETRIES',
+    'run_rounds',
+    'typical_seconds',
     'race',
     'gflops',
     'peak',
     'run_python',
-    'bench_speed',
     'count_parts',
     'bench_pdae',
 ]
 
 # %% ../nbs/toolbox/speed.ipynb #e48697b1
+import math
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from itertools import repeat
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from .denoise import denoising_loss
 from .evaluation import _device
 from .forward import Schedule
-from .layers import arithmetic_of, bf16_pays, computing_in, exact_convolutions
+from .layers import arithmetic_of, computing_in, exact_convolutions
 from .methods.dpm import DPM
 from .methods.pdae import EpsAndScore, pdae_loss
 from .networks import ConvEncoder, GradientEstimator
-from .recipes import RECIPES, recipe
+from .recipes import RECIPES
 from .traffic import bytes_per_image_step
-from .training import EMA, fit, hardware, versions
+from .training import fit
 from .unet import UNet
 
 
 # %% ../nbs/toolbox/speed.ipynb #4961f4e4
-def race(
-    fs: dict[str, Callable],  # name -> function to time
+def run_rounds(
+    fs: dict[str, Callable],  # name -> function to time, which was called before
     seconds: float,  # time for each function, approximately
     clock: Callable = time.perf_counter,  # returns the time in seconds
-) -> dict[str, float]:  # name -> seconds of a typical call
-    """Time functions in turns, after one warm-up call of each.
-
-    Every function runs at least three times. Its result is the median of its shares in the rounds,
-    times the median length of a round.
-    """
-    for f in fs.values():
-        f()
-    rounds = []  # each holds the seconds of every function
+    *,
+    limit: float = math.inf,  # seconds after which a round is the last one
+) -> Tensor:  # seconds of each call: float64 (rounds, functions)
+    "Time functions in turns: at least three rounds, or fewer if the limit is reached."
+    begin = clock()
+    rounds = []
     while len(rounds) < 3 or sum(map(sum, rounds)) < seconds * len(fs):
+        if rounds and clock() - begin >= limit:
+            break
         rounds.append([])
         for f in fs.values():
             start = clock()
             f()
             rounds[-1].append(clock() - start)
-    times = torch.tensor(rounds, dtype=torch.float64)
+    return torch.tensor(rounds, dtype=torch.float64)
+
+
+def typical_seconds(
+    times: Tensor,  # seconds of each call: (rounds, functions)
+) -> Tensor:  # (functions,)
+    "The median of each function's shares in the rounds, times the median length of a round."
     lengths = times.sum(1, keepdim=True)
     shares = (times / lengths).median(0).values
-    typical = shares * lengths.median()
-    return dict(zip(fs, typical.tolist(), strict=True))
+    return shares * lengths.median()
+
+
+def race(
+    fs: dict[str, Callable],  # name -> function to time
+    seconds: float,  # time for each function, approximately
+    clock: Callable = time.perf_counter,  # returns the time in seconds
+) -> dict[str, float]:  # name -> seconds of a typical call
+    "Time functions in turns, after one warm-up call of each."
+    for f in fs.values():
+        f()
+    times = run_rounds(fs, seconds, clock)
+    return dict(zip(fs, typical_seconds(times).tolist(), strict=True))
 
 
 def _sync(dev):
@@ -95,11 +109,14 @@ def peak(
     dev: torch.device,  # device
     dtype: torch.dtype,  # of the numbers; float32 is measured without TF32
     seconds: float,  # time for each operation, approximately
+    *,
+    n: int = 2048,  # rows and columns of the matrices
+    images: int = 32,  # of the convolution, which has 128 channels and 32x32 pixels
 ) -> dict[str, float]:  # GFLOP/s of `matmul` and `conv`
     "Speed of a large matrix product and of a large 3x3 convolution by themselves."
     last = dict(memory_format=torch.channels_last)
-    a = torch.randn(2048, 2048, device=dev, dtype=dtype)
-    x = torch.randn(32, 128, 32, 32, device=dev, dtype=dtype).contiguous(**last)
+    a = torch.randn(n, n, device=dev, dtype=dtype)
+    x = torch.randn(images, 128, 32, 32, device=dev, dtype=dtype).contiguous(**last)
     w = torch.randn(128, 128, 3, 3, device=dev, dtype=dtype).contiguous(**last)
 
     def matmul():
@@ -113,8 +130,8 @@ def peak(
     with exact_convolutions():
         took = race(dict(matmul=matmul, conv=conv), seconds)
     return dict(
-        matmul=2 * 2048**3 / took['matmul'] / 1e9,
-        conv=2 * 32 * 32 * 32 * 128 * 128 * 9 / took['conv'] / 1e9,
+        matmul=2 * n**3 / took['matmul'] / 1e9,
+        conv=2 * images * 32 * 32 * 128 * 128 * 9 / took['conv'] / 1e9,
     )
 
 
@@ -137,124 +154,6 @@ IMPORT = """import torch
 t0 = time.perf_counter()
 import pdae_nb.sampling
 print(time.perf_counter() - t0)"""
-
-
-# %% ../nbs/toolbox/speed.ipynb #68fbcf30
-class _Workload(NamedTuple):
-    "What `bench_speed` times for one network."
-
-    train: Callable  # runs one training step
-    forward: Callable  # runs one forward pass
-    gflops: float  # 10⁹ floating-point operations of a forward pass, per image
-
-
-def _workload(config, bs, dev, *, ours=True, compile=False):
-    """A training step and a forward pass of a U-Net with `config`, for `bs` images.
-
-    `ours` are this package's defaults: channels_last, and bf16 where it pays. Otherwise the layout
-    is the default one and the arithmetic float32, without TF32.
-    """
-    torch.manual_seed(0)
-    sched = Schedule.linear()
-    net = UNet(**config).to(dev)
-    if ours:
-        net.to(memory_format=torch.channels_last)
-    x = torch.rand(bs, config['c'], config['size'], config['size'], device=dev) * 2 - 1
-    t = torch.full((bs,), 500, device=dev)
-    counted = gflops(net, x[:1], t[:1])
-    ema = EMA(net)
-    if compile:
-        net.compile()
-
-    def loss(x0, y, draw):
-        t = draw.times(sched)
-        eps = draw.normal(*x0.shape[1:])
-        return denoising_loss(net, x0, sched, t=t, eps=eps, reduce=None), t
-
-    row = replace(recipe('mnist_dpm', 'lesson'), batch=bs)
-    precision = 'auto' if ours else 'float32'
-    steps = fit(
-        loss, net.parameters(), repeat((x, None)), row, ema, precision=precision, networks=[net]
-    )
-    arithmetic = arithmetic_of(precision, dev)
-    convolutions = nullcontext if ours else exact_convolutions
-
-    def train():
-        with convolutions():
-            next(steps)
-        _sync(dev)
-
-    def forward():
-        with torch.no_grad(), computing_in([net], arithmetic), convolutions():
-            net(x, t)
-        _sync(dev)
-
-    return _Workload(train, forward, counted)
-
-
-# %% ../nbs/toolbox/speed.ipynb #b6b5ce25
-GEOMETRIES = {
-    'mnist lesson': dict(c=1, size=28, **RECIPES['mnist_dpm', 'lesson'].net),
-    'celeba64 paper': dict(c=3, size=64, **RECIPES['celeba64_dpm', 'paper'].net),
-}
-
-
-def bench_speed(
-    seconds: float = 5.0,  # time for each number, approximately
-    device=None,  # cpu or cuda; None: the GPU if there is one
-    compile: bool = False,  # measure with torch.compile as well
-    geometries: dict | None = None,  # name -> arguments of the U-Net; None: `GEOMETRIES`
-    cold: bool = True,  # time a cold start as well, in new processes
-) -> dict:  # numbers, ready for JSON
-    """Speed of this package's defaults relative to plain float32, and of both to the peak.
-
-    The defaults are channels_last, and bf16 where it pays. The ratios are measured in one race.
-    """
-    start = time.monotonic()
-    dev = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-    ours = torch.bfloat16 if bf16_pays(dev) else torch.float32
-    tops = dict(fp32=peak(dev, torch.float32, seconds), ours=peak(dev, ours, seconds))
-    d = dict(hardware=hardware(dev), versions=versions(), peak_gflops=tops, seed=0)
-    for name, config in (geometries or GEOMETRIES).items():
-        d[name] = _bench_network(config, dev, seconds, tops, compile)
-    if cold:
-        d['seconds_to_first_sample'] = run_python(COLD)
-        d['import_seconds_beyond_torch'] = min(run_python(IMPORT) for _ in range(3))
-    d['seconds'] = round(time.monotonic() - start)
-    return d
-
-
-def _bench_network(config, dev, seconds, tops, compile):
-    "One entry of the result: training steps and forward passes of one geometry in turns."
-    bs = _batch_size(config, dev)
-    work = {
-        'fp32': _workload(config, bs, dev, ours=False),
-        'ours': _workload(config, bs, dev),
-    }
-    if compile:
-        work['compiled'] = _workload(config, bs, dev, compile=True)
-    train = race({k: w.train for k, w in work.items()}, seconds)
-    forward = race({k: w.forward for k, w in work.items()}, seconds)
-    row = {
-        k: dict(train=bs / train[k], forward=bs / forward[k], gflops_per_image=w.gflops)
-        for k, w in work.items()
-    }
-    for k, top in tops.items():
-        reached = 3 * row[k]['train'] * row[k]['gflops_per_image']
-        row[k]['share_of_conv_peak'] = reached / top['conv']
-    return dict(
-        batch=bs,
-        train_ratio=row['ours']['train'] / row['fp32']['train'],
-        forward_ratio=row['ours']['forward'] / row['fp32']['forward'],
-        **row,
-    )
-
-
-def _batch_size(config, dev):
-    if dev.type == 'cuda':
-        return 128
-    return 64 if config['size'] < 64 else 4
-
 
 # %% ../nbs/toolbox/speed.ipynb #e807d58d
 # name -> keyword arguments of the U-Net, width of the code

@@ -32,7 +32,7 @@ LAYERS = [
     'pretrained adapters',
     'recipes hub',
     'edit metrics evaluation',
-    'traffic speed '
+    'traffic costs speed bench '
     'experiments.critical_stage experiments.training_efficiency experiments.autoencoding '
     'experiments.latent_space experiments.generation experiments.scorevae experiments.figures '
     'experiments.items experiments.runs experiments.precision experiments.prediction',
