@@ -494,7 +494,9 @@ def is_running(pid: int) -> bool:
 
 
 TELLING = """
-import threading, time
+import signal, threading, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in the background
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
 def tell():
     while len(pids) < 2:
         time.sleep(.01)
