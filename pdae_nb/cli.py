@@ -83,7 +83,14 @@ from .methods.scorevae import CodedModel, ConditionalDecoder, ScoreVAE
 from .model import GenerativeModel, Model, StepNoise, noise
 from .plot import plot_gap, plot_log, show
 from .pretrained import load_official
-from .processes import join, launched, map_parts, processes, shared
+from .processes import (
+    join,
+    launched,
+    map_parts,
+    may_mean_a_lost_process,
+    processes,
+    shared,
+)
 from .recipes import recipe, size_or_default
 from .sampling import ddim_step, sample, trajectory
 from .solvers import belm_step, dpmpp_step, round_trip
@@ -1164,4 +1171,6 @@ def _run(argv):
     except Exception as e:
         if '--debug' in argv:
             raise
+        if may_mean_a_lost_process(e):
+            return fail('another process has ended; its message says why', 1)
         return fail(str(e) or type(e).__name__, 1)

@@ -45,8 +45,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .files import home, write_bytes, write_json
+from .files import check_file, home, write_bytes, write_json
 from .layers import Network
+from .processes import processes
 
 
 # %% ../nbs/toolbox/compiling.ipynb #a84e9a2c
@@ -273,18 +274,28 @@ def _pack(artifacts, libraries):
     return buffer.getvalue()
 
 
+_MOST_UNPACKED = 10 * MOST_BYTES  # of one file
+
+
 class _Unusable(Exception):
     "A file does not hold compiled code that this process can use."
 
 
 def _load_file(path):
     "Pass the code in a file to the compiler. Raises `_Unusable` if this is not possible."
+    try:
+        check_file(path, MOST_BYTES)
+    except ValueError as e:
+        raise _Unusable(str(e)) from e
     data = path.read_bytes()
     if _digest(data) != path.stem:
         raise _Unusable('it is damaged, or it is not compiled code')
     root = _compilers_folder()
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            unpacked = sum(info.file_size for info in archive.infolist())
+            if unpacked > _MOST_UNPACKED:
+                raise ValueError(f'it unpacks to {unpacked:,} bytes')
             members = {name: archive.read(name) for name in archive.namelist()}
         is_accepted = torch.compiler.load_cache_artifacts(members.pop('artifacts')) is not None
     except OSError:
@@ -370,6 +381,7 @@ class Measured:
         device = torch.device(device)
         folder = artifacts_dir(device)
         try:
+            check_file(folder / 'measured.json', 10_000_000)
             stored = json.loads((folder / 'measured.json').read_text('utf-8'))
             shapes = {
                 file: list(shapes)
@@ -490,7 +502,7 @@ class CompiledBlocks:
         step, the code is stored even if the process is killed later. `log` gets file errors.
         """
         spent = compilations().since(self.kept)
-        if not spent.graphs:
+        if not spent.graphs or processes().local:  # one process of a machine stores for all
             return
         self.kept = compilations()
         folder = artifacts_dir(self.device)

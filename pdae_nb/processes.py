@@ -10,6 +10,7 @@ __all__ = [
     'join',
     'total',
     'from_first',
+    'from_all',
     'any_process',
     'wait',
     'ProcessLost',
@@ -27,6 +28,8 @@ __all__ = [
 # %% ../nbs/toolbox/processes.ipynb #449743c9
 import atexit
 import os
+import sys
+import threading
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -57,7 +60,7 @@ def launched() -> Processes:
     "What the variables RANK, WORLD_SIZE and LOCAL_RANK of `torchrun` say about this process."
     numbers = []
     for name, default in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)):
-        text = os.environ.get(name, str(default))
+        text = os.environ.get(name) or str(default)  # an empty variable counts as unset
         if not text.isdecimal():
             raise ValueError(f'the variable {name} must be a number of a process, got {text!r}')
         numbers.append(int(text))
@@ -94,13 +97,41 @@ def _store():
     On a single machine, `torchrun --max-restarts` uses the same store again. A name for each start
     separates new addresses from those of processes that have ended.
     """
-    store, _, _ = next(rendezvous('env://', timeout=_LONGEST_WAIT))
+    store, _, _ = next(rendezvous('env://', timeout=_LONGEST_START))
     if os.environ.get('LOCAL_WORLD_SIZE') != os.environ['WORLD_SIZE']:
         return store
     return dist.PrefixStore(f'start {os.environ.get("TORCHELASTIC_RESTART_COUNT")}', store)
 
 
+_LONGEST_START = timedelta(minutes=5)  # until all processes have been started
 _LONGEST_WAIT = timedelta(hours=2)  # for another process that works, e.g. on a preview
+
+
+def _say(line):
+    print(line, file=sys.stderr, flush=True)
+
+
+def _store_of_all(own):
+    "The store, when all processes have come. Raises if some of them do not come."
+    place = [os.environ.get(name) for name in ('MASTER_ADDR', 'MASTER_PORT')]
+    hint = f'WORLD_SIZE is {own.world}: unset it for a program of a single process'
+    if None in place:
+        raise ValueError(f'MASTER_ADDR and MASTER_PORT are not set, but {hint}')
+    waiting = f'waiting for {own.world} processes at {":".join(place)}. {hint}'
+    timer = threading.Timer(10, _say, [waiting])
+    timer.start()
+    try:
+        store = _store()
+        store.set(f'rank {own.rank}', 'here')
+        store.wait([f'rank {rank}' for rank in range(own.world)], _LONGEST_START)
+    except (RuntimeError, ValueError) as e:
+        reason = str(e).partition('\n')[0]
+        raise ConnectionError(
+            f'not all of {own.world} processes came to {":".join(place)} ({reason}). {hint}'
+        ) from e
+    finally:
+        timer.cancel()
+    return store
 
 
 def join(
@@ -116,10 +147,9 @@ def join(
         on_gpu = _check_device(own, device)
         if on_gpu:
             torch.cuda.set_device(own.local)
-        backend = 'cpu:gloo,cuda:nccl' if on_gpu else 'gloo'
         dist.init_process_group(
-            backend,
-            store=_store(),
+            'cpu:gloo,cuda:nccl' if on_gpu else 'gloo',
+            store=_store_of_all(own),
             rank=own.rank,
             world_size=own.world,
             timeout=_LONGEST_WAIT,
@@ -151,6 +181,18 @@ def from_first(
     return box[0]
 
 
+def from_all(
+    value: Any,  # an object
+) -> list:
+    "The objects of all processes, in the order of their ranks."
+    world = processes().world
+    if world == 1:
+        return [value]
+    values = [None] * world
+    dist.all_gather_object(values, value)
+    return values
+
+
 def any_process(
     flag: bool,
 ) -> bool:
@@ -172,7 +214,8 @@ def may_mean_a_lost_process(
 ) -> bool:
     "Whether an error says that a connection to another process was closed at the other end."
     words = ('closed by peer', 'reset by peer', 'Broken pipe', 'ncclRemoteError', 'remote error')
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    is_explained = isinstance(error, ProcessLost) or not isinstance(error, RuntimeError)
+    return not is_explained and any(word in str(error) for word in words)
 
 
 # %% ../nbs/toolbox/processes.ipynb #33ae8c36
@@ -253,8 +296,7 @@ def map_parts(
     rank, world, _ = processes()
     with _alone():
         own = [_on_cpu(f(part)) for part in parts[rank::world]]
-    gathered = [None] * world
-    dist.all_gather_object(gathered, (len(parts), own))
+    gathered = from_all((len(parts), own))
     lengths = [n for n, _ in gathered]
     if len(set(lengths)) > 1:
         raise RuntimeError(f'the processes share the same parts, got {lengths} parts of them')
@@ -279,9 +321,7 @@ def least(
     "The smallest n of all processes inside `shared`, where all of them must ask; else n."
     if not _is_shared.get():
         return n
-    numbers = [None] * processes().world
-    dist.all_gather_object(numbers, n)
-    return min(numbers)
+    return min(from_all(n))
 
 
 def for_each(

@@ -80,6 +80,7 @@ from .processes import (
     ProcessLost,
     any_process,
     averaging,
+    from_all,
     from_first,
     map_parts,
     may_mean_a_lost_process,
@@ -771,6 +772,26 @@ def _check_checkpoint(run, meta):
         )
 
 
+def _check_alike(run):
+    "Raise, in all processes, unless they train the same model on the same images."
+    base = run.model.base
+    facts = run.recipe.as_json() | dict(
+        accumulate=run.accumulate,
+        precision=run.dtype,
+        checksum=run.images,
+        base=None if base is None else model_fingerprint(base),
+        parent=run.parent,
+        versions=versions(),
+    )
+    for rank, others in enumerate(from_all(facts)):
+        of_first = from_first(facts)
+        differ = [f'{k} {of_first[k]} and {others[k]}' for k in facts if of_first[k] != others[k]]
+        if differ:
+            raise ValueError(
+                f'processes 0 and {rank} have different settings or images: {", ".join(differ)}'
+            )
+
+
 def _conditions(run):
     "What the decision on compilation depends on, as a checkpoint stores it."
     return dict(device=run.model.device.type, images=run.recipe.images)
@@ -1071,11 +1092,22 @@ def _explained(error, run):
     "The error, or a `ProcessLost` if it means that another process has ended."
     if processes().world == 1 or not may_mean_a_lost_process(error):
         return error
-    first_line = str(error).partition('\n')[0]
+    first_line = str(error).partition('\n')[0].partition('. This is typically')[0]
     return ProcessLost(
         f'another process of this training has ended, so process {processes().rank} cannot go on '
         f'after step {run.i} ({first_line}). The same command goes on from the last checkpoint'
     )
+
+
+def _wait_for_the_save(run):
+    """Go on when the first process has saved.
+
+    If one process ends earlier, `torchrun` stops the others.
+    """
+    try:
+        wait()
+    except RuntimeError as e:
+        raise _explained(e, run) from e
 
 
 def _train_all_steps(run, log, every, look, compilation):
@@ -1105,6 +1137,7 @@ def _train_all_steps(run, log, every, look, compilation):
                 raise
             raise explained from e
         _save(run)
+        _wait_for_the_save(run)
     if is_to_stop and run.i < n:
         raise Stopped(
             signal.Signals(signals[0] if signals else signal.SIGTERM),
@@ -1162,6 +1195,7 @@ def train_model(
         run.precision = precision
         run.parent = parent
         run.accumulate = accumulate
+        _check_alike(run)
         past = _resume(run, log)
         if tensorboard and is_first:
             run.board = Board(out / 'tensorboard', run.seen, past, log)

@@ -6,6 +6,7 @@
 import os
 import signal
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -118,8 +119,18 @@ class Killer:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def job_train(folder, killed='-1', stopped='-1'):
-    "Train a DPM of 24 steps. The process `killed` ends after step 13, `stopped` gets a SIGTERM."
+def job_differ(folder):
+    "Each process trains with another seed."
+    row = replace(recipe('mnist_dpm', 'smoke'), batch=8, images=8 * 24, seed=launched().rank)
+    train('mnist_dpm', row, out=Path(folder) / 'run', device='cpu')
+    return {}
+
+
+def job_train(folder, killed='-1', stopped='-1', seconds='0'):
+    """Train a DPM of 24 steps. The process `killed` ends after step 13, `stopped` gets a SIGTERM.
+
+    Each checkpoint takes some seconds more.
+    """
     row = replace(recipe('mnist_dpm', 'smoke'), batch=8, images=8 * 24)
     kill = Killer(folder, int(killed))
     add = fit_module()._Run.add
@@ -133,6 +144,13 @@ def job_train(folder, killed='-1', stopped='-1'):
             os.kill(os.getpid(), signal.SIGTERM)
 
     fit_module()._Run.add = counting
+    save = fit_module().save_checkpoint
+
+    def slowly(*args):
+        time.sleep(float(seconds))
+        save(*args)
+
+    fit_module().save_checkpoint = slowly
     out = Path(folder) / 'run'
     train('mnist_dpm', row, out=out, device='cpu', precision='float32', every=5, log_every=5)
     return {}

@@ -633,3 +633,27 @@ def test_a_second_process_compiles_nothing(tmp_path):
     assert kernels[1] == 0
     assert second[:4] == [2, 2, 0, 4]
     assert second[4] < before
+
+
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='Windows has no named pipes')
+@pytest.mark.parametrize('kind', ['pipe', 'device', 'too large'])
+def test_what_is_no_file_of_compiled_code_is_not_read(kind, tmp_path, monkeypatch):
+    "Reading a pipe would wait for ever, and reading /dev/zero would fill the memory."
+    monkeypatch.setenv('PDAE_NB_HOME', str(tmp_path))
+    folder = compiling.artifacts_dir('cpu')
+    folder.mkdir(parents=True)
+    path = folder / 'a.zip'
+    if kind == 'pipe':
+        os.mkfifo(path)
+        os.mkfifo(folder / 'measured.json')
+    elif kind == 'device':
+        path.symlink_to('/dev/zero')
+    else:
+        with path.open('wb') as file:
+            file.truncate(compiling.MOST_BYTES + 1)
+    said = []
+    assert compiling.load_artifacts('cpu', said.append) == 0
+    assert len(said) == 1
+    assert 'no regular file' in said[0] or 'the limit is' in said[0]
+    assert not path.exists()
+    compiling.Measured.read('cpu')

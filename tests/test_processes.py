@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pdae_nb.files import read_tensors
-from pdae_nb.processes import join, launched, may_mean_a_lost_process
+from pdae_nb.processes import ProcessLost, join, launched, may_mean_a_lost_process
 from pdae_nb.training import check_parts
 
 JOBS = Path(__file__).with_name('of_processes.py')
@@ -148,6 +148,25 @@ def test_all_processes_stop_after_the_same_step(undisturbed, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_stop_waits_for_the_checkpoint_of_the_first_process(tmp_path):
+    "If another process ended before, `torchrun` would send a second signal, which interrupts."
+    done = run(2, tmp_path, 'train', '-1', '0', '3')
+    assert done.returncode != 0
+    _, note = checkpoint(tmp_path)
+    assert note['i'] >= 13
+    assert f'saved after step {note["i"]} of 24' in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_processes_with_different_settings_are_refused(tmp_path):
+    done = run(2, tmp_path, 'differ')
+    assert done.returncode != 0
+    said = done.stdout + done.stderr
+    assert 'processes 0 and 1 have different settings or images: seed 0 and 1' in said
+    assert not (tmp_path / 'run/checkpoints').exists()
+
+
+@pytest.mark.slow
 def test_shared_work_gives_the_images_of_one_process(tmp_path, monkeypatch):
     results = {}
     for world in (1, 3):
@@ -231,6 +250,7 @@ def test_commands_of_two_processes(tmp_path, monkeypatch):
 def test_errors_of_a_lost_process(message, is_lost):
     assert may_mean_a_lost_process(RuntimeError(message)) is is_lost
     assert not may_mean_a_lost_process(ValueError(message))
+    assert not may_mean_a_lost_process(ProcessLost(message))
 
 
 def test_a_batch_that_cannot_be_shared_is_refused():
@@ -246,6 +266,25 @@ def test_variables_that_are_no_numbers_are_refused(name, monkeypatch):
     monkeypatch.setenv(name, '-1')
     with pytest.raises(ValueError, match=f'{name} must be a number of a process'):
         launched()
+
+
+def test_a_single_process_with_the_variables_of_several_is_told_why(monkeypatch):
+    for name in ('MASTER_ADDR', 'MASTER_PORT'):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in dict(RANK='0', WORLD_SIZE='2', LOCAL_RANK='').items():
+        monkeypatch.setenv(name, value)
+    assert launched().local == 0
+    with pytest.raises(ValueError, match='MASTER_ADDR and MASTER_PORT are not set, but WORLD_SIZE'):
+        join('cpu')
+    monkeypatch.setenv('MASTER_ADDR', '127.0.0.1')
+    monkeypatch.setenv('MASTER_PORT', '29519')
+
+    def no_store():
+        raise RuntimeError('nobody came')
+
+    monkeypatch.setattr('pdae_nb.processes._store', no_store)
+    with pytest.raises(ConnectionError, match='not all of 2 processes came to 127.0.0.1:29519'):
+        join('cpu')
 
 
 def test_a_process_without_a_gpu_of_its_own_is_refused(monkeypatch):
