@@ -65,9 +65,14 @@ def in_dtype(data, dtype):
         yield x0.to(dtype), y
 
 
-def job_fit(folder, method, dtype, accumulate):
-    "Thirty steps of `fit`: losses, gradient norms, the gradient of step 1 and the last weights."
+def job_fit(folder, *cases):
+    "`fitted` for cases such as dpm-float64-1: method, dtype and number of accumulated parts."
     own = join('cpu')
+    return {case: fitted(own, *case.split('-')) for case in cases}
+
+
+def fitted(own, method, dtype, accumulate):
+    "Thirty steps of `fit`: losses, gradient norms, the gradient of step 1 and the last weights."
     dtype = getattr(torch, dtype)
     model = METHODS[method]().train()
     for part in chain(model):

@@ -54,45 +54,51 @@ def assert_same(tensors, others):
         assert torch.equal(tensor, others[name]), name
 
 
+METHODS = ['pdae', 'label_pdae', 'scorevae', 'vae', 'eval_classifier', 'latent']
+PARTS = {1: (1, 2, 4), 2: (1, 2), 4: (1,)}  # processes -> accumulated parts
+
+
 @pytest.fixture(scope='module')
-def one(tmp_path_factory):
-    "Results of `fit` in one process."
+def fits(tmp_path_factory):
+    "world -> case, e.g. dpm-float64-1 -> results of `fit`. Each number of processes starts once."
     results = {}
 
-    def result(method, dtype):
-        key = f'{method}-{dtype}'
-        if key not in results:
-            folder = tmp_path_factory.mktemp(key)
-            results[key] = result_of(1, folder, 'fit', method, dtype, '1')
-        return results[key]
+    def of(world):
+        if world not in results:
+            cases = [
+                f'dpm-{dtype}-{parts}' for dtype in ('float64', 'float32') for parts in PARTS[world]
+            ]
+            if world < 4:
+                cases += [f'{method}-float64-1' for method in METHODS]
+            folder = tmp_path_factory.mktemp(f'fit-{world}')
+            results[world] = result_of(world, folder, 'fit', *cases)
+        return results[world]
 
-    return result
+    return of
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('world, accumulate', [(1, 2), (1, 4), (2, 1), (2, 2), (4, 1)])
-def test_processes_and_parts_compute_what_one_process_computes(world, accumulate, one, tmp_path):
-    exact = result_of(world, tmp_path, 'fit', 'dpm', 'float64', str(accumulate))
-    wanted = one('dpm', 'float64')
+def test_processes_and_parts_compute_what_one_process_computes(world, accumulate, fits):
+    exact = fits(world)[f'dpm-float64-{accumulate}']
+    wanted = fits(1)['dpm-float64-1']
     for name in ('weights', 'average'):
         assert (exact[name] - wanted[name]).abs().max() < 1e-11, name
     assert wanted['weights'].isfinite().all()
     moved = (wanted['weights'] - wanted['average']).abs().max()
     assert moved > 1e-3  # the steps have changed the weights
 
-    rounded = result_of(world, tmp_path, 'fit', 'dpm', 'float32', str(accumulate))
-    wanted = one('dpm', 'float32')
+    rounded = fits(world)[f'dpm-float32-{accumulate}']
+    wanted = fits(1)['dpm-float32-1']
     assert relative(rounded['gradient'], wanted['gradient']) < 1e-5
     assert abs(rounded['losses'][-1] / wanted['losses'][-1] - 1) < 1e-4
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    'method', ['pdae', 'label_pdae', 'scorevae', 'vae', 'eval_classifier', 'latent']
-)
-def test_two_processes_train_every_method(method, one, tmp_path):
-    pair = result_of(2, tmp_path, 'fit', method, 'float64', '1')
-    wanted = one(method, 'float64')
+@pytest.mark.parametrize('method', METHODS)
+def test_two_processes_train_every_method(method, fits):
+    pair = fits(2)[f'{method}-float64-1']
+    wanted = fits(1)[f'{method}-float64-1']
     assert (pair['weights'] - wanted['weights']).abs().max() < 1e-9
     torch.testing.assert_close(pair['losses'], wanted['losses'], rtol=1e-9, atol=0)
 
