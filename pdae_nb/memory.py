@@ -261,7 +261,7 @@ _ASSUMED_MEMORY = 8 * 2**30  # of a computer that does not tell the size of its 
 def _lines(path):
     "Lines of a file; none if it cannot be read."
     try:
-        return path.read_text().splitlines()
+        return path.read_text('utf-8').splitlines()
     except OSError:
         return []
 
