@@ -74,7 +74,8 @@ def test_a_compiled_training_resumes_bit_for_bit(plain, tmp_path, monkeypatch):
     compiling = [line for line in lines if line.startswith('compiling ')]
     assert len(compiling) == 1
     assert ' blocks of ' in compiling[0]
-    assert list((tmp_path / 'home/compile').rglob('*.zip'))
+    # No code is stored if PyTorch's own cache on this machine had all of it.
+    assert list((tmp_path / 'home/compile').rglob('measured.json'))
     first, _ = trained(tmp_path / 'first', small(steps=1, warmup=10**6))  # nearly untrained
     names = [name for name in plain if name.startswith('model.')]
     moved = torch.cat([(plain[name] - first[name]).flatten() for name in names])
