@@ -108,6 +108,7 @@ _LONGEST_WAIT = timedelta(hours=2)  # for another process that works, e.g. on a 
 
 
 def _say(line):
+    "Print a line to stderr."
     print(line, file=sys.stderr, flush=True)
 
 
@@ -162,7 +163,7 @@ def join(
 def total(
     x: Tensor,  # the same shape in all processes
 ) -> Tensor:  # like `x`
-    "The sum over all processes. A GPU computes it without a wait of the CPU."
+    "The sum over all processes. The CPU does not wait for a GPU."
     if processes().world == 1:
         return x
     x = x.clone()

@@ -395,8 +395,8 @@ def fit(
 ):  # yields a `Step` after every step
     """Train, and yield after every step: logs, samples and checkpoints belong to the caller's loop.
 
-    The CPU does not wait for a GPU, except every ten steps: then it reads whether the steps were
-    finite. `NonFinite` is raised at such a step.
+    The CPU waits for a GPU every ten steps only, to read whether the losses and gradients of these
+    steps were finite. `NonFinite` is raised at such a step.
     """
     params = [p for p in params if p.requires_grad]
     if not params:
@@ -783,8 +783,8 @@ def _check_alike(run):
         parent=run.parent,
         versions=versions(),
     )
-    for rank, others in enumerate(from_all(facts)):
-        of_first = from_first(facts)
+    of_first, *of_others = from_all(facts)
+    for rank, others in enumerate(of_others, 1):
         differ = [f'{k} {of_first[k]} and {others[k]}' for k in facts if of_first[k] != others[k]]
         if differ:
             raise ValueError(
@@ -1075,16 +1075,17 @@ class _Stop:
 
     def __init__(self, signals):
         self.signals = signals  # numbers of the received signals
-        self.due = 0  # step at which the processes agree again
+        self.next_agreement = 0  # step at which the processes agree again
 
-    def is_due(self, step):
+    def ends_after(self, step):
         "Whether the training ends after this step."
         if processes().world == 1:
             return bool(self.signals)
-        if step.i < self.due:
+        if step.i < self.next_agreement:
             return False
-        steps = int(5 / max(step.seconds, 0.001))  # of five seconds
-        self.due = from_first(step.i + max(1, min(steps, READ_EVERY)))
+        steps_in_five_seconds = int(5 / max(step.seconds, 0.001))
+        steps = max(1, min(steps_in_five_seconds, READ_EVERY))
+        self.next_agreement = from_first(step.i + steps)
         return any_process(bool(self.signals))
 
 
@@ -1124,7 +1125,7 @@ def _train_all_steps(run, log, every, look, compilation):
                 run.add(step)
                 log.add(step, run.skipped)
                 compilation.add(step)
-                is_to_stop = stop.is_due(step)
+                is_to_stop = stop.ends_after(step)
                 if is_to_stop:
                     break
                 if run.i % every == 0 and run.i < n:
