@@ -40,6 +40,7 @@ from fastcore.script import anno_parser
 from tqdm import tqdm
 
 from .bench import MODES, bench, bench_table, default_modes
+from .curves import plot_gap, plot_log
 from .data import load_images, mnist_test_images, to_signed
 from .edit import attribute as labels_of
 from .edit import (
@@ -81,7 +82,7 @@ from .methods.latent import LatentDPM, encode_all
 from .methods.pdae import PDAE
 from .methods.scorevae import CodedModel, ConditionalDecoder, ScoreVAE
 from .model import GenerativeModel, Model, StepNoise, noise
-from .plot import plot_gap, plot_log, show
+from .plot import show
 from .pretrained import load_official
 from .processes import (
     join,

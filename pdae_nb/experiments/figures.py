@@ -18,7 +18,7 @@ __all__ = [
 # %% ../../nbs/experiments/result_figures.ipynb #8e85c81f
 import torch
 
-from ..plot import plot_gap
+from ..curves import plot_gap
 from .critical_stage import unpack_cells
 
 
