@@ -77,6 +77,7 @@ THEME = {  # settings of matplotlib
     'grid.alpha': 0.25,
     'grid.linewidth': 0.6,
     'image.cmap': MAGNITUDE,
+    'patch.force_edgecolor': False,
     **dict.fromkeys(('axes.facecolor', 'figure.facecolor', 'savefig.facecolor'), 'none'),
     **dict.fromkeys(
         ('text.color', 'axes.edgecolor', 'axes.labelcolor', 'xtick.color', 'ytick.color'), INK
@@ -247,6 +248,9 @@ def _frame(drawn):
     return Image.open(io.BytesIO(figure_png(fig))).convert('RGBA')
 
 
+_MARGIN = 10  # transparent pixels around the frames of a slider or an animation
+
+
 def _aligned(frames):
     "The frames, all cropped to the smallest part outside of which every frame is transparent."
     from PIL import Image, ImageChops
@@ -257,8 +261,9 @@ def _aligned(frames):
         opacity = Image.new('L', size)
         opacity.paste(frame.getchannel('A'))
         drawn = ImageChops.lighter(drawn, opacity)
-    part = drawn.getbbox() or (0, 0, *size)
-    return [frame.crop(part) for frame in frames]
+    left, top, right, bottom = drawn.getbbox() or (0, 0, *size)
+    part = (left - _MARGIN, top - _MARGIN, right + _MARGIN, bottom + _MARGIN)
+    return [frame.crop(part) for frame in frames]  # what lies outside of a frame is transparent
 
 
 def _encoded(image, **options):
