@@ -339,15 +339,15 @@ class Slider:
                 name=html.escape(name),
                 most=len(options) - 1,
                 first=options.index(self.start[name]),
-                texts=html.escape('|'.join(_text(option) for option in options), quote=True),
+                texts=html.escape('\t'.join(_text(option) for option in options)),
                 text=html.escape(_text(self.start[name])),
                 letters=max(len(_text(option)) for option in options),
             )
             for name, options in self.options.items()
         )
-        return _SLIDER.format(
-            handles=handles, first=first, frames=' '.join(frames), width=width, changed=_CHANGED
-        )
+        actions = dict(changed=_CHANGED, key=_KEY)
+        images = dict(first=first, frames=' '.join(frames), width=width)
+        return _SLIDER.format(handles=handles, **images, **actions)
 
 
 def _text(value):
@@ -361,19 +361,21 @@ _CHANGED = (
     'let n=0;'
     "for(const h of this.querySelectorAll('input')){"
     'n=n*(+h.max+1)+ +h.value;'
-    "h.nextElementSibling.textContent=h.dataset.texts.split('|')[h.value]}"
+    "h.nextElementSibling.textContent=h.dataset.texts.split('\\t')[h.value]}"
     "this.querySelector('img').src='data:image/webp;base64,'+f[n]"
 )
+# The keys that move a handle. JupyterLab would select another cell by them.
+_KEY = 'if(/^(Arrow|Page|Home|End)/.test(event.key))event.stopPropagation()'
 _HANDLE = (
-    '<label style="display:flex;align-items:center;gap:.8em;margin:.2em 0">'
     '<span>{name}</span> '
     '<input type="range" min="0" max="{most}" value="{first}" step="1" data-texts="{texts}" '
-    'aria-label="{name}" style="flex:1;accent-color:#0173b2;cursor:pointer">'
-    '<output style="min-width:{letters}ch">{text}</output></label>'
+    'aria-label="{name}" style="width:100%;margin:0;accent-color:#0173b2;cursor:pointer"> '
+    '<output style="min-width:{letters}ch;font-variant-numeric:tabular-nums">{text}</output>'
 )
 _SLIDER = (
-    '<div class="pdae-slider" data-lm-suppress-shortcuts="true" '
-    'style="max-width:{width}px" data-frames="{frames}" oninput="{changed}">{handles}'
+    '<div class="pdae-slider" style="max-width:{width}px" data-frames="{frames}" '
+    'oninput="{changed}" onkeydown="{key}"><div style="display:grid;align-items:center;'
+    'grid-template-columns:auto 1fr auto;gap:.2em .8em;margin:.2em 0">{handles}</div>'
     '<img src="data:image/webp;base64,{first}" width="{width}" alt="the figure of these values" '
     'style="max-width:100%;height:auto" '
     """onload="this.parentElement.querySelector('small')?.remove()">"""
