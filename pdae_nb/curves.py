@@ -158,9 +158,12 @@ def plot_heat(
 
 # %% ../nbs/toolbox/curves.ipynb #curv0013
 def _number_text(number, fmt):
+    "A number with its format, or a float with three digits, or more if it is above 1,000."
     if fmt:
         return format(number, fmt)
-    return f'{number:,}' if isinstance(number, int) else f'{number:.3g}'
+    if isinstance(number, int):
+        return f'{number:,}'
+    return f'{number:,.0f}' if 1000 <= abs(number) < 1e9 else f'{number:.3g}'
 
 
 def _estimate_text(mean, se, fmt):
@@ -189,6 +192,8 @@ def _cell_text(value, fmt):
     if isinstance(value, Tensor) and value.numel() == 1:
         return _number_text(value.item(), fmt)
     if hasattr(value, 'mean') and hasattr(value, 'se'):
+        if value.se is None:
+            return _number_text(value.mean, fmt)
         return _estimate_text(value.mean, value.se, fmt)
     return str(value)
 
@@ -211,6 +216,7 @@ class Table:
     headings: list[str]
     rows: list[list[str]]
     right: list[bool]  # whether a column is aligned at the right, as numbers are
+    caption: str = ''  # a sentence above the table
 
     def markdown(self) -> str:
         "The table in Markdown."
@@ -218,20 +224,22 @@ class Table:
         escaped = [[text.replace('|', '\\|').replace('\n', ' ') for text in row] for row in texts]
         lines = ['| ' + ' | '.join(row) + ' |' for row in escaped]
         rule = ['---:' if right else '---' for right in self.right]
-        return '\n'.join([lines[0], '|' + '|'.join(rule) + '|', *lines[1:]])
+        above = [self.caption, ''] if self.caption else []
+        return '\n'.join([*above, lines[0], '|' + '|'.join(rule) + '|', *lines[1:]])
 
     _repr_markdown_ = markdown
 
     def __repr__(self):
         texts = [self.headings, *self.rows]
         widths = [max(len(row[k]) for row in texts) for k in range(len(self.headings))]
-        return '\n'.join(
-            '  '.join(
+        lines = [self.caption] if self.caption else []
+        for row in texts:
+            padded = [
                 text.rjust(width) if right else text.ljust(width)
                 for text, width, right in zip(row, widths, self.right, strict=True)
-            ).rstrip()
-            for row in texts
-        )
+            ]
+            lines.append('  '.join(padded).rstrip())
+        return '\n'.join(lines)
 
 
 def table(
@@ -240,6 +248,7 @@ def table(
     headings: Mapping[str, str]
     | None = None,  # field -> heading; these columns alone, in this order
     formats: Mapping[str, str] | None = None,  # field -> format of its numbers, for example '.1%'
+    caption: str = '',  # a sentence above the table
 ) -> Table:  # shown by the page
     """A table of results. Without `headings`, all fields of the first row are columns.
 
@@ -261,7 +270,7 @@ def table(
         texts = [[str(name), *row] for name, row in zip(names, texts, strict=True)]
         right = [False, *right]
     top = [''] * bool(names) + list(headings.values())
-    return Table(top, texts, right)
+    return Table(top, texts, right, caption)
 
 
 # %% ../nbs/toolbox/curves.ipynb #curv0017
