@@ -24,7 +24,7 @@ MODULES = sorted(path for path in PACKAGE.rglob('*.py') if not path.name.startsw
 
 LAYERS = [
     'decode readers workers tables cache data logs files release processes '
-    'theme plot curves learning_curves',
+    'theme plot curves learning_curves drawing diagrams',
     'layers memory forward denoise sampling solvers unet networks',
     'gap guidance weighting compiling',
     'model training store',
