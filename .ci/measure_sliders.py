@@ -4,8 +4,8 @@
 python .ci/measure_sliders.py [PAGE ...]   # writes data/results/bench/sliders.json
 
 A page is a path in `nbs/`, such as `toolbox/plot`. Without a page, all pages with a slider are
-measured. Their cells run at size `smoke`, in a copy of the repository. A page whose cells fail is
-named in the file and left out.
+measured. The sliders are those of the stored page. If it has none, its cells run at size `smoke`,
+in a copy of the repository. A page whose cells fail is named in the file and left out.
 
 The mouse holds the handle and moves it from value to value. The time of a move is that from the
 browser's `input` event to the next painted frame that has the new image. This needs playwright and
@@ -16,6 +16,7 @@ import importlib.metadata
 import json
 import os
 import re
+import signal
 import statistics
 import sys
 import tempfile
@@ -115,7 +116,8 @@ def main(names: list[str]) -> None:
             for name in names or pages_with_sliders():
                 page = lab.Page(browser, server, f'nbs/{name}.ipynb')
                 try:
-                    page.run_all()
+                    if not page.cells_with('pdae-slider'):
+                        page.run_all()
                     rows += measured(page)
                 except (RuntimeError, TimeoutError) as error:
                     print(error, flush=True)
@@ -127,4 +129,5 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == '__main__':
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # JupyterLab is stopped too
     main(sys.argv[1:])
