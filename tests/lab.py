@@ -45,6 +45,13 @@ CELLS = """() => {
     }));
 }"""
 CHANGED = '() => jupyterapp.shell.currentWidget.context.model.dirty'
+CELLS_WITH = """text => {
+    const cells = [...jupyterapp.shell.currentWidget.content.model.cells];
+    const outputs = cells.map(cell => JSON.stringify(cell.outputs?.toJSON() ?? []));
+    return outputs.flatMap((output, number) => output.includes(text) ? [number] : []);
+}"""
+SCROLL = 'cell => jupyterapp.shell.currentWidget.content.scrollToItem(cell)'
+END_KERNEL = '() => jupyterapp.shell.currentWidget.sessionContext.shutdown()'
 ACTIVE_CELL = '() => jupyterapp.shell.currentWidget.content.activeCellIndex'
 IMAGE = """async image => {
     await image.decode();
@@ -253,26 +260,32 @@ class Page:
     def active_cell(self) -> int:
         return self.tab.evaluate(ACTIVE_CELL)
 
-    def show(self, selector: str):
-        "Scroll to the first element of this kind, which JupyterLab renders when it comes near."
-        element = self.tab.locator(selector).first
-        self.tab.locator('.jp-WindowedPanel-outer').first.hover()
-        for _ in range(200):
-            if element.count():
-                break
-            self.tab.mouse.wheel(0, 500)
-            self.tab.wait_for_timeout(100)
-        element.scroll_into_view_if_needed()
-        return element
+    def cells_with(self, text: str) -> list[int]:
+        "The numbers of the cells, among all cells, whose outputs hold a text."
+        return self.tab.evaluate(CELLS_WITH, text)
+
+    def show(self, cell: int):
+        "Scroll to a cell, which JupyterLab renders when it comes near."
+        self.tab.evaluate(SCROLL, cell)
+        return self.tab.locator(f'.jp-Cell[data-windowed-list-index="{cell}"]')
+
+    def end_kernel(self) -> None:
+        self.tab.evaluate(END_KERNEL)
 
 
 class Handles:
     "A slider of a page: its handles and its image."
 
-    def __init__(self, page: Page):
+    def __init__(self, page: Page, cell: int | None = None):
+        "The slider of a cell; of the first that has one, if no cell is given."
         self.page = page
-        self.element = page.show('.pdae-slider')
+        cell = page.cells_with('pdae-slider')[0] if cell is None else cell
+        self.element = page.show(cell).locator('.pdae-slider')
+        self.element.scroll_into_view_if_needed()
         self.inputs = self.element.locator('input')
+
+    def count(self) -> int:
+        return self.inputs.count()
 
     def image(self) -> dict:
         "The image, decoded."
@@ -292,12 +305,12 @@ class Handles:
         handle = self.inputs.nth(number)
         return int(handle.input_value()) / int(handle.get_attribute('max'))
 
-    def move(self, share: float, number: int = 0) -> None:
+    def move(self, share: float, number: int = 0, steps: int = 4) -> None:
         "Move the mouse to a place from 0 to 1 on the track of a handle."
         box = self.inputs.nth(number).bounding_box()
         half = box['height'] / 2  # of the handle, which is round
         x = box['x'] + half + share * (box['width'] - 2 * half)
-        self.page.tab.mouse.move(x, box['y'] + half, steps=4)
+        self.page.tab.mouse.move(x, box['y'] + half, steps=steps)
 
     def release(self) -> None:
         self.page.tab.mouse.up()

@@ -31,7 +31,8 @@ CELLS = [
     import time
 
     import matplotlib.pyplot as plt
-    from pdae_nb.plot import WIDTH, animation, bar, setup_plots, sliders
+    from pdae_nb.plot import animation, bar, sliders
+    from pdae_nb.theme import WIDTH, setup_plots
 
     setup_plots()
     """,
