@@ -50,6 +50,7 @@ def label_ends(
 ):
     "Write the names of lines at their right ends, in their colours. Call it when the axes are set."
     lines = [line for line in ax.lines if not line.get_label().startswith('_')]
+    ax.get_ylim()  # matplotlib computes automatic limits when they are asked for
     ends = []
     for line in lines:
         x, y = (torch.as_tensor(values, dtype=torch.float64) for values in line.get_data())
