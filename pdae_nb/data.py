@@ -202,9 +202,11 @@ def stored_place(
     another working folder, must find the same images.
     """
     text = str(name)
+    if text in (*HUB, 'digits'):
+        return text
     folder = _data_folder(name)
     is_path = isinstance(name, Path) or Path(text).expanduser().name != text
-    if text in (*HUB, 'digits') or (folder is None and not is_path):
+    if folder is None and not is_path:
         return text
     if not is_path and folder is not None and folder.is_absolute():
         return text

@@ -32,9 +32,10 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -48,6 +49,8 @@ from .data import (
     check_splits,
     load_images,
     mnist_or_digits,
+    stored_options,
+    stored_place,
     to_signed,
 )
 from .decode import image_files
@@ -775,7 +778,7 @@ def train(
     if base is not None:
         recipe = replace(recipe, base=base)
     arithmetic_of(options.get('precision', 'auto'), 'cpu')  # raises an error for another name
-    recipe = _named_parent(recipe, init)
+    recipe = _placed(_named_parent(recipe, init))
     join(options.get('device'))
     check_parts(recipe.batch, options.get('accumulate', 1))
     check_compile(options.get('compile', 'auto'))
@@ -830,6 +833,12 @@ def _named_parent(recipe: Recipe, init: str | Path | None) -> Recipe:
     except UnicodeEncodeError as e:
         raise ValueError(f'init: {init!r} is no UTF-8, and run.json cannot store it') from e
     return replace(recipe, init=init)
+
+
+def _placed(recipe: Recipe) -> Recipe:
+    "The recipe with whole paths of its data and labels, so that it means the same everywhere."
+    options = stored_options(recipe.data, recipe.options)
+    return replace(recipe, data=stored_place(recipe.data), options=options)
 
 
 def _check_data(recipe: Recipe, images: Images, test: Images) -> None:
@@ -1042,7 +1051,15 @@ def images(
         sources = image_files(Path(source).expanduser())
         if not sources:
             raise ValueError(f'{source} holds no image files')
-    return torch.cat([as_x0(item, size, c, log) for item in sources]).to(model.device)
+    options = DataOptions.of((model.card.recipe or {}).get('options'))
+    x0 = [_as_x0(item, size, c, log, options) for item in sources]
+    return torch.cat(x0).to(model.device)
+
+
+def _as_x0(source, size, c, log, options):
+    "`as_x0`: files and PIL images have the range of the model's data."
+    is_array = torch.is_tensor(source) or isinstance(source, np.ndarray)
+    return as_x0(source, size, c, log, range=None if is_array else options.range)
 
 
 def _data_set(name, split, size, c, log):
@@ -1152,6 +1169,25 @@ def push_run(
     api.create_repo(repo, exist_ok=True, **kw)
     with tempfile.TemporaryDirectory() as d:
         folder = Path(d) / model.card.name
+        _without_paths(model)
         model.save(folder, bundle=True)
         (folder / 'README.md').write_text(text, encoding='utf-8')
         return api.upload_folder(folder_path=str(folder), repo_id=repo)
+
+
+def _without_paths(model: Model) -> None:
+    "Leave only the names of folders and tables in the recipes of a model and its bases."
+    while model is not None:
+        recipe = model.card.recipe or {}
+        if recipe.get('data'):
+            recipe['data'] = _file_name(recipe['data'])
+        if (recipe.get('options') or {}).get('labels'):
+            recipe['options'] = recipe['options'] | dict(
+                labels=_file_name(recipe['options']['labels'])
+            )
+        model = model.base
+
+
+def _file_name(path: str) -> str:
+    "The last part of a path of any system."
+    return PureWindowsPath(path).name
