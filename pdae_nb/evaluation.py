@@ -8,6 +8,7 @@ __all__ = [
     'WAYS',
     'TIMES_5',
     'data_of',
+    'options_of',
     'held_out_images',
     'inputs',
     'size_of',
@@ -58,6 +59,7 @@ from .processes import for_each
 from .recipes import RECIPES
 from .sampling import invert, restored, sample
 from .solvers import dpmpp_step, round_trip, snr_times
+from .splits import DataOptions
 from .store import ResultFile
 from .training import hardware, noise_mse, versions
 
@@ -86,12 +88,19 @@ def data_of(
     return recipe['data']
 
 
+def options_of(
+    model: Model,  # a model
+) -> DataOptions:
+    "How the pictures of a model's data are read, as its recipe says."
+    return DataOptions.of((model.card.recipe or {}).get('options'))
+
+
 def held_out_images(
     model: Model,  # a trained model of images
     n: int,  # number of images, at least 1
 ) -> tuple[Tensor, Tensor | None]:  # images in [-1,1] (n,c,size,size); their labels (n,...)
     "The first test images of a model's data, and their labels, on the model's device."
-    test = load_images(data_of(model), 'test', model.shape[-1])
+    test = load_images(data_of(model), 'test', model.shape[-1], options=options_of(model))
     x0 = to_signed(test.x[:n]).to(model.device)
     y = None if test.y is None else test.y[:n].to(model.device)
     return x0, y
@@ -110,7 +119,7 @@ def _image_files(paths):
     return files
 
 
-def _read(paths, shape, log):
+def _read(paths, shape, log, values):
     "Images of this shape, their file names, and the files that cannot be read."
     c, size, _ = shape
     files = _image_files(paths)
@@ -119,7 +128,7 @@ def _read(paths, shape, log):
     unreadable = []
     for file in files:
         try:
-            images.append(as_x0(file, size, c, log))
+            images.append(as_x0(file, size, c, log, range=values))
             names.append(shown(file.name))
         except (ValueError, OSError) as e:
             unreadable.append(shown(file))
@@ -145,7 +154,8 @@ def inputs(
     If MNIST cannot be loaded, they are the MNIST test images that the package contains.
     """
     if paths:
-        x0, names, unreadable = _read(paths, model.shape, log)
+        values = options_of(model).range
+        x0, names, unreadable = _read(paths, model.shape, log, values)
         return x0.to(model.device), names, unreadable
     recipe = model.card.recipe or {}
     if recipe.get('data') == 'mnist':

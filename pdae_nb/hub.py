@@ -32,9 +32,10 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -48,6 +49,8 @@ from .data import (
     check_splits,
     load_images,
     mnist_or_digits,
+    stored_options,
+    stored_place,
     to_signed,
 )
 from .decode import image_files
@@ -99,6 +102,7 @@ from .processes import from_first, join, processes, shared, wait
 from .recipes import RECIPES, size_or_default
 from .recipes import recipe as recipe_of
 from .release import PACKAGED, ModelInfo, describe, fetch_run, is_released, released
+from .splits import DataOptions
 from .training import (
     Recipe,
     _check_same,
@@ -774,7 +778,7 @@ def train(
     if base is not None:
         recipe = replace(recipe, base=base)
     arithmetic_of(options.get('precision', 'auto'), 'cpu')  # raises an error for another name
-    recipe = _named_parent(recipe, init)
+    recipe = _placed(_named_parent(recipe, init))
     join(options.get('device'))
     check_parts(recipe.batch, options.get('accumulate', 1))
     check_compile(options.get('compile', 'auto'))
@@ -793,8 +797,8 @@ def _train(name, recipe, out, predicts, build, **options):
             return stored
     if options.get('tensorboard'):
         summary_writer()  # before the images are read
-    images = load_images(recipe.data, 'train', recipe.px)
-    test = load_images(recipe.data, 'test', recipe.px)
+    images = load_images(recipe.data, 'train', recipe.px, options=recipe.options)
+    test = load_images(recipe.data, 'test', recipe.px, options=recipe.options)
     _check_data(recipe, images, test)
     below = load(recipe.base) if isinstance(recipe.base, (str, Path)) else recipe.base
     if recipe.init is not None:
@@ -831,6 +835,12 @@ def _named_parent(recipe: Recipe, init: str | Path | None) -> Recipe:
     return replace(recipe, init=init)
 
 
+def _placed(recipe: Recipe) -> Recipe:
+    "The recipe with whole paths of its data and labels, so that it means the same everywhere."
+    options = stored_options(recipe.data, recipe.options)
+    return replace(recipe, data=stored_place(recipe.data), options=options)
+
+
 def _check_data(recipe: Recipe, images: Images, test: Images) -> None:
     "Raise unless training and test fit together, and have labels if the method needs them."
     check_splits(recipe.data, images, test)
@@ -849,7 +859,8 @@ def add_missing_result(
     recipe = model.card.recipe
     if model.card.result is not None or not recipe or model.path is None:
         return
-    test = model.data(load_images(recipe['data'], 'test', recipe['px']))
+    options = DataOptions.of(recipe.get('options'))
+    test = model.data(load_images(recipe['data'], 'test', recipe['px'], options=options))
     x = test.x[:10_000].to(model.device)
     y = None if test.y is None else test.y[:10_000].to(model.device)
     add_result(model, to_signed(x) if x.dtype == torch.uint8 else x, y)
@@ -1040,7 +1051,15 @@ def images(
         sources = image_files(Path(source).expanduser())
         if not sources:
             raise ValueError(f'{source} holds no image files')
-    return torch.cat([as_x0(item, size, c, log) for item in sources]).to(model.device)
+    options = DataOptions.of((model.card.recipe or {}).get('options'))
+    x0 = [_as_x0(item, size, c, log, options) for item in sources]
+    return torch.cat(x0).to(model.device)
+
+
+def _as_x0(source, size, c, log, options):
+    "`as_x0`: files and PIL images have the range of the model's data."
+    is_array = torch.is_tensor(source) or isinstance(source, np.ndarray)
+    return as_x0(source, size, c, log, range=None if is_array else options.range)
 
 
 def _data_set(name, split, size, c, log):
@@ -1150,6 +1169,25 @@ def push_run(
     api.create_repo(repo, exist_ok=True, **kw)
     with tempfile.TemporaryDirectory() as d:
         folder = Path(d) / model.card.name
+        _without_paths(model)
         model.save(folder, bundle=True)
         (folder / 'README.md').write_text(text, encoding='utf-8')
         return api.upload_folder(folder_path=str(folder), repo_id=repo)
+
+
+def _without_paths(model: Model) -> None:
+    "Leave only the names of folders and tables in the recipes of a model and its bases."
+    while model is not None:
+        recipe = model.card.recipe or {}
+        if recipe.get('data'):
+            recipe['data'] = _file_name(recipe['data'])
+        if (recipe.get('options') or {}).get('labels'):
+            recipe['options'] = recipe['options'] | dict(
+                labels=_file_name(recipe['options']['labels'])
+            )
+        model = model.base
+
+
+def _file_name(path: str) -> str:
+    "The last part of a path of any system."
+    return PureWindowsPath(path).name

@@ -91,6 +91,7 @@ from .processes import (
     without_averaging,
     without_wrapper,
 )
+from .splits import NO_OPTIONS, DataOptions
 
 
 # %% ../nbs/toolbox/training.ipynb #bfd9d03a
@@ -116,10 +117,13 @@ class Recipe:
     flip: bool = False  # mirror images at random
     seed: int = 0  # of initial weights, order of the images, timesteps and noise
     init: str | None = None  # run whose weights are the initial ones; None: random weights
+    options: DataOptions = NO_OPTIONS  # how a folder of one's own pictures is read
 
     def __post_init__(self):
         if not isinstance(self.method, type) or not issubclass(self.method, Model):
             raise TypeError(f'recipe: method must be a class of models, got {self.method!r}')
+        if not isinstance(self.options, DataOptions):
+            raise TypeError(f'recipe: options must be DataOptions, got {self.options!r}')
         accepted = dict(
             px=('>= 1', self.px >= 1),
             images=('>= 1', self.images >= 1),
@@ -147,6 +151,9 @@ class Recipe:
         fields['method'] = class_path(self.method)
         if self.init is None:
             del fields['init']
+        fields['options'] = self.options.as_json()
+        if not fields['options']:
+            del fields['options']
         if isinstance(self.data, Path):
             fields['data'] = os.path.join('.', self.data)
         if isinstance(self.base, Model):
@@ -533,12 +540,20 @@ def _json(o):
     return json.loads(json.dumps(o), parse_constant=str)
 
 
+def _same_place(old, new):
+    "Whether two names of data mean one folder: earlier versions stored paths as they were given."
+    places = [os.path.abspath(os.path.expanduser(name or '')) for name in (old, new)]
+    return places[0] == places[1]
+
+
 def _check_same(old, r, out):
     """Raise if the recipe `old`, as stored in the folder `out`, is not `r`, or a shorter `r`.
 
     Bases are compared by their fingerprints elsewhere: one base has many names and paths.
     """
     new = r.as_json()
+    if _same_place(old.get('data'), new['data']):
+        new['data'] = old['data']
     changes = []
     for name in sorted(old.keys() | new.keys()):
         was, now = old.get(name), new.get(name)

@@ -23,7 +23,7 @@ COURSE = sorted((ROOT / 'nbs/course').glob('*.ipynb'))
 MODULES = sorted(path for path in PACKAGE.rglob('*.py') if not path.name.startswith('_'))
 
 LAYERS = [
-    'decode readers workers tables cache data logs files release processes '
+    'names decode splits labels readers workers tables cache pixels data logs files release processes '
     'theme plot curves learning_curves drawing diagrams',
     'layers memory forward denoise sampling solvers unet networks',
     'gap guidance weighting compiling',
