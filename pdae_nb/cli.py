@@ -59,6 +59,7 @@ from .evaluation import (
     evaluate_coder,
     evaluate_dpm,
     inputs,
+    options_of,
     size_of,
 )
 from .files import (
@@ -250,7 +251,8 @@ def _test_error_log(r, file):
         )
     from .experiments.training_efficiency import held_out
 
-    return held_out(file, to_signed(load_images(r.data, 'test', r.px).x[:2000]))
+    test = load_images(r.data, 'test', r.px, options=r.options)
+    return held_out(file, to_signed(test.x[:2000]))
 
 
 # %% ../nbs/toolbox/cli.ipynb #826f16c4
@@ -517,7 +519,8 @@ def _direction(model, attribute, labels):
     "The direction of an attribute: fitted to training images, else the one of the package."
     data = data_of(model)
     try:
-        images = load_images(data, 'train', model.shape[-1])[:labels]
+        options = options_of(model)
+        images = load_images(data, 'train', model.shape[-1], options=options)[:labels]
     except FileNotFoundError as e:
         stored = stored_direction(model, attribute)
         if stored is None:

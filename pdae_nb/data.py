@@ -44,6 +44,7 @@ from .cache import cannot_write, plan, stamp_of, stored
 from .decode import is_utf8, listed, name_of, note, read_image, shown, square
 from .files import assets_dir, checkout, home, incomplete
 from .readers import SPLITS
+from .splits import NO_OPTIONS, DataOptions
 from .tables import HUB, HubSource, local_source
 
 
@@ -298,6 +299,7 @@ def load_images(
     split: str = 'train',  # train, validation or test
     size: int | None = None,  # height and width, pixels; None is the data set's usual size
     channels: int | None = None,  # 1 or 3; None is 1 if all images are grey, 3 otherwise
+    options: DataOptions = NO_OPTIONS,  # how a folder of one's own pictures is read
 ) -> Images:
     """A data set from this machine or the Hugging Face Hub, decoded once and memory-mapped.
 

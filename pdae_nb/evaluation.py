@@ -8,6 +8,7 @@ __all__ = [
     'WAYS',
     'TIMES_5',
     'data_of',
+    'options_of',
     'held_out_images',
     'inputs',
     'size_of',
@@ -58,6 +59,7 @@ from .processes import for_each
 from .recipes import RECIPES
 from .sampling import invert, restored, sample
 from .solvers import dpmpp_step, round_trip, snr_times
+from .splits import DataOptions
 from .store import ResultFile
 from .training import hardware, noise_mse, versions
 
@@ -86,12 +88,19 @@ def data_of(
     return recipe['data']
 
 
+def options_of(
+    model: Model,  # a model
+) -> DataOptions:
+    "How the pictures of a model's data are read, as its recipe says."
+    return DataOptions.of((model.card.recipe or {}).get('options'))
+
+
 def held_out_images(
     model: Model,  # a trained model of images
     n: int,  # number of images, at least 1
 ) -> tuple[Tensor, Tensor | None]:  # images in [-1,1] (n,c,size,size); their labels (n,...)
     "The first test images of a model's data, and their labels, on the model's device."
-    test = load_images(data_of(model), 'test', model.shape[-1])
+    test = load_images(data_of(model), 'test', model.shape[-1], options=options_of(model))
     x0 = to_signed(test.x[:n]).to(model.device)
     y = None if test.y is None else test.y[:n].to(model.device)
     return x0, y

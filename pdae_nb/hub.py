@@ -99,6 +99,7 @@ from .processes import from_first, join, processes, shared, wait
 from .recipes import RECIPES, size_or_default
 from .recipes import recipe as recipe_of
 from .release import PACKAGED, ModelInfo, describe, fetch_run, is_released, released
+from .splits import DataOptions
 from .training import (
     Recipe,
     _check_same,
@@ -793,8 +794,8 @@ def _train(name, recipe, out, predicts, build, **options):
             return stored
     if options.get('tensorboard'):
         summary_writer()  # before the images are read
-    images = load_images(recipe.data, 'train', recipe.px)
-    test = load_images(recipe.data, 'test', recipe.px)
+    images = load_images(recipe.data, 'train', recipe.px, options=recipe.options)
+    test = load_images(recipe.data, 'test', recipe.px, options=recipe.options)
     _check_data(recipe, images, test)
     below = load(recipe.base) if isinstance(recipe.base, (str, Path)) else recipe.base
     if recipe.init is not None:
@@ -849,7 +850,8 @@ def add_missing_result(
     recipe = model.card.recipe
     if model.card.result is not None or not recipe or model.path is None:
         return
-    test = model.data(load_images(recipe['data'], 'test', recipe['px']))
+    options = DataOptions.of(recipe.get('options'))
+    test = model.data(load_images(recipe['data'], 'test', recipe['px'], options=options))
     x = test.x[:10_000].to(model.device)
     y = None if test.y is None else test.y[:10_000].to(model.device)
     add_result(model, to_signed(x) if x.dtype == torch.uint8 else x, y)

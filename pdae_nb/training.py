@@ -91,6 +91,7 @@ from .processes import (
     without_averaging,
     without_wrapper,
 )
+from .splits import NO_OPTIONS, DataOptions
 
 
 # %% ../nbs/toolbox/training.ipynb #bfd9d03a
@@ -116,10 +117,13 @@ class Recipe:
     flip: bool = False  # mirror images at random
     seed: int = 0  # of initial weights, order of the images, timesteps and noise
     init: str | None = None  # run whose weights are the initial ones; None: random weights
+    options: DataOptions = NO_OPTIONS  # how a folder of one's own pictures is read
 
     def __post_init__(self):
         if not isinstance(self.method, type) or not issubclass(self.method, Model):
             raise TypeError(f'recipe: method must be a class of models, got {self.method!r}')
+        if not isinstance(self.options, DataOptions):
+            raise TypeError(f'recipe: options must be DataOptions, got {self.options!r}')
         accepted = dict(
             px=('>= 1', self.px >= 1),
             images=('>= 1', self.images >= 1),
@@ -147,6 +151,9 @@ class Recipe:
         fields['method'] = class_path(self.method)
         if self.init is None:
             del fields['init']
+        fields['options'] = self.options.as_json()
+        if not fields['options']:
+            del fields['options']
         if isinstance(self.data, Path):
             fields['data'] = os.path.join('.', self.data)
         if isinstance(self.base, Model):

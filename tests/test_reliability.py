@@ -204,10 +204,10 @@ def instrument(method, emit=ignore, slow=0.0, poison=()):
     method.preview = no_preview
 
 
-def first_images(name, split, px):
+def first_images(name, split, px, options):
     "The first 32 images of a data set, so that encoding and evaluation take little time."
-    images = load_images(name, split, px)
-    return Images(images.x[:32], images.y[:32], images.classes)
+    images = load_images(name, split, px, options=options)
+    return images[:32]
 
 
 def job_train(

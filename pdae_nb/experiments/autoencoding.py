@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..data import Images, load_images, to_signed
-from ..evaluation import Estimate, _measure, check_channels, data_of
+from ..evaluation import Estimate, _measure, check_channels, data_of, options_of
 from ..hub import load, models_dirs
 from ..methods.classifier import EvalClassifier
 from ..methods.dpm import DPM
@@ -424,8 +424,9 @@ def _check_models(models):
 def _labelled_images(yard, n):
     "Training images and shuffled test images of a model's data, which must have classes."
     name = data_of(yard)
-    images = load_images(name, 'train', yard.shape[1])
-    test = load_images(name, 'test', yard.shape[1])
+    options = options_of(yard)
+    images = load_images(name, 'train', yard.shape[1], options=options)
+    test = load_images(name, 'test', yard.shape[1], options=options)
     if images.y is None or images.y.ndim != 1:
         raise ValueError(f'{name} has no classes; this measures codes by classes')
     if 2 * n > len(test):

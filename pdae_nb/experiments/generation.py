@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ..data import Images, cache_dir, load_images, to_signed, to_uint8
 from ..edit import fit_probe, oversample, passes
-from ..evaluation import _provenance, check_channels, data_of, size_of
+from ..evaluation import _provenance, check_channels, data_of, options_of, size_of
 from ..files import read_tensors, write_tensors
 from ..layers import bf16_pays
 from ..methods.classifier import EvalClassifier
@@ -102,7 +102,7 @@ def _codes_of_test_images(model):
 
 def _images_of(model, split):
     "The training or test images of a model's data, in its size."
-    return load_images(data_of(model), split, model.shape[1])
+    return load_images(data_of(model), split, model.shape[1], options=options_of(model))
 
 
 def _codes_in_100_steps(codes):

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..data import Images, load_images, to_signed
 from ..edit import fit_probe, lerp, manipulate, slerp, to_median
-from ..evaluation import _provenance, check_channels, data_of
+from ..evaluation import _provenance, check_channels, data_of, options_of
 from ..forward import add_noise
 from ..methods.classifier import EvalClassifier
 from ..methods.label_pdae import LabelPDAE
@@ -289,7 +289,7 @@ def evaluate_label(
     t0 = time.monotonic()
     check_channels(eval_classifier, model)
     feats = eval_feats(eval_classifier)
-    images = load_images(data_of(model), 'train', model.shape[1])
+    images = load_images(data_of(model), 'train', model.shape[1], options=options_of(model))
     real = features(feats, images)
     sweep = truncation(model, eval_classifier, real, feats, n=n, steps=steps)
     return dict(
