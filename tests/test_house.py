@@ -30,8 +30,8 @@ LAYERS = [
     'methods.dpm methods.classifier methods.pdae methods.label_pdae methods.diffae '
     'methods.scorevae methods.vae methods.latent',
     'pretrained adapters',
-    'recipes hub',
-    'edit metrics evaluation',
+    'recipes version_1 parents own hub',
+    'edit metrics evaluation pictures',
     'traffic costs speed bench '
     'experiments.critical_stage experiments.training_efficiency experiments.autoencoding '
     'experiments.latent_space experiments.generation experiments.scorevae experiments.figures '
