@@ -9,6 +9,7 @@ __all__ = [
     'ROWS',
     'LENGTHS',
     'CODES',
+    'RATES',
     'Method',
     'check_px',
     'px_for',
@@ -193,6 +194,11 @@ CODES = dict(
     lesson=Length(2_000, 500_000, 6_000_000),
     paper=Length(10_000, 20_000_000, 300_000_000),
 )
+RATES = dict(
+    smoke=dict(warmup=5, cooldown=0.5, ema=0.9),
+    lesson=dict(warmup=50, cooldown=0.5, ema=0.998),
+    paper={},  # those of the papers are the usual ones of `Recipe`
+)
 _OF_START = 5  # a training with initial weights is this many times shorter
 
 
@@ -210,15 +216,6 @@ def length_for(
 
 
 # %% ../nbs/toolbox/own.ipynb #own0017
-def _rates(images, batch, size):
-    "Warmup, cooldown and moving average of a training; those of the papers for size `paper`."
-    if size == 'paper':
-        return {}
-    steps = max(1, images // batch)
-    ema = 1 - min(max(5 / steps, 1e-4), 1e-2)
-    return dict(warmup=min(steps // 20, 500), cooldown=0.5, ema=round(ema, 5))
-
-
 def _networks(name, px, row, base):
     "The fields `net` and `encoder` of a recipe."
     net = unet_for(px, row)
@@ -285,7 +282,7 @@ def recipe_for(
     fields = dict(batch=row.batch, lr=row.lr) | _MORE.get(name, {})
     if has_parent:
         fields['lr'] /= 2
-    fields |= _rates(images, fields['batch'], size) | _networks(name, px, row, base)
+    fields |= RATES[size] | _networks(name, px, row, base)
     return Recipe(
         method.cls,
         data,

@@ -32,7 +32,7 @@ LAYERS = [
     'pretrained adapters',
     'recipes version_1 parents own hub',
     'edit metrics evaluation pictures',
-    'traffic costs speed bench '
+    'commands traffic costs speed bench '
     'experiments.critical_stage experiments.training_efficiency experiments.autoencoding '
     'experiments.latent_space experiments.generation experiments.scorevae experiments.figures '
     'experiments.items experiments.runs experiments.precision experiments.prediction',
