@@ -40,8 +40,18 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from .decode import Decoder, Header, bits_of, note, read_header, shown
+from .decode import (
+    ENLARGED,
+    Decoder,
+    Header,
+    bits_of,
+    note,
+    read_header,
+    read_mode,
+    shown,
+)
 from .files import _lock, leftovers, read_tensors, write_tensors
+from .names import Names
 from .readers import Source
 from .workers import each_image, worker_count
 
@@ -64,15 +74,15 @@ def _map(f, rows, n, *, where, doing, result_bytes=0):
 
 def survey(
     source: Source,  # a data set
+    read: Callable = read_header,  # of an image: its `Header`
 ) -> Header:  # whether all images are grey; the largest value of grey images of 16 bits
     """What all images of all splits have in common. A damaged image raises ValueError.
 
     A data set whose files have not changed is opened once in a process.
     """
-    stamp = stamp_of(source)
-    key = hashlib.sha256(repr(stamp).encode()).digest()  # a stamp has 200 bytes for each image
-    if not stamp or key not in _surveys:
-        _surveys[key] = _survey(source)
+    key = (stamp_of(source), read)
+    if not key[0] or key not in _surveys:
+        _surveys[key] = _survey(source, read)
     return _surveys[key]
 
 
@@ -81,23 +91,29 @@ _surveys = {}
 
 def stamp_of(
     source: Source,  # a data set
-) -> tuple:  # changes with the files of the data set
-    "Names, sizes and dates of all files of a data set."
-    stamp = []
-    for file in source.files:
+) -> str:  # changes with the files of the data set; empty if it has no files
+    "A checksum of the names, sizes and dates of all files of a data set."
+    digest = hashlib.sha256()
+    n = 0
+    folder = None
+    for file in source.files():
         status = file.stat()
-        dates = (status.st_mtime_ns, status.st_ctime_ns)
-        stamp.append((str(file.resolve()), status.st_size, *dates))
-    return tuple(stamp)
+        if file.parent != folder:
+            folder = file.parent
+            digest.update(f'{folder.resolve()!s}\n'.encode('utf-8', 'surrogatepass'))
+        about = (file.name, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        digest.update(f'{about!r}\n'.encode())
+        n += 1
+    return digest.hexdigest() if n else ''
 
 
-def _survey(source):
-    splits = list(source.sizes) if source.has_splits else list(source.sizes)[:1]
+def _survey(source, read):
+    splits = source.splits()
     n = sum(source.sizes[split] for split in splits)
     rows = chain.from_iterable(source.rows(split) for split in splits)
     grey = True
     top = 0
-    headers_of = _map(read_header, rows, n, where=source.where, doing='open images')
+    headers_of = _map(read, rows, n, where=source.where, doing='open images')
     with closing(headers_of) as chunks:
         for headers in chunks:
             grey = grey and all(header.grey for header in headers)
@@ -110,6 +126,7 @@ class Plan(NamedTuple):
     "Images of one split that are to be decoded."
 
     shape: tuple[int, int, int, int]  # (N,C,H,W)
+    names: Names  # of the images
     y: np.ndarray | None  # labels int64 (N,) or (N,A)
     classes: list[str]  # names of the classes or attributes
     notes: list[str]  # what the user should know about the labels
@@ -130,17 +147,22 @@ def plan(
     *,
     crop: tuple[int, int, int] | None = None,  # left, top, width; for images of 178x218 pixels
     classes: list[str] = (),  # names of the classes, if they are known
+    values: tuple[float, float] | None = None,  # of grey images: they become black and white
 ) -> Plan:
     "Settle channels and classes over all splits of a data set, before anything is decoded."
     labels = source.labels(list(classes))
-    common = survey(source)
+    common = survey(source) if values is None else survey(source, read_mode)
     if channels is None:
         channels = 1 if common.grey else 3
     bits = bits_of(common.top) if common.top else None
+    notes = [*labels.notes, *_about_bits(common.top)]
     remarks = Counter()
 
-    decoder = Decoder(size, channels, crop, bits)
+    decoder = Decoder(size, channels, crop, bits, values)
     shape = (source.sizes[split], channels, size, size)
+
+    def is_told(remark):
+        return source.is_folder or not remark.endswith(ENLARGED)
 
     def pixels():
         options = dict(
@@ -151,17 +173,22 @@ def plan(
         with closing(_map(decoder, source.rows(split), shape[0], **options)) as chunks:
             for chunk in chunks:
                 for image in chunk:
-                    remarks.update(_general(remark) for remark in image.remarks)
+                    remarks.update(filter(is_told, image.remarks))
                 yield np.stack([image.pixels for image in chunk])
 
-    return Plan(shape, labels.of_split[split], labels.classes, labels.notes, pixels(), remarks)
+    names = source.names(split)
+    return Plan(shape, names, labels.of_split[split], labels.classes, notes, pixels(), remarks)
 
 
-def _general(remark):
-    "A remark without the values of one image."
-    if remark.startswith('16-bit'):
-        return f'16-bit grey values are taken as values of {remark.split()[-2]} bits'
-    return remark
+def _about_bits(top):
+    "How grey values of 16 bits are read, if this is a guess that may be wrong."
+    if not top or top >= 2**15:
+        return []
+    bits = bits_of(top)
+    return [
+        f'the largest of the 16-bit grey values is {top}, so they are taken as values of {bits} '
+        f'bits: 0 … {2**bits - 1} become black … white. The option range states other values'
+    ]
 
 
 # %% ../nbs/toolbox/cache.ipynb #cach0012
@@ -172,6 +199,7 @@ class Stored(NamedTuple):
     y: np.ndarray | None  # labels int64 (N,) or (N,A)
     classes: list[str]
     notes: list[str]
+    names: Names  # of the images
 
 
 _END = 16  # bytes at the end of a file, which hold the length of its description
@@ -224,8 +252,10 @@ def read_stored(
         n_x = math.prod(about['shape'])
         y_shape = about['y_shape']
         n_y = 0 if y_shape is None else math.prod(y_shape)
-        if n_bytes != n_x + 8 * n_y:
-            raise ValueError(f'it has {n_bytes:,} bytes of pixels, expected {n_x + 8 * n_y:,}')
+        n, n_text = about['shape'][0], about['text']
+        expected = n_x + 8 * (n_y + n) + n_text
+        if n_bytes != expected:
+            raise ValueError(f'it has {n_bytes:,} bytes of pixels, expected {expected:,}')
         found = _crc_of(file, n_bytes)
         if _about_bytes(about, found) != file.read():
             raise ValueError(f'its checksum {crc} does not fit what it holds')
@@ -234,7 +264,10 @@ def read_stored(
     y = None
     if y_shape is not None:
         y = np.frombuffer(memory, np.int64, n_y, n_x).reshape(y_shape).copy()
-    return Stored(x, y, about['classes'], about['notes'])
+    ends = np.frombuffer(memory, np.int64, n, n_x + 8 * n_y).copy()
+    text = np.frombuffer(memory, np.uint8, n_text, n_x + 8 * (n_y + n))
+    names = Names(text, ends, range(n))
+    return Stored(x, y, about['classes'], about['notes'], names)
 
 
 # %% ../nbs/toolbox/cache.ipynb #cach0014
@@ -261,8 +294,10 @@ def _allocate(file, need):
 
 
 def _n_bytes(planned):
-    "Bytes of pixels and labels."
-    return math.prod(planned.shape) + (0 if planned.y is None else planned.y.nbytes)
+    "Bytes of pixels, labels and names."
+    names = planned.names.packed()
+    of_names = names.ends.nbytes + names.text.nbytes
+    return math.prod(planned.shape) + (0 if planned.y is None else planned.y.nbytes) + of_names
 
 
 def _write_body(file, planned):
@@ -279,13 +314,15 @@ def _write_body(file, planned):
             done += len(chunk)
     if done != n:
         raise ValueError(f'expected {n} images, {done} were decoded')
-    y_shape = None
-    if planned.y is not None:
-        y_shape = list(planned.y.shape)
-        part = _bytes_of(planned.y)
-        crc = zlib.crc32(part, crc)
-        file.write(part)
+    names = planned.names.packed()
+    for array in (planned.y, names.ends, names.text):
+        if array is not None and array.size:
+            part = _bytes_of(array)
+            crc = zlib.crc32(part, crc)
+            file.write(part)
+    y_shape = None if planned.y is None else list(planned.y.shape)
     about = dict(shape=list(planned.shape), y_shape=y_shape, classes=planned.classes)
+    about['text'] = names.text.nbytes
     file.write(_about_bytes(dict(about, notes=planned.all_notes()), crc))
     file.truncate()
     file.flush()
@@ -320,7 +357,7 @@ def _in_memory(planned):
             done += len(chunk)
     if done != len(x):
         raise ValueError(f'expected {len(x)} images, {done} were decoded')
-    return Stored(x, planned.y, planned.classes, planned.all_notes())
+    return Stored(x, planned.y, planned.classes, planned.all_notes(), planned.names.packed())
 
 
 # %% ../nbs/toolbox/cache.ipynb #cach0015

@@ -6,22 +6,27 @@
 __all__ = [
     'MAX_PIXELS',
     'MAX_BYTES',
+    'ENLARGED',
     'shown',
     'is_utf8',
     'note',
     'listed',
     'image_types',
     'is_hidden',
-    'all_files',
+    'Found',
+    'find_files',
     'image_files',
     'is_large',
     'open_image',
     'name_of',
     'Header',
     'read_header',
+    'read_mode',
     'bits_of',
     'Picture',
     'read_image',
+    'grey_of_range',
+    'in_words',
     'square',
     'decode_image',
     'Decoded',
@@ -31,14 +36,16 @@ __all__ = [
 # %% ../nbs/toolbox/decode.ipynb #deco0003
 import io
 import os
+import posixpath
 import threading
 import warnings
-from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from .names import Names
 
 
 # %% ../nbs/toolbox/decode.ipynb #deco0006
@@ -46,7 +53,10 @@ def shown(
     path: object,  # a path or a name, which may hold any characters
 ) -> str:
     "A path in a message: characters that cannot be printed are escaped."
-    return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in str(path))
+    text = str(path)
+    if text.isprintable():
+        return text
+    return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def is_utf8(
@@ -112,63 +122,124 @@ def is_hidden(
     return name.startswith('.') or name in _SYSTEM_FOLDERS
 
 
-def all_files(
-    root: Path,  # a folder
-) -> Iterator[Path]:
-    """The files below a folder in sorted order, without hidden files and folders.
+def _raise_twice(folder, seen):
+    "Raise if a folder was seen, perhaps under another name."
+    real = os.path.realpath(folder)
+    if real in seen:
+        raise ValueError(
+            f'{shown(folder)} and {shown(seen[real])} are one folder: '
+            'remove the link, because its images would count twice'
+        )
+    seen[real] = folder
 
-    Links to folders are followed. A folder that is reached twice raises ValueError.
-    """
+
+def _is_folder(entry):
+    "Whether an entry is a folder, or a link to one."
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _entries(folder, prefix):
+    "Names of files and folders below a folder, sorted, and their kinds: 'file', 'folder', 'other'."
+    names = []
+    kinds = {}  # of the few entries that are no regular files
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if is_hidden(entry.name):
+                continue
+            names.append(entry.name)
+            if _is_folder(entry):
+                kinds[entry.name] = 'folder'
+            elif not entry.is_file(follow_symlinks=False):
+                kinds[entry.name] = 'other'
+    names.sort()
+    for name in names:
+        yield prefix + name, kinds.get(name, 'file')
+
+
+def _walk(root):
+    "Each file below a folder: its name relative to the folder, and 'file' or 'other'."
+    root = os.fspath(root)
     seen = {}
-    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=_raise):
-        real = os.path.realpath(folder)
-        if real in seen:
-            raise ValueError(
-                f'{shown(folder)} and {shown(seen[real])} are one folder: '
-                'remove the link, because its images would count twice'
-            )
-        seen[real] = folder
-        subfolders[:] = sorted(name for name in subfolders if not is_hidden(name))
-        for name in sorted(names):
-            if not is_hidden(name):
-                yield Path(folder, name)
+    _raise_twice(root, seen)
+    stack = [_entries(root, '')]
+    while stack:
+        name, kind = next(stack[-1], (None, None))
+        if name is None:
+            stack.pop()
+        elif kind == 'folder':
+            folder = os.path.join(root, name)
+            _raise_twice(folder, seen)
+            stack.append(_entries(folder, f'{name}/'))
+        else:
+            yield name, kind
 
 
-def _raise(error):
-    raise error
+def _suffix(name):
+    return posixpath.splitext(name)[1].lower()
 
 
-def _is_unread_image(path):
+def _is_unread_image(root, name):
     "Whether a file seems to be an image that Pillow does not read by its suffix."
-    if path.suffix:
-        return path.suffix.lower() in _OTHER_IMAGES
-    if not path.is_file():
+    if _suffix(name):
+        return _suffix(name) in _OTHER_IMAGES
+    path = os.path.join(root, name)
+    if not os.path.isfile(path):
         return False
     with open(path, 'rb') as file:
         return file.read(8).startswith(_SIGNATURES)
 
 
+class Found(NamedTuple):
+    "The files below a folder that may be a data set, sorted by folder and name."
+
+    images: Names  # relative to the folder, with / between folders
+    parquet: list[Path]
+
+
+def find_files(
+    root: Path,  # a folder
+) -> Found:
+    """The image files and parquet files below a folder, without hidden files and folders.
+
+    Links to folders are followed. A folder that is reached twice raises ValueError. Files that
+    seem to be images, but are not read, are named in a message. The names of images take about 40
+    bytes each, so a folder can hold millions of them.
+    """
+    parquet = []
+    unread = []
+    images = Names.of(_image_names(root, parquet, unread))
+    if unread:
+        files = [Path(root, name) for name in unread]
+        note(f'left out: this installation of Pillow does not read {listed(files)}')
+    return Found(images, parquet)
+
+
+def _image_names(root, parquet, unread):
+    "The names of images. Other files are appended to the lists."
+    types = image_types()
+    broken = []
+    for name, kind in _walk(root):
+        suffix = _suffix(name)
+        if suffix in types:
+            if kind != 'file' and not os.path.isfile(os.path.join(root, name)):
+                broken.append(Path(root, name))
+            yield name
+        elif suffix == '.parquet':
+            parquet.append(Path(root, name))
+        elif _is_unread_image(root, name):
+            unread.append(name)
+    if broken:
+        raise ValueError(f'{listed(broken)}: a broken link, or no regular file')
+
+
 def image_files(
     root: Path,  # a folder
 ) -> list[Path]:
-    """All image files below a folder, sorted, without hidden files and folders.
-
-    Files that seem to be images, but are not read, are named in a message.
-    """
-    types = image_types()
-    files = []
-    unread = []
-    for path in all_files(root):
-        if path.suffix.lower() in types:
-            files.append(path)
-        elif _is_unread_image(path):
-            unread.append(path)
-    broken = [path for path in files if not path.is_file()]
-    if broken:
-        raise ValueError(f'{listed(broken)}: a broken link, or no regular file')
-    if unread:
-        note(f'left out: this installation of Pillow does not read {listed(unread)}')
-    return sorted(files)
+    "All image files below a folder, as `find_files` finds them."
+    return [Path(root, name) for name in find_files(root).images]
 
 
 # %% ../nbs/toolbox/decode.ipynb #deco0012
@@ -251,17 +322,31 @@ class Header(NamedTuple):
     top: int  # largest value of a grey image of more than 8 bits, otherwise 0
 
 
+_GREY = ('1', 'L', 'LA', 'La', 'I', 'F')  # modes of Pillow, without the order of their bytes
+
+
+def _mode(image):
+    return image.mode.split(';')[0]
+
+
 def read_header(
     source,  # path, content of an image file (bytes), or PIL image
 ) -> Header:
     "Whether an image is grey, and the range of a grey image of more than 8 bits."
     with open_image(source) as image:
-        mode = image.mode.split(';')[0]
         top = 0
-        if mode == 'I':
+        if _mode(image) == 'I':
             with _turn(image):
                 top = int(_wide_grey(image).max())
-        return Header(mode in ('1', 'L', 'LA', 'La', 'I', 'F'), top)
+        return Header(_mode(image) in _GREY, top)
+
+
+def read_mode(
+    source,  # path, content of an image file (bytes), or PIL image
+) -> Header:  # whose largest value is 0
+    "Whether an image is grey. Its pixels are not decoded."
+    with open_image(source) as image:
+        return Header(_mode(image) in _GREY, 0)
 
 
 def _wide_grey(image):
@@ -289,37 +374,51 @@ class Picture(NamedTuple):
 def read_image(
     source,  # path, content of an image file (bytes), or PIL image
     bits: int | None = None,  # bits of grey values in 16-bit files; None: as many as they need
+    values: tuple[float, float] | None = None,  # of grey images: they become black and white
 ) -> Picture:
     """Decode an image, the same way for files and PIL images.
 
     The image is rotated as its EXIF entry says. Transparent pixels are shown on white. Of several
-    frames, the first one of a file is taken. 16-bit grey values are reduced to 8 bits.
-    Floating-point pixels are refused, because their value of white is unknown.
+    frames, the first one of a file is taken. 16-bit grey values are reduced to 8 bits: with
+    `values` by a straight line and rounding, without them by dropping the last bits.
+    Floating-point pixels without `values` are refused, because their value of white is unknown.
     """
     with open_image(source) as file, _turn(file):
-        return _picture(file, bits)
+        return _picture(file, bits) if values is None else _picture_of_range(file, values)
 
 
 _ORIENTATION = 0x0112  # entry of EXIF
 
 
+def _upright(file):
+    "An opened PIL image as its EXIF entry says."
+    from PIL import ImageOps
+
+    is_turned = file.getexif().get(_ORIENTATION, 1) != 1
+    return ImageOps.exif_transpose(file) if is_turned else file
+
+
+def _remarks_on_frames(file):
+    if getattr(file, 'is_animated', False) and file.format != 'MPO' and not file.tell():
+        return ['of several frames, only the first is used']
+    return []
+
+
 def _picture(file, bits):
     "An opened PIL image as a `Picture`."
-    from PIL import Image, ImageOps
+    from PIL import Image
 
-    remarks = []
-    if getattr(file, 'is_animated', False) and file.format != 'MPO' and not file.tell():
-        remarks.append('of several frames, only the first is used')
-    is_turned = file.getexif().get(_ORIENTATION, 1) != 1
-    image = ImageOps.exif_transpose(file) if is_turned else file
+    remarks = _remarks_on_frames(file)
+    image = _upright(file)
     if image.mode == 'F':
         raise ValueError('floating-point pixels are not read: save the image with 8 or 16 bits')
     if image.mode.startswith('I'):
         values = _wide_grey(image)
         top = int(values.max())
-        bits = bits or bits_of(top)
-        if bits < 16 and top:
-            remarks.append(f'16-bit grey values up to {top} are taken as values of {bits} bits')
+        if bits is None:
+            bits = bits_of(top)
+            if bits < 16 and top:
+                remarks.append(f'16-bit grey values up to {top} are taken as values of {bits} bits')
         image = Image.fromarray((values >> (bits - 8)).clip(0, 255).astype(np.uint8))
     if _has_alpha(image):
         image, is_transparent = _on_white(image)
@@ -328,6 +427,62 @@ def _picture(file, bits):
     image = _in_mode(image, 'L' if image.mode in ('1', 'L') else 'RGB')
     image.load()
     return Picture(image, tuple(remarks))
+
+
+def grey_of_range(
+    values: np.ndarray,  # any numbers, any shape
+    ends: tuple[float, float],  # the values that become black and white
+) -> np.ndarray:  # uint8, of the same shape
+    "Values as grey 0…255: a straight line, rounded to the nearest, clipped at both ends."
+    low, high = ends
+    scaled = (values.astype(np.float64) - low) * (255 / (high - low))
+    return np.rint(scaled).clip(0, 255).astype(np.uint8)
+
+
+def _stored_unit(file):
+    "By what Pillow multiplies the grey values of a PGM file of more than 8 bits."
+    if file.format == 'PPM' and _mode(file) == 'I' and file.tile:
+        args = file.tile[0][3]
+        top = args[1] if isinstance(args, tuple) and isinstance(args[1], int) else 65535
+        return 65535 / top
+    return 1
+
+
+def _picture_of_range(file, ends):
+    "An opened grey PIL image as a `Picture`, whose values at the ends are black and white."
+    from PIL import Image
+
+    unit = _stored_unit(file)
+    remarks = _remarks_on_frames(file)
+    image = _upright(file)
+    mode = _mode(image)
+    if mode not in _GREY:
+        raise ValueError(f'a range is for grey images, this one has the mode {image.mode}')
+    if mode not in ('I', 'F'):
+        if ends[1] > 255:
+            raise ValueError(
+                f'the image has 8 bits, so its largest value is 255, but the range ends at '
+                f'{ends[1]:g}: an image of another unit?'
+            )
+        if _has_alpha(image):
+            image, is_transparent = _on_white(image)
+            remarks += ['transparent pixels are shown on white'] if is_transparent else []
+        image = _in_mode(image, 'L')
+    values = np.asarray(image)
+    if mode == 'F' and not np.isfinite(values).all():
+        raise ValueError(f'{(~np.isfinite(values)).sum()} of {values.size} pixels are not finite')
+    if unit != 1:
+        values = np.rint(values / unit)
+    if values.min() < ends[0] or values.max() > ends[1]:
+        remarks.append(f'grey values outside of {in_words(ends)} are clipped')
+    return Picture(Image.fromarray(grey_of_range(values, ends)), tuple(remarks))
+
+
+def in_words(
+    ends: tuple[float, float],  # two numbers
+) -> str:
+    "A range in a message."
+    return f'{ends[0]:g} … {ends[1]:g}'
 
 
 def _in_mode(image, mode):
@@ -386,6 +541,9 @@ def decode_image(
     return square(read_image(source).image, size, channels, crop)
 
 
+ENLARGED = 'enlarged'  # the last word of a remark
+
+
 class Decoded(NamedTuple):
     "An image of a data set, decoded."
 
@@ -400,11 +558,15 @@ class Decoder(NamedTuple):
     channels: int  # 1 or 3
     crop: tuple[int, int, int] | None = None  # left, top, width; for images of 178x218 pixels
     bits: int | None = None  # bits of grey values in 16-bit files; None: as many as they need
+    values: tuple[float, float] | None = None  # of grey images: they become black and white
 
     def __call__(
         self,
         source,  # path, content of an image file (bytes), or PIL image
     ) -> Decoded:
         "Decode an image as `read_image` does, and make it a square as `square` does."
-        picture = read_image(source, self.bits)
-        return Decoded(square(picture.image, self.size, self.channels, self.crop), picture.remarks)
+        picture = read_image(source, self.bits, self.values)
+        remarks = picture.remarks
+        if min(picture.image.size) < self.size:
+            remarks = (*remarks, f'smaller than {self.size} pixels, so they are {ENLARGED}')
+        return Decoded(square(picture.image, self.size, self.channels, self.crop), remarks)

@@ -12,7 +12,7 @@ __all__ = [
     'SplitName',
     'split_name',
     'FolderSource',
-    'flag',
+    'labels_file',
     'is_celeba',
     'CelebASource',
 ]
@@ -22,13 +22,17 @@ import csv
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from .decode import image_files, image_types, is_utf8, listed, note, shown
+from .decode import find_files, image_types, is_utf8, listed, note, shown
+from .labels import PictureTable, flag, read_table
+from .names import Names
+from .splits import NO_OPTIONS, DataOptions, held_out
 
 
 # %% ../nbs/toolbox/readers.ipynb #read0005
@@ -50,11 +54,15 @@ class Labels(NamedTuple):
 class Source(ABC):
     "A data set, not yet decoded."
 
-    files: list[Path]  # all files of all splits
     sizes: dict[str, int]  # split -> number of images
     where: str  # the data set in a message
     is_celeba: bool = False  # whether images of 178x218 pixels are CelebA's
-    has_splits: bool = True  # whether the splits have different images
+    has_splits: bool = True  # whether the data set says which images are in which split
+    is_folder: bool = False  # whether it is a folder of images of any sizes
+
+    @abstractmethod
+    def files(self) -> Iterator[Path]:
+        "All files of all splits, and the lists of labels."
 
     @abstractmethod
     def rows(
@@ -64,11 +72,36 @@ class Source(ABC):
         "The images of a split, one by one."
 
     @abstractmethod
+    def names(
+        self,
+        split: str,  # a key of `sizes`
+    ) -> Names:
+        "The names of the images of a split: relative to the folder, or the table and the row."
+
+    @abstractmethod
     def labels(
         self,
         classes: list[str],  # names of the classes that the data set is known to have, or none
     ) -> Labels:
         "The labels of all splits, with classes that are settled over all splits."
+
+    def splits(self) -> list[str]:
+        "Splits that together hold each image once."
+        return list(self.sizes)
+
+    def about_splits(
+        self,
+        split: str,  # that is used
+    ) -> list[str]:
+        "What the user should know about the splits."
+        return []
+
+    def why_missing(
+        self,
+        split: str,  # train, validation or test
+    ) -> str:
+        "What the user can do if there is no such split; begins with a space, or is empty."
+        return ''
 
 
 # %% ../nbs/toolbox/readers.ipynb #read0007
@@ -115,6 +148,7 @@ class SplitName(NamedTuple):
     rest: str  # the words of the name that do not belong to the split
 
 
+@lru_cache(4096)
 def split_name(
     name: str,  # name of a file or folder, without suffix
 ) -> SplitName:
@@ -133,36 +167,58 @@ def split_name(
 
 # %% ../nbs/toolbox/readers.ipynb #read0010
 class _Tree(NamedTuple):
-    "Image files below a folder, by their sub-folders."
+    "Image files below a folder, by their sub-folders. Sorted names make each a range of numbers."
 
-    root: Path
-    loose: list[Path]  # images directly in the folder
-    children: dict[str, list[Path]]  # name of a sub-folder -> the images below it
+    root: Path  # the folder
+    names: Names  # of all images of the data set
+    depth: int  # number of folders between the data set and this folder
+    span: range  # numbers of its images
+    n_loose: int  # number of images directly in the folder
+    n_deep: int  # number of images in sub-folders of its sub-folders
+    children: dict[str, range]  # name of a sub-folder -> numbers of the images below it
 
     @classmethod
-    def of(cls, root: Path, files: list[Path]) -> '_Tree':
-        loose = []
+    def of(cls, root: Path, names: Names, depth: int, span: range) -> '_Tree':
+        n_loose = 0
+        n_deep = 0
         children = {}
-        for file in files:
-            parts = file.relative_to(root).parts
-            if len(parts) == 1:
-                loose.append(file)
-            else:
-                children.setdefault(parts[0], []).append(file)
-        return cls(root, loose, children)
+        child = None
+        start = span.start
+        for i in span:
+            parts = names[i].split('/', depth + 2)
+            found = parts[depth] if len(parts) > depth + 1 else None
+            n_loose += found is None
+            n_deep += len(parts) > depth + 2
+            if found != child:
+                if child is not None:
+                    children[child] = range(start, i)
+                child = found
+                start = i
+        if child is not None:
+            children[child] = range(start, span.stop)
+        return cls(root, names, depth, span, n_loose, n_deep, children)
+
+    def child(self, name: str) -> '_Tree':
+        "The tree of a sub-folder."
+        return _Tree.of(self.root / name, self.names, self.depth + 1, self.children[name])
 
     def only_child(self) -> '_Tree | None':
         "The tree of the only sub-folder, if nothing lies beside it."
-        if self.loose or len(self.children) != 1:
+        if self.n_loose or len(self.children) != 1:
             return None
-        ((name, files),) = self.children.items()
-        return _Tree.of(self.root / name, files)
+        return self.child(*self.children)
+
+    def first_deep(self) -> Path:
+        "The first image in a sub-folder of a sub-folder."
+        deep = (self.names[i] for i in self.span if self.names[i].count('/') > self.depth + 1)
+        below = next(deep).split('/', self.depth)[-1]
+        return self.root / below
 
 
 def _outer(tree):
     "Leave out folders that hold nothing but one folder of folders, as archives often do."
     child = tree.only_child()
-    while child and (_says_nothing(child.root.name) or not child.loose):
+    while child and (_says_nothing(child.root.name) or not child.n_loose):
         if split_name(child.root.name).split:
             break
         tree = child
@@ -183,8 +239,9 @@ def _split_trees(tree):
         return {}
     clear = [name for name, about in names.items() if about.split in SPLITS]
     splits = Counter(names[name].split for name in clear)
-    if tree.loose or len(clear) < len(names) or len(splits_of_rest) > 1 or max(splits.values()) > 1:
-        beside = f' beside {len(tree.loose)} images' if tree.loose else ''
+    has_others = tree.n_loose or len(clear) < len(names)
+    if has_others or len(splits_of_rest) > 1 or max(splits.values()) > 1:
+        beside = f' beside {tree.n_loose} images' if tree.n_loose else ''
         raise ValueError(
             f'{shown(tree.root)} holds the folders {listed(sorted(names), 8)}{beside}: some have '
             'the names of splits, so it is unclear what is a split and what is a class. '
@@ -196,7 +253,7 @@ def _split_trees(tree):
 def _inner(tree, name):
     "The tree of a split; of `train/train` and `train/images` it is the inner folder."
     split = split_name(name).split
-    inner = _Tree.of(tree.root / name, tree.children[name])
+    inner = tree.child(name)
     child = inner.only_child()
     while child and (_says_nothing(child.root.name) or split_name(child.root.name).split == split):
         inner = child
@@ -206,27 +263,41 @@ def _inner(tree, name):
 
 def _refuse_inner_splits(tree):
     "Raise if splits lie inside of the folders of classes, as in `cat/train`."
-    for files in tree.children.values():
-        for file in files:
-            for part in file.relative_to(tree.root).parts[1:-1]:
-                about = split_name(part)
-                if about.split and not about.rest:
-                    raise ValueError(
-                        f'{shown(file.parent)}: the split {shown(part)!r} lies inside of another '
-                        'folder. Put the splits at the top: train/CLASS, test/CLASS'
-                    )
+    seen = None
+    for i in tree.span if tree.n_deep else ():
+        folders = tree.names[i].split('/')[tree.depth + 1 : -1]
+        if folders == seen:
+            continue
+        seen = folders
+        for part in folders:
+            about = split_name(part)
+            if about.split and not about.rest:
+                folder = tree.root / '/'.join(tree.names[i].split('/')[tree.depth :])
+                raise ValueError(
+                    f'{shown(folder.parent)}: the split {shown(part)!r} lies inside of another '
+                    'folder. Put the splits at the top: train/CLASS, test/CLASS'
+                )
 
 
 # %% ../nbs/toolbox/readers.ipynb #read0011
+_FEW = 50  # pictures, of which a tenth makes an uncertain test
+
+
 class FolderSource(Source):
-    "A folder of images. If every image of a split is in a sub-folder, those are the classes."
+    """A folder of images. If every image of a split is in a sub-folder, those are the classes.
+
+    Without folders of splits, some images are held out for the test, as `options` says.
+    """
+
+    is_folder = True
 
     def __init__(
         self,
         root: Path,  # a folder
-        files: list[Path],  # the image files below it
+        names: Names,  # the image files below it, as `find_files` sorts them
+        options: DataOptions = NO_OPTIONS,  # how the folder is read
     ):
-        if not files:
+        if not len(names):
             held = sorted(path.name for path in root.iterdir())
             raise FileNotFoundError(
                 f'no images of the {len(image_types())} types that Pillow reads (.png, .jpg, …) '
@@ -234,61 +305,189 @@ class FolderSource(Source):
             )
         self.root = root
         self.where = shown(root)
-        self.files = list(files)
-        tree = _outer(_Tree.of(root, files))
-        self.trees = _split_trees(tree)
+        self.all_names = names
+        self.options = options
+        self.tree = _outer(_Tree.of(root, names, 0, range(len(names))))
+        self.trees = _split_trees(self.tree)
         self.has_splits = bool(self.trees)
-        if not self.trees:
-            self.trees = dict.fromkeys(SPLITS, tree)
-        for part in self.trees.values():
+        for part in self.trees.values() if self.trees else [self.tree]:
             _refuse_inner_splits(part)
-        self.sizes = {split: len(self._paths(split)) for split in self.trees}
+        self.table_file = None if options.labels is None else labels_file(root, options)
+        self.table = None
+        if self.table_file is not None:
+            self.table = read_table(self.table_file, root, names, options)
+        self.parts = self._parts()
+        self.sizes = {split: len(part) for split, part in self.parts.items()}
 
-    def _paths(self, split):
-        tree = self.trees[split]
-        return sorted([*tree.loose, *(path for paths in tree.children.values() for path in paths)])
+    def _parts(self) -> dict[str, Sequence[int]]:
+        "Split -> numbers of its images."
+        if self.has_splits:
+            parts = {split: tree.span for split, tree in self.trees.items()}
+            if self.options.group:
+                _refuse_shared_subjects(self.table_file, self.options.group, self.table, parts)
+            return parts
+        everything = range(len(self.all_names))
+        fraction = self.options.hold_out
+        if not fraction:
+            return dict.fromkeys(SPLITS, everything)
+        by_group = self.options.group is not None
+        is_held = self.table.held_out(fraction) if by_group else held_out(self.all_names, fraction)
+        if not is_held.any():
+            return dict(train=everything)
+        return dict(train=np.flatnonzero(~is_held), test=np.flatnonzero(is_held))
+
+    def splits(self) -> list[str]:
+        "Splits that together hold each image once."
+        shares = not self.has_splits and not self.options.hold_out
+        return ['train'] if shares else list(self.sizes)
+
+    def about_splits(self, split: str) -> list[str]:
+        "Which images are held out; or that none are, if the split is no training."
+        if self.has_splits:
+            return []
+        no_folders = f'{self.where} has no folders train, validation and test'
+        if not self.options.hold_out and split != 'train':
+            return [f'{no_folders}: the split {split!r} has the same images as the training']
+        if not self.options.hold_out or 'test' not in self.sizes:
+            return []
+        held, n = self.sizes['test'], len(self.all_names)
+        chosen = 'by a hash of their names'
+        if self.options.group:
+            subjects = len(set(self.table.groups[self.parts['test']].tolist()))
+            chosen = (
+                f'all those of {subjects} of {len(self.table.subjects)} entries of '
+                f'{shown(self.options.group)!r}, {chosen}'
+            )
+        few = '. With so few images, results of the test are uncertain' if n < _FEW else ''
+        return [f'{no_folders}: {held} of {n} images are held out for the test, {chosen}{few}']
+
+    def why_missing(self, split: str) -> str:
+        "Why a folder without splits has no such split."
+        if self.has_splits:
+            return ''
+        if split == 'validation':
+            return (
+                '. The folder has no folders train, validation and test, so it has a test of '
+                'images that are held out, and no validation'
+            )
+        few = 'a single image'
+        if self.options.group:
+            few = f'a single entry of {shown(self.options.group)!r}, {self.table.subjects[0]}'
+        return (
+            f'. With {few}, nothing can be held out for the test: add images, or set hold_out=0, '
+            'with which the test has the same images as the training'
+        )
+
+    def files(self) -> Iterator[Path]:
+        "All images, and the table of labels."
+        for name in self.all_names:
+            yield self.root / name
+        if self.table_file is not None:
+            yield self.table_file
 
     def rows(self, split: str) -> Iterator[Row]:
-        "The images of a split, sorted by path."
-        return (Row(shown(path), path) for path in self._paths(split))
+        "The images of a split, sorted by folder and name."
+        for name in self.names(split):
+            path = self.root / name
+            yield Row(shown(path), path)
+
+    def names(self, split: str) -> Names:
+        "The paths of the images below the folder."
+        return self.all_names[self.parts[split]]
 
     def labels(self, classes: list[str]) -> Labels:
-        "The names of the sub-folders. Splits with images outside of sub-folders have none."
-        labelled = {split: tree for split, tree in self.trees.items() if not tree.loose}
-        names = sorted({name for tree in labelled.values() for name in tree.children})
+        "Those of the table, or the names of the sub-folders."
+        if self.table is None or self.table.y is None:
+            names, of_split = self._folder_labels()
+            notes = list(self._notes(names))
+        else:
+            names = self.table.classes
+            of_split = {s: self.table.y[np.asarray(part)] for s, part in self.parts.items()}
+            notes = self.table.notes
+        return Labels(names, of_split, [*notes, *self._untrained(names, of_split)])
+
+    def _untrained(self, names, of_split):
+        "Name classes of which all images are held out."
+        y = of_split.get('train')
+        if self.has_splits or y is None or y.ndim != 1:
+            return
+        missing = sorted(set(range(len(names))) - set(y.tolist()))
+        if missing:
+            yield f'{self.where}: all images of {listed([names[k] for k in missing])} are held out'
+
+    def _folder_labels(self):
+        "Classes by sub-folders. Splits with images outside of sub-folders have none."
+        trees = {split: self.trees.get(split, self.tree) for split in self.parts}
+        labelled = [tree for tree in trees.values() if not tree.n_loose]
+        names = sorted({name for tree in labelled for name in tree.children})
         for name in names:
             if not is_utf8(name):
                 raise ValueError(f'{shown(self.root)}: the folder {shown(name)} is not UTF-8')
-        number_of = {name: number for number, name in enumerate(names)}
         of_split = {}
-        for split, tree in self.trees.items():
+        for split, part in self.parts.items():
+            tree = trees[split]
             of_split[split] = None
-            if split in labelled:
-                parts = [path.relative_to(tree.root).parts[0] for path in self._paths(split)]
-                of_split[split] = np.array([number_of[name] for name in parts], dtype=np.int64)
-        return Labels(names, of_split, list(self._notes(names)))
+            if not tree.n_loose:
+                y = np.empty(len(tree.span), dtype=np.int64)
+                for number, name in enumerate(names):
+                    span = tree.children.get(name, range(0))
+                    y[span.start - tree.span.start : span.stop - tree.span.start] = number
+                of_split[split] = y[np.asarray(part) - tree.span.start]
+        return names, of_split
 
     def _notes(self, names):
         "What the classes do not say."
-        for tree in {tree.root: tree for tree in self.trees.values()}.values():
-            if tree.loose and (tree.children or names):
+        for tree in self.trees.values() if self.trees else [self.tree]:
+            if tree.n_loose and (tree.children or names):
                 yield (
-                    f'{shown(tree.root)}: {len(tree.loose)} images lie outside of sub-folders, '
+                    f'{shown(tree.root)}: {tree.n_loose} images lie outside of sub-folders, '
                     'so its images have no classes'
                 )
             missing = sorted(set(names) - set(tree.children))
-            if missing and not tree.loose:
+            if missing and not tree.n_loose:
                 yield f'{shown(tree.root)} has no images of the classes {listed(missing)}'
-            paths = [path for paths in tree.children.values() for path in paths]
-            deep = [path for path in paths if len(path.relative_to(tree.root).parts) > 2]
-            if deep and not tree.loose:
+            if tree.n_deep and not tree.n_loose:
                 yield (
-                    f'{len(deep)} images lie in nested folders; their class is the first folder '
-                    f'below {shown(tree.root)}, for example {listed(deep, 1)}'
+                    f'{tree.n_deep} images lie in nested folders; their class is the first folder '
+                    f'below {shown(tree.root)}, for example {listed([tree.first_deep()], 1)}'
                 )
         tables = [p for p in self.root.glob('*.*') if p.suffix in ('.csv', '.tsv', '.jsonl')]
-        if tables:
-            yield f'{listed(sorted(tables))}: not read; classes are the names of sub-folders'
+        if tables and self.table is None:
+            yield (
+                f'{listed(sorted(tables))}: not read; classes are the names of sub-folders. '
+                'The option labels names a CSV file'
+            )
+
+
+def labels_file(
+    root: Path,  # folder of the pictures
+    options: DataOptions,  # with the name of a CSV file
+) -> Path:
+    "The CSV file: a path from the working folder, or from the folder of the pictures."
+    path = Path(options.labels).expanduser()
+    inside = root / path
+    if not path.is_file():
+        return inside
+    if inside.is_file() and not inside.samefile(path):
+        raise ValueError(
+            f'labels={str(path)!r} is the file {shown(path.resolve())} and the file '
+            f'{shown(inside.resolve())}: write the whole path'
+        )
+    return path
+
+
+def _refuse_shared_subjects(file, group, table: PictureTable, parts):
+    "Raise if images of a subject are in two splits."
+    split_of = {}
+    for split, part in parts.items():
+        for subject in np.unique(table.groups[np.asarray(part)]).tolist():
+            if subject in split_of:
+                raise ValueError(
+                    f'{shown(file)}: images with the entry {shown(table.subjects[subject])!r} of '
+                    f'{shown(group)!r} are in the folders of {split_of[subject]} and of {split}; '
+                    'expected all images of an entry in one split'
+                )
+            split_of[subject] = split
 
 
 # %% ../nbs/toolbox/readers.ipynb #read0014
@@ -303,19 +502,6 @@ CELEBA_ATTRIBUTES = [
     'Wearing_Lipstick', 'Wearing_Necklace', 'Wearing_Necktie', 'Young',
 ]
 # fmt: on
-_TRUE = ('1', 'true', 'yes')
-_FALSE = ('0', '-1', 'false', 'no')
-
-
-def flag(
-    value,  # true/false, 1/0 or 1/-1, also as a text
-) -> int:
-    "An attribute as 0 or 1."
-    text = str(value).strip().lower().removesuffix('.0')
-    if text not in _TRUE + _FALSE:
-        raise ValueError(f'an attribute must be true/false, 1/0 or 1/-1, got {value!r}')
-    return int(text in _TRUE)
-
 
 # %% ../nbs/toolbox/readers.ipynb #read0015
 _FACES = ('img_align_celeba/img_align_celeba', 'img_align_celeba', 'Img/img_align_celeba', '.')
@@ -424,20 +610,27 @@ class CelebASource(Source):
         split_of = _partition(partition)
         self.faces = self._find_faces(split_of)
         present = {path.name for path in self.faces.iterdir()}
-        self.names = {split: [] for split in SPLITS}
+        self.listed = {split: [] for split in SPLITS}
         for name in sorted(split_of):
             if name in present:
-                self.names[split_of[name]].append(name)
-        self.names = {split: names for split, names in self.names.items() if names}
-        self.sizes = {split: len(names) for split, names in self.names.items()}
+                self.listed[split_of[name]].append(name)
+        self.listed = {split: names for split, names in self.listed.items() if names}
+        self.sizes = {split: len(names) for split, names in self.listed.items()}
         missing = sorted(set(split_of) - present)
         if missing:
             note(f'{shown(self.faces)} lacks {len(missing)} of {len(split_of)} listed images')
-        extra = len([p for p in image_files(self.faces) if p.name not in split_of])
+        images = find_files(self.faces).images
+        extra = sum(name.rpartition('/')[2] not in split_of for name in images)
         if extra:
             note(f'{shown(self.faces)} holds {extra} images that {partition.name} does not list')
-        self.files = [self.faces / name for names in self.names.values() for name in names]
-        self.files += [path for path in (partition, self.attributes) if path]
+        self.lists = [path for path in (partition, self.attributes) if path]
+
+    def files(self) -> Iterator[Path]:
+        "All images and lists."
+        for names in self.listed.values():
+            for name in names:
+                yield self.faces / name
+        yield from self.lists
 
     def _find_faces(self, split_of):
         "The folder that holds the listed images."
@@ -452,8 +645,15 @@ class CelebASource(Source):
 
     def rows(self, split: str) -> Iterator[Row]:
         "The images of a split, sorted by name."
-        paths = [self.faces / name for name in self.names[split]]
-        return (Row(shown(path), path) for path in paths)
+        for name in self.listed[split]:
+            path = self.faces / name
+            yield Row(shown(path), path)
+
+    def names(self, split: str) -> Names:
+        "The paths of the images below the folder of the lists."
+        folder = self.faces.relative_to(self.root).as_posix()
+        prefix = '' if folder == '.' else f'{folder}/'
+        return Names.of(prefix + name for name in self.listed[split])
 
     def labels(self, classes: list[str]) -> Labels:
         "The attributes of the images."
@@ -462,7 +662,7 @@ class CelebASource(Source):
             return Labels([], dict.fromkeys(self.sizes), [reason])
         attributes, flags_of = _attribute_list(self.attributes)
         of_split = {}
-        for split, names in self.names.items():
+        for split, names in self.listed.items():
             missing = [name for name in names if name not in flags_of]
             if missing:
                 raise ValueError(

@@ -27,8 +27,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .decode import all_files, image_files, listed, note, shown
+from .decode import find_files, listed, note, shown
 from .files import check_file
+from .labels import flag, natural
+from .names import Names
 from .readers import (
     CELEBA_ATTRIBUTES,
     SPLITS,
@@ -37,10 +39,10 @@ from .readers import (
     Labels,
     Row,
     Source,
-    flag,
     is_celeba,
     split_name,
 )
+from .splits import NO_OPTIONS, DataOptions
 
 # %% ../nbs/toolbox/tables.ipynb #tabl0006
 _SHARD = re.compile(r'(?P<set>.*?)(?P<number>\d{4,})-of-(?P<total>\d{4,})(?:-[0-9a-f]+)?')
@@ -185,11 +187,6 @@ def _class_numbers(where, values):
     return np.array(numbers, dtype=np.int64)
 
 
-def _natural(name):
-    "Key by which names are sorted: numbers by their values."
-    return (0, int(name), name) if re.fullmatch('[0-9]+', name) else (1, 0, name)
-
-
 def settle_classes(
     where: str,  # of the data set; errors begin with it
     values: dict[str, list],  # split -> labels: numbers or names
@@ -206,7 +203,7 @@ def settle_classes(
         raise ValueError(f'{where}: labels are texts in {listed(list(texts))} alone')
     if texts:
         used = {text for column in texts.values() for text in column}
-        names = classes if used <= set(classes) else sorted(used, key=_natural)
+        names = classes if used <= set(classes) else sorted(used, key=natural)
         number_of = {name: number for number, name in enumerate(names)}
         known = {
             s: np.array([number_of[text] for text in column], dtype=np.int64)
@@ -348,7 +345,7 @@ class ParquetSource(Source):
     ):
         self.root = root
         self.where = shown(root)
-        self.files = list(files)
+        self.parquet = list(files)
         self.files_of = {}
         for path in files:
             self.files_of.setdefault(_split_of_file(root, path), []).append(path)
@@ -362,11 +359,13 @@ class ParquetSource(Source):
             note(f'left out: {listed(unnamed)} name none of the splits {", ".join(SPLITS)}')
         self.columns = None
         self.sizes = {}
+        self.n_rows = {}  # file -> number of its rows
         keys = set()
         for split, paths in self.files_of.items():
             _check_shards(root, split, paths)
             keys.add(_set_of_file(root, paths[0])[0])
-            n = sum(self._checked_rows(path) for path in paths)
+            self.n_rows.update((path, self._checked_rows(path)) for path in paths)
+            n = sum(self.n_rows[path] for path in paths)
             if n:
                 self.sizes[split] = n
         if len(keys) > 1:
@@ -399,6 +398,20 @@ class ParquetSource(Source):
             label = self.columns.label
             labels = f'labels are in {label!r}' if label else 'there are no labels'
             yield f'{shown(path)}: {labels}; the columns {listed(unused, 8)} are not used'
+
+    def files(self) -> Iterator[Path]:
+        "The parquet files."
+        return iter(self.parquet)
+
+    def names(self, split: str) -> Names:
+        "The file and the number of the row of each image, such as `train.parquet:7`."
+        return Names.of(self._row_names(split))
+
+    def _row_names(self, split):
+        for path in self.files_of[split]:
+            name = path.relative_to(self.root).as_posix()
+            for i in range(self.n_rows[path]):
+                yield f'{name}:{i}'
 
     def rows(self, split: str) -> Iterator[Row]:
         "The images of a split."
@@ -481,8 +494,15 @@ class HubSource(Source):
         self.split = split
         self.columns = _Columns.of(self.where, names, features)
         self.table = table.cast_column(self.columns.image, datasets.Image(decode=False))
-        self.files = [Path(file['filename']) for file in self.table.cache_files]
         self.sizes = {split: len(self.table)}
+
+    def files(self) -> Iterator[Path]:
+        "The files of the downloaded table."
+        return (Path(file['filename']) for file in self.table.cache_files)
+
+    def names(self, split: str) -> Names:
+        "The split and the number of the row of each image, such as `train:7`."
+        return Names.of(f'{split}:{i}' for i in range(len(self.table)))
 
     def rows(self, split: str) -> Iterator[Row]:
         "The images of the split."
@@ -507,19 +527,30 @@ class HubSource(Source):
 # %% ../nbs/toolbox/tables.ipynb #tabl0017
 def local_source(
     root: Path,  # a folder
+    options: DataOptions = NO_OPTIONS,  # how a folder of images is read
 ) -> Source:
     "The data set in a folder: CelebA's download, parquet files, or images."
     for place in (root, *_only_folder(root)):
         if is_celeba(place):
+            _refuse_labels(root, options, "CelebA's download")
             return CelebASource(place)
-    parquet = sorted(path for path in all_files(root) if path.suffix.lower() == '.parquet')
-    images = image_files(root)
-    if parquet and images:
+    images, parquet = find_files(root)
+    if parquet and len(images):
         raise ValueError(
             f'{shown(root)} holds parquet files ({listed(parquet, 1)}) and image files '
-            f'({listed(images, 1)}): keep one kind in a folder'
+            f'({listed([root / images[0]], 1)}): keep one kind in a folder'
         )
-    return ParquetSource(root, parquet) if parquet else FolderSource(root, images)
+    if parquet:
+        _refuse_labels(root, options, 'parquet files, whose labels are in a column')
+        return ParquetSource(root, sorted(parquet))
+    return FolderSource(root, images, options)
+
+
+def _refuse_labels(root, options, kind):
+    if options.labels is not None:
+        raise ValueError(
+            f'{shown(root)} holds {kind}: labels={options.labels!r} is for a folder of image files'
+        )
 
 
 def _only_folder(root):

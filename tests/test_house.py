@@ -23,7 +23,8 @@ COURSE = sorted((ROOT / 'nbs/course').glob('*.ipynb'))
 MODULES = sorted(path for path in PACKAGE.rglob('*.py') if not path.name.startswith('_'))
 
 LAYERS = [
-    'decode splits readers workers tables cache data logs plot curves files release processes',
+    'names decode splits labels readers workers tables cache pixels data logs plot curves files '
+    'release processes',
     'layers memory forward denoise sampling solvers unet networks',
     'gap guidance weighting compiling',
     'model training store',
