@@ -26,6 +26,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import replace
@@ -963,6 +964,13 @@ def _prepare_output():
             setattr(sys, name, open(os.devnull, 'w', encoding='utf-8'))  # noqa: SIM115
         elif hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='backslashreplace', line_buffering=True)
+    warnings.showwarning = _print_warning
+
+
+def _print_warning(message, category, filename, lineno, file=None, line=None):
+    "Print a warning as one line, without the place in the program."
+    with suppress(OSError):
+        print(f'note: {" ".join(str(message).split())}', file=file or sys.stderr)
 
 
 def _flush_output():

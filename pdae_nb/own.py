@@ -36,7 +36,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .data import HUB, Images, data_dir, load_images
+from .data import HUB, Images, data_dir, load_images, stored_options, stored_place
 from .decode import image_files, open_image, shown
 from .methods.classifier import EvalClassifier, NoisyClassifier
 from .methods.diffae import DiffAE
@@ -305,31 +305,13 @@ def place_of(
     data: str | Path,  # data set, or path of a folder
 ) -> str:  # name of the data set, or the folder's whole path
     "Where pictures are. Raise FileNotFoundError if there is neither such a folder nor a data set."
-    text = str(data)
-    path = Path(text).expanduser()
-    if text == 'digits' or text in HUB or (path.name == text and data_dir(text) is not None):
-        return text
-    if path.is_dir():
-        return str(path.resolve())
-    if path.exists():
-        raise NotADirectoryError(f'{shown(path)} is a file; data must be a folder of pictures')
+    place = stored_place(data)
+    is_known = place == 'digits' or place in HUB or data_dir(place) is not None
+    if is_known or Path(place).is_dir():
+        return place
     raise FileNotFoundError(
-        f'there is no folder {shown(path)} in {shown(Path.cwd())}; data must be a folder of '
-        f'pictures, or one of the data sets digits, {", ".join(HUB)}'
-    )
-
-
-def _with_place(options, place):
-    "The options with the whole path of the labels, which may lie in the folder of the pictures."
-    if options.labels is None:
-        return options
-    given = Path(options.labels).expanduser()
-    for path in (given, Path(place) / given):
-        if path.is_file():
-            return replace(options, labels=str(path.resolve()))
-    raise FileNotFoundError(
-        f'there is no file {shown(given)} in {shown(Path.cwd())}; labels must be a CSV file '
-        'with the columns file, attribute, …'
+        f'there is no folder {shown(Path(data).expanduser())} in {shown(Path.cwd())}; data must be '
+        f'a folder of pictures, or one of the data sets digits, {", ".join(HUB)}'
     )
 
 
@@ -354,16 +336,14 @@ def shorter_sides(
 
 
 def _say_if_small(place, sides, px, log):
-    "Say that pictures are enlarged, if the networks' images are larger than some of them."
-    small = [side for side in sides if side < px]
-    if not small:
-        return
+    "Advise another size if the networks' images are larger than most of the pictures."
     fitting = px_for(sides)
-    advice = f'; --px {fitting} fits most of them' if fitting < px else ''
-    log(
-        f'{shown(place)}: of {len(sides)} pictures, {len(small)} are smaller than {px} pixels '
-        f'and are enlarged, the smallest has {min(small)}{advice}'
-    )
+    if sides and fitting < px:
+        n = sum(side < px for side in sides)
+        log(
+            f'{shown(place)}: {n} of {len(sides)} pictures are smaller than {px} pixels, and are '
+            f'enlarged; --px {fitting} fits most of them'
+        )
 
 
 # %% ../nbs/toolbox/own.ipynb #own0022
@@ -402,7 +382,7 @@ def own_data(
         place = place_of(stored[0])
         given = {} if options is None else options.as_json()
         options = DataOptions.of(stored[1].as_json() | given)
-    options = _with_place(options, place)
+    options = stored_options(place, options)
     side = None if model is None else model.shape[-1]
     if model is not None and hasattr(model, 'base') and len(model.shape) == 1:
         side = model.base.shape[-1]  # of a latent DPM
@@ -459,7 +439,7 @@ def own_recipe(
     )
     log(
         f'{shown(place)}: {len(train):,} pictures for training and {len(test):,} for the test, '
-        f'{px}×{px} pixels; {recipe.images:,} images in {recipe.steps:,} batches of {recipe.batch}'
+        f'{px}×{px} pixels, {len(train.classes)} classes or attributes'
     )
     return recipe
 
@@ -490,7 +470,7 @@ def with_data(
         recipe = replace(recipe, px=px)
     if data is not None:
         place = place_of(data)
-        return replace(recipe, data=place, options=_with_place(options or NO_OPTIONS, place))
+        return replace(recipe, data=place, options=stored_options(place, options or NO_OPTIONS))
     if options is not None:
-        recipe = replace(recipe, options=_with_place(options, str(recipe.data)))
+        recipe = replace(recipe, options=stored_options(recipe.data, options))
     return recipe

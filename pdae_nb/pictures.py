@@ -88,11 +88,12 @@ class Written(NamedTuple):
 def _batches(files, model, log, unread):
     "Yield names and images in [-1,1] of some files at once. Unreadable files are named."
     c, size, _ = model.shape
+    values = options_of(model).range
     names = []
     images = []
     for file in files:
         try:
-            images.append(as_x0(file.path, size, c, _quiet))
+            images.append(as_x0(file.path, size, c, _quiet, range=values))
             names.append(file.name)
         except (ValueError, OSError) as e:
             unread.append(file.name)
