@@ -134,7 +134,9 @@ def cmd_train(
     # folder of your pictures, or name of a data set; otherwise as in the table, or as for --base or
     # --init
     data: str = None,
-    px: int = None,  # height and width of the images, in pixels; otherwise as for --data, or 64
+    # height and width of the images, in pixels; otherwise as for --data, or 64 and less for small
+    # pictures
+    px: int = None,
     # CSV file with the columns file, attribute, …; otherwise, sub-folders are the classes
     labels: str = None,
     group: str = None,  # column of --labels: pictures of one subject are not divided by the test

@@ -424,6 +424,7 @@ def own_recipe(
     if needs and base is None:
         raise ValueError(f'{name} needs {needs} underneath: name its run with --base')
     place, px, options = own_data(data, px, options, base or parent, log)
+    row_for(px, size)  # raises before the pictures are read
     train = load_images(place, 'train', px, options=options)
     test = load_images(place, 'test', px, options=options)
     check_enough_pictures(place, train, test)
