@@ -9,9 +9,6 @@ __all__ = [
     'cmd_train',
     'cmd_plot',
     'cmd_sample',
-    'cmd_reconstruct',
-    'cmd_interpolate',
-    'cmd_manipulate',
     'evaluator_of',
     'evaluate',
     'cmd_evaluate',
@@ -29,6 +26,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import replace
@@ -37,29 +35,28 @@ from pathlib import Path
 
 import torch
 from fastcore.script import anno_parser
-from tqdm import tqdm
 
 from .bench import MODES, bench, bench_table, default_modes
+from .commands import (
+    cmd_encode,
+    cmd_interpolate,
+    cmd_manipulate,
+    cmd_reconstruct,
+    load_run,
+    mse01,
+    numbers,
+    save_figure,
+    save_pictures,
+)
 from .curves import plot_gap
 from .data import load_images, mnist_test_images, to_signed
-from .edit import attribute as labels_of
-from .edit import (
-    fit_direction,
-    interpolate,
-    manipulate,
-    stored_direction,
-    to_logit,
-)
+from .edit import manipulate, stored_direction
 from .evaluation import (
-    _device,
     _log_to_stderr,
-    data_of,
     evaluate_cdpm,
     evaluate_classifier,
     evaluate_coder,
     evaluate_dpm,
-    inputs,
-    options_of,
     size_of,
 )
 from .files import (
@@ -73,18 +70,26 @@ from .files import (
     write_json,
 )
 from .forward import Schedule
-from .hub import add_missing_result, load, load_base, models, models_dirs, train
+from .hub import (
+    add_missing_result,
+    find_recipe,
+    load,
+    load_base,
+    models,
+    models_dirs,
+    train,
+)
 from .learning_curves import plot_log
 from .logs import read_history, while_open
 from .methods.classifier import EvalClassifier, NoisyClassifier, classifier_guided
 from .methods.diffae import DiffAE
 from .methods.dpm import DPM, ClassConditionalDPM, as_labels
 from .methods.label_pdae import LabelPDAE
-from .methods.latent import LatentDPM, encode_all
+from .methods.latent import LatentDPM
 from .methods.pdae import PDAE
 from .methods.scorevae import CodedModel, ConditionalDecoder, ScoreVAE
 from .model import GenerativeModel, Model, StepNoise, noise
-from .plot import show
+from .own import METHODS
 from .pretrained import load_official
 from .processes import (
     join,
@@ -94,9 +99,10 @@ from .processes import (
     processes,
     shared,
 )
-from .recipes import recipe, size_or_default
+from .recipes import size_or_default
 from .sampling import ddim_step, sample, trajectory
 from .solvers import belm_step, dpmpp_step, round_trip
+from .splits import DataOptions
 from .training import hardware, versions
 
 # %% ../nbs/toolbox/cli.ipynb #03730e14
@@ -104,25 +110,6 @@ SOLVERS = dict(ddim=ddim_step, dpmpp=dpmpp_step, belm=belm_step)
 
 
 # %% ../nbs/toolbox/cli.ipynb #9ea141d5
-def _save(ax, path):
-    "Write the figure of these axes as PNG, if this is the first process."
-    import matplotlib.pyplot as plt
-
-    path = Path(path).expanduser()
-    if processes().is_first:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        ax.figure.savefig(path, dpi=110, bbox_inches='tight')
-    plt.close(ax.figure)
-    return str(path)
-
-
-def _picture(images, path, title='', ncol=8, captions=None):
-    "Write images, or named rows of images, as PNG."
-    ax = show(images, ncol, captions and [caption[:12] for caption in captions])
-    ax.set_title(title, fontsize=9, pad=14 if captions else 6)
-    return _save(ax, path)
-
-
 def _interleave(x, y):
     "Rows of eight images of `x`, each followed by the same row of `y`."
     rows = []
@@ -138,34 +125,24 @@ def _check_choice(what, value, choices):
         raise ValueError(f'{what} must be one of {", ".join(choices)}, got {value!r}')
 
 
-def _check_all_read(picture, n, unread):
-    "Raise ValueError if image files could not be read; the picture holds the other images."
-    if unread:
-        raise ValueError(
-            f'{picture} has {n} pictures; {len(unread)} could not be read: {", ".join(unread)}'
-        )
-
-
-def _mse01(x, x0):
-    "Squared error of pixels in [0,1]; the images themselves are in [-1,1]."
-    return (x - x0).square().mean().item() / 4
-
-
-def _load(name, device, cls=Model):
-    "A run on the device, by default the GPU if there is one. ValueError if it is of another class."
-    model = load(name, device=_device(device))
-    if not isinstance(model, cls):
-        raise ValueError(
-            f'the run {str(name)!r} must be of the class {cls.__name__}, got {type(model).__name__}'
-        )
-    return model
-
-
 # %% ../nbs/toolbox/cli.ipynb #fa72d834
 def cmd_train(
-    name: str,  # run to train: DATA_METHOD, e.g. mnist_dpm
+    # run of the table, DATA_METHOD, e.g. mnist_dpm; or a method, for your pictures: dpm, pdae,
+    # latent, diffae, scorevae, vae, classifier, … Your pictures then decide on networks and length.
+    name: str,
     size: str = None,  # smoke, lesson or paper; otherwise $PDAE_NB_SIZE, otherwise lesson
     *,
+    # folder of your pictures, or name of a data set; otherwise as in the table, or as for --base or
+    # --init
+    data: str = None,
+    # height and width of the images, in pixels; otherwise as for --data, or 64 and less for small
+    # pictures
+    px: int = None,
+    # CSV file with the columns file, attribute, …; otherwise, sub-folders are the classes
+    labels: str = None,
+    group: str = None,  # column of --labels: pictures of one subject are not divided by the test
+    range: str = None,  # LOW,HIGH: values of grey pictures that become black and white
+    flip: bool = False,  # mirror the pictures at random
     # folder of the run: checkpoints, samples, log and, at the end, the model; otherwise runs/NAME
     out: str = None,
     # length of the run, instead of the recipe's: images in all batches, e.g. 500k or 2M. A larger
@@ -194,13 +171,17 @@ def cmd_train(
     tensorboard: bool = False,  # copy log and previews to OUT/tensorboard, for TensorBoard
 ) -> dict:  # results of the run
     "Train a run, or resume it: the same command continues an interrupted training"
-    r = recipe(name, size)
     if images is not None and steps is not None:
         raise ValueError('--images and --steps both give the length of the run: name one of them')
+    pictures = dict(data=data, px=px, options=_data_options(labels, group, range))
+    if name in METHODS:
+        pictures |= dict(base=base, init=init)
+        base = None  # the recipe has it
+    r = find_recipe(name, size=size, log=_say_once, **pictures)
     length = r.images if images is None else _number_of(images)
     if steps is not None:
         length = steps * r.batch
-    r = replace(r, seed=seed, images=length)
+    r = replace(r, seed=seed, images=length, flip=flip or r.flip)
     model = train(
         name,
         r,
@@ -218,6 +199,21 @@ def cmd_train(
         tensorboard=tensorboard,
     )
     return model.card.result
+
+
+def _data_options(labels, group, values):
+    "How a folder of pictures is read, from the options of the command line; None if none is given."
+    given = dict(labels=labels, group=group)
+    if values is not None:
+        given['range'] = tuple(numbers(values, 'range'))
+    given = {name: value for name, value in given.items() if value is not None}
+    return DataOptions(**given) if given else None
+
+
+def _say_once(line):
+    "Print a line in the first process."
+    if processes().is_first:
+        _log_to_stderr(line)
 
 
 def _number_of(text):
@@ -318,13 +314,13 @@ def cmd_sample(
     "Sample images, of a given class if the run or a classifier allows it"
     _check_choice('solver', solver, SOLVERS)
     out = output_file(out, PICTURES)
-    model = _load(name, device)
+    model = load_run(name, device)
     if isinstance(model, (LatentDPM, CodedModel)):
         _check_only_ddim(name, solver, eta, label, classifier)
         base = model.base if isinstance(model, LatentDPM) else model
         x = base.sample(n, prior=model, seed=seed, steps=steps)
     elif isinstance(model, GenerativeModel) and _takes_no_codes(model):
-        clf = _load(classifier, device, NoisyClassifier) if classifier else None
+        clf = load_run(classifier, device, NoisyClassifier) if classifier else None
         y = _labels(name, label, n, model if clf is None else clf)
         clip = None if solver == 'belm' else 1.0
 
@@ -343,7 +339,7 @@ def cmd_sample(
         raise ValueError(
             f'{name} has no prior of codes: sample its latent run instead, e.g. mnist_pdae_latent'
         )
-    return dict(picture=_picture(x, out), images=n, steps=steps, solver=solver, seed=seed)
+    return dict(picture=save_pictures(x, out), images=n, steps=steps, solver=solver, seed=seed)
 
 
 def _check_only_ddim(name, solver, eta, label, classifier):
@@ -357,13 +353,6 @@ def _check_only_ddim(name, solver, eta, label, classifier):
     clashes = [option for option, is_given in given.items() if is_given]
     if clashes:
         raise ValueError(f'{name} samples codes, and takes no --{clashes[0]}')
-
-
-def _chunks(x, condition, rows=64):
-    "Pairs of rows of x and of the condition, which may be None."
-    xs = x.split(rows)
-    conditions = [None] * len(xs) if condition is None else condition.split(rows)
-    return zip(xs, conditions, strict=True)
 
 
 def _labels(name, label, n, model):
@@ -390,156 +379,6 @@ def _class_denoiser(model, clf, y, scale):
     if clf is None:
         return model.denoiser(y)
     return classifier_guided(model.denoiser(), clf, y, model.sched, scale=scale)
-
-
-# %% ../nbs/toolbox/cli.ipynb #cb00ac4f
-def cmd_reconstruct(
-    name: str,  # name of a run (see `pdae models`), or path of a run folder
-    *images: str,  # image files, or folders of them; none: test images of the run's data set
-    n: int = None,  # number of images; otherwise 16 test images, or all of the given ones
-    steps: int = 100,  # steps from the image to x_T, and as many back
-    exact: bool = False,  # infer x_T with O-BELM, which is exact up to rounding, instead of DDIM
-    seed: int = 0,  # seed of the random x_T
-    out: str = 'out/reconstructions.png',  # picture to write: a row of inputs, a row per decoding
-    device: str = None,  # cpu or cuda; otherwise the GPU, if there is one
-) -> dict:  # path of the picture, the settings, and errors of pixels in [0,1]
-    "Encode and decode images, and write inputs and reconstructions as one picture"
-    out = output_file(out, PICTURES)
-    model = _load(name, device)
-    if not isinstance(model, GenerativeModel) or isinstance(model, (LatentDPM, LabelPDAE)):
-        raise ValueError(f'{name} is no model of images that reconstructs: {model.title}')
-    x0, names, unread = inputs(images, model, n or 16)
-    x0 = x0[:n]
-    codes = model.encode(x0) if model.is_autoencoder else None
-    trips = []
-    for part, its_codes in tqdm(list(_chunks(x0, codes)), f'reconstruct {name}', disable=None):
-        trips.append(round_trip(model.denoiser(its_codes), part, model.sched, steps, exact))
-    xT, x_inferred = (torch.cat(parts) for parts in zip(*trips, strict=True))
-    rows = {'input': x0, 'inferred $x_T$': x_inferred}
-    if model.is_autoencoder:
-        x_random = model.sample_codes(codes, seed=seed, steps=steps)
-        rows['random $x_T$'] = x_random
-    result = dict(
-        picture=_picture(rows, out, f'{name}, {steps} steps', captions=names and names[:n]),
-        images=len(x0),
-        steps=steps,
-        exact=exact,
-        **_errors(x_inferred, x0),
-        xT_std=xT.std().item(),
-    )
-    if model.is_autoencoder:
-        result['random'] = _errors(x_random, x0)
-    _check_all_read(result['picture'], len(x0), unread)
-    return result
-
-
-def _errors(x, x0):
-    "Mean squared and largest absolute error of pixels in [0,1]."
-    return dict(mse01=_mse01(x, x0), largest01=(x - x0).abs().max().item() / 2)
-
-
-# %% ../nbs/toolbox/cli.ipynb #364389ac
-def cmd_interpolate(
-    name: str,  # name of an autoencoder run, or path of a run folder
-    *images: str,  # two image files; none: the first two test images of the run's data set
-    n: int = 9,  # number of interpolated images, both ends included
-    steps: int = 50,  # DDIM steps from the image to x_T, and as many back
-    out: str = 'out/interpolation.png',  # picture to write
-    device: str = None,  # cpu or cuda; otherwise the GPU, if there is one
-) -> dict:  # path of the picture, the settings, and squared errors at both ends
-    "Interpolate between two images: linearly between codes, spherically between the x_T"
-    out = output_file(out, PICTURES)
-    model = _autoencoder(name, device)
-    x0, _, unread = inputs(images, model, 2)
-    if unread or len(x0) != 2 or n < 2:
-        could_not = f', could not read {unread[0]}' if unread else ''
-        raise ValueError(
-            'an interpolation needs 2 pictures and at least 2 stops, '
-            f'got {len(x0)} pictures{could_not} and {n} stops'
-        )
-    lams = torch.linspace(0, 1, n).tolist()
-    x = interpolate(model, x0[:1], x0[1:], lams, steps)[:, 0]
-    captions = ['input', *(f'{lam:.2f}' for lam in lams), 'input']
-    row = torch.cat([x0[:1], x, x0[1:]])
-    return dict(
-        picture=_picture({name: row}, out, f'{steps} steps', captions=captions),
-        stops=n,
-        steps=steps,
-        mse01_ends=[_mse01(x[0], x0[0]), _mse01(x[-1], x0[1])],
-    )
-
-
-def _autoencoder(name, device):
-    "The autoencoder of this name, or ValueError."
-    model = _load(name, device)
-    if not model.is_autoencoder:
-        raise ValueError(f'the run {name!r} is a {model.title}: it has no encoder')
-    return model
-
-
-# %% ../nbs/toolbox/cli.ipynb #f84a1c33
-def cmd_manipulate(
-    name: str,  # name of an autoencoder run, or path of a run folder
-    *images: str,  # image files, or folders of them; none: test images of the run's data set
-    attribute: str = None,  # class or attribute of the run's data set, e.g. 9 or Smiling; required
-    # shifts of the code in units of sqrt(D), separated by commas: --scales=-.2,0,.3. Another row,
-    # with the shift of Diff-AE's Eq. 11, is added.
-    scales: str = '-.2,0,.2,.4',
-    n: int = 8,  # number of test images
-    labels: int = 10_000,  # number of training images for the linear probe
-    steps: int = 50,  # DDIM steps from the image to x_T, and as many back
-    out: str = 'out/manipulation.png',  # picture to write: a row for each shift
-    device: str = None,  # cpu or cuda; otherwise the GPU, if there is one
-) -> dict:  # path of the picture, the settings, and the shifts of Eq. 11
-    "Change an attribute of images: shift codes along the normal of a linear probe"
-    shifts = _numbers(scales)
-    out = output_file(out, PICTURES)
-    model = _autoencoder(name, device)
-    x0, names, unread = inputs(images, model, n)
-    direction = _direction(model, attribute, labels)
-    eq11 = to_logit(model.encode(x0), direction.probe, direction.median)
-    x = manipulate(model, x0, direction.probe, [*shifts, eq11], steps)
-    rows = {'input': x0}
-    for s, shifted in zip(shifts, x[:-1], strict=True):
-        rows[f's = {s:g}'] = shifted
-    rows['Eq. 11'] = x[-1]
-    result = dict(
-        picture=_picture(rows, out, f'{name}: towards {attribute}', captions=names),
-        images=len(x0),
-        attribute=attribute,
-        directions=direction.source,
-        labels=direction.labels,
-        positives=direction.positives,
-        eq11_scales=[round(s, 3) for s in eq11.tolist()],
-    )
-    _check_all_read(result['picture'], len(x0), unread)
-    return result
-
-
-def _direction(model, attribute, labels):
-    "The direction of an attribute: fitted to training images, else the one of the package."
-    data = data_of(model)
-    try:
-        options = options_of(model)
-        images = load_images(data, 'train', model.shape[-1], options=options)[:labels]
-    except FileNotFoundError as e:
-        stored = stored_direction(model, attribute)
-        if stored is None:
-            raise
-        _log_to_stderr(f'{e} Using the direction in the package instead ({stored.source}).')
-        return stored
-    positive = labels_of(images, attribute)
-    z = encode_all(model.enc, images).to(model.device)
-    source = f'fitted now to the first {len(images):,} training images of {data}'
-    return fit_direction(z, positive.to(model.device), source)
-
-
-def _numbers(text):
-    "The numbers in a text, which are separated by commas."
-    try:
-        return [float(word) for word in text.split(',')]
-    except ValueError:
-        raise ValueError(f'scales must be numbers separated by commas, got {text!r}') from None
 
 
 # %% ../nbs/toolbox/cli.ipynb #a83828dd
@@ -608,7 +447,7 @@ def cmd_evaluate(
     device: str = None,  # cpu or cuda; otherwise the GPU, if there is one
 ) -> dict:  # results, and the path of the file
     "Evaluate a run: a DPM, a class-conditional DPM, a classifier, an autoencoder or a latent DPM"
-    model = _load(name, device)
+    model = load_run(name, device)
     parameters = inspect.signature(evaluator_of(model)).parameters
     path = output_file(out or results_path(model.card.name, size_of(model)))
     before = path if out else find_results(model.card.name, size_of(model)) or path
@@ -636,10 +475,10 @@ def _other_models(parameters, base, eval_classifier, device):
     if 'eval_classifier' in parameters:
         models['eval_classifier'] = None
         if eval_classifier:
-            models['eval_classifier'] = _load(eval_classifier, device, EvalClassifier)
+            models['eval_classifier'] = load_run(eval_classifier, device, EvalClassifier)
     for name in ('against', 'dpm'):
         if name in parameters:
-            models[name] = _load(base, device, DPM)
+            models[name] = load_run(base, device, DPM)
     return models
 
 
@@ -831,7 +670,7 @@ def _out_of_noise(dpm, out, n=8, steps=50, at=(1, 0.5, 0.3, 0.2, 0.1, 0)):
     for s, x, _ in trajectory(dpm.denoiser(), xT, dpm.sched, steps, clip=1.0):
         states[s] = x
     rows = torch.cat([states[t] for t in at])
-    return _picture(rows, out, f't = {", ".join(map(str, at))}, from top to bottom')
+    return save_pictures(rows, out, f't = {", ".join(map(str, at))}, from top to bottom')
 
 
 def _stages(dpm, clf, out, windows):
@@ -844,7 +683,7 @@ def _stages(dpm, clf, out, windows):
         denoiser = classifier_guided(dpm.denoiser(), clf, y, dpm.sched, scale=3.0, window=window)
         rows.append(sample(denoiser, xT, dpm.sched, 20, clip=1.0))
     title = 'classes 0…9, guided only in t = ' + ', '.join(f'{a}–{b}' for a, b in windows)
-    return _picture(torch.cat(rows), out, title, ncol=n)
+    return save_pictures(torch.cat(rows), out, title, ncol=n)
 
 
 # %% ../nbs/toolbox/cli.ipynb #3557f093
@@ -860,11 +699,11 @@ def _coded(pdae, x0, out, steps=20):
         'DPM, inferred $x_T$': pdae.base.reconstruct(x0, steps=steps),
         'PDAE, inferred $x_T$': pdae.reconstruct(x0, steps=steps),
     }
-    errors = {k: _mse01(x, x0) for k, x in rows.items()}
-    return errors, _picture(rows, out, f'PDAE, {steps} steps; test digits')
+    errors = {k: mse01(x, x0) for k, x in rows.items()}
+    return errors, save_pictures(rows, out, f'PDAE, {steps} steps; test digits')
 
 
-def _gap_picture(results, out):
+def _gapsave_pictures(results, out):
     "Plot the stored posterior mean gap over the timesteps, of the DPM and of PDAE."
     gap = results['gap']
     curves = {
@@ -872,7 +711,7 @@ def _gap_picture(results, out):
         'PDAE': torch.tensor(gap['pdae']['mean']),
     }
     title = f'{gap["images"]:,} test digits'
-    return _save(plot_gap(curves, gap['t'], 'posterior mean gap', title=title), out)
+    return save_figure(plot_gap(curves, gap['t'], 'posterior mean gap', title=title), out)
 
 
 class _Report:
@@ -925,7 +764,7 @@ def cmd_demo(
 
 def _demo_samples(dpm, out, report):
     x = dpm.sample(64, seed=0, steps=50)
-    picture = _picture(x, out / 'samples.png', '64 uncurated samples, DDIM, 50 steps')
+    picture = save_pictures(x, out / 'samples.png', '64 uncurated samples, DDIM, 50 steps')
     report.add('64 digits sampled: DDIM, 50 steps', 'uncurated, seed 0', picture)
     picture = _out_of_noise(dpm, out / 'trajectory.png')
     report.add('8 digits at six timesteps of sampling', 'seed 1', picture)
@@ -947,8 +786,8 @@ def _demo_round_trips(dpm, x0, out, report):
     for name, exact, steps in (('DDIM', False, 100), ('O-BELM', True, 50)):
         xT, x = round_trip(dpm.denoiser(), x0, dpm.sched, steps, exact)
         if not exact:
-            _picture(xT, out / 'inverted.png', f'x_T inferred from {n} test digits')
-        picture = _picture(
+            save_pictures(xT, out / 'inverted.png', f'x_T inferred from {n} test digits')
+        picture = save_pictures(
             _interleave(x0, x),
             out / f'reconstructed-{name.lower()}.png',
             f'{n} test digits, each above its reconstruction: {name}, {steps} steps',
@@ -983,7 +822,9 @@ def _demo_edits(pdae, clf, x0, out, report):
         return
     x = manipulate(pdae, x0, direction.probe, scales, steps)
     rows = {'input': x0} | {f's = {s}': edited for s, edited in zip(scales, x, strict=True)}
-    picture = _picture(rows, out / 'edited.png', f'PDAE, {steps} steps: towards class {attribute}')
+    picture = save_pictures(
+        rows, out / 'edited.png', f'PDAE, {steps} steps: towards class {attribute}'
+    )
     t = torch.zeros(len(x0), dtype=torch.long, device=x0.device)
     before, after = ((clf.log_p(images, t).argmax(1) == 9).sum() for images in (x0, x[-1]))
     report.add(
@@ -1005,7 +846,7 @@ def _demo_gap(pdae, out, report):
     report.add(
         f'posterior mean gap with the code, as measured on {gap["images"]:,} test digits',
         f'at least {min(ratios):.0%} of the gap of the DPM',
-        _gap_picture(results, out / 'gap.png'),
+        _gapsave_pictures(results, out / 'gap.png'),
     )
 
 
@@ -1014,6 +855,7 @@ COMMANDS = dict(
     train=cmd_train,
     plot=cmd_plot,
     sample=cmd_sample,
+    encode=cmd_encode,
     reconstruct=cmd_reconstruct,
     interpolate=cmd_interpolate,
     manipulate=cmd_manipulate,
@@ -1037,7 +879,7 @@ def _usage():
     )
 
 
-_AT_LEAST_1 = ('n', 'steps', 'test_images', 'gap_images', 'labels', 'seeds', 'every', 'timesteps')
+_AT_LEAST_1 = ('n', 'steps', 'test_images', 'gap_images', 'probe', 'seeds', 'every', 'timesteps')
 
 
 def _check_numbers(keywords):
@@ -1125,6 +967,13 @@ def _prepare_output():
             setattr(sys, name, open(os.devnull, 'w', encoding='utf-8'))  # noqa: SIM115
         elif hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='backslashreplace', line_buffering=True)
+    warnings.showwarning = _print_warning
+
+
+def _print_warning(message, category, filename, lineno, file=None, line=None):
+    "Print a warning as one line, without the place in the program."
+    with suppress(OSError):
+        print(f'note: {" ".join(str(message).split())}', file=file or sys.stderr)
 
 
 def _flush_output():

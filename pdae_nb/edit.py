@@ -38,6 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .data import Images
+from .decode import listed
 from .denoise import Denoiser
 from .files import assets_dir, read_tensors, write_tensors
 from .forward import Schedule, shift_to_eps
@@ -112,12 +113,12 @@ def interpolate(
 
 # %% ../nbs/course/13_edit.ipynb #de3722ad
 def _known(name, names):
-    "An attribute's name as a text. Raise ValueError, with the nearest name, if it is not listed."
+    "An attribute's name as a text. Raise ValueError, with the known names, if it is not listed."
     name = str(name)
     if name not in names:
         near = difflib.get_close_matches(name, names, 1, 0.5)
-        hint = f'did you mean {near[0]!r}?' if near else f'there are {", ".join(names)}'
-        raise ValueError(f'no attribute {name!r}; {hint}')
+        hint = f'did you mean {near[0]!r}? ' if near else ''
+        raise ValueError(f'no attribute {name!r}; {hint}there are {listed(list(names), 100)}')
     return name
 
 
@@ -128,7 +129,8 @@ def attribute(
     "Which images have an attribute, or belong to a class."
     if images.y is None:
         raise ValueError(
-            'these images have no labels: put those of each class into a sub-folder of its name'
+            'these images have no labels: name a CSV file with --labels, or put those of each '
+            'class into a sub-folder of its name'
         )
     k = images.classes.index(_known(name, images.classes))
     return images.y[:, k] > 0 if images.y.ndim > 1 else images.y == k

@@ -9,8 +9,7 @@ __all__ = [
     'models',
     'load',
     'load_base',
-    'read_version_1',
-    'recipe_of_version_1',
+    'find_recipe',
     'train',
     'add_missing_result',
     'check_storable',
@@ -30,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
@@ -40,7 +39,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .adapters import DiffusersUNet
 from .data import (
     SIZE,
     Images,
@@ -58,45 +56,39 @@ from .files import (
     Busy,
     assets_dir,
     cast,
-    check_shapes,
     checkout,
-    fill,
     home,
     incomplete,
     is_locked,
     locked,
     models_dir,
     models_dirs,
-    read_tensors,
-    shapes_of,
 )
 from .layers import arithmetic_of
 from .logs import summary_writer, while_open
-from .methods.classifier import EvalClassifier, NoisyClassifier
-from .methods.diffae import DiffAE
-from .methods.dpm import DPM, ClassConditionalDPM, DPMSettings, LabelUNet, check_labels
-from .methods.label_pdae import LabelPDAE
-from .methods.latent import LatentDPM
-from .methods.pdae import PDAE
-from .methods.scorevae import ConditionalDecoder, ScoreVAE, ScoreVAESettings
-from .methods.vae import VAE, VAESettings
+from .methods.dpm import check_labels
 from .model import (
     Card,
     Model,
-    at_most,
     build,
-    card_of,
     check_name,
-    class_path,
     model_fingerprint,
     read_model,
-    read_network,
     read_record,
-    read_sched,
     spec_of,
     write_model,
 )
-from .networks import GradientEstimator
+from .own import METHODS, own_recipe, with_data
+from .parents import (
+    OF_LABELS,
+    about_parent,
+    check_parent,
+    geometry_of,
+    output_settings,
+    predicting,
+    start_from,
+    with_outputs,
+)
 from .pretrained import load_dpm
 from .processes import from_first, join, processes, shared, wait
 from .recipes import RECIPES, size_or_default
@@ -112,6 +104,7 @@ from .training import (
     seeded,
     train_model,
 )
+from .version_1 import read_version_1
 
 
 # %% ../nbs/toolbox/hub.ipynb #74d65b9b
@@ -285,7 +278,7 @@ def load(
     "A trained model. Run folders of version 1 are read, too."
     folder = find_run(name)
     if 'parts' in read_record(folder):
-        model = read_version_1(folder)
+        model = read_version_1(folder, load)
     else:
         classes = dict(network=network, trust=trust)
         model = read_model(folder, partial(_find_base, **classes), **classes)
@@ -320,231 +313,7 @@ def _named_dpm(path, source, log):
     return model
 
 
-# %% ../nbs/toolbox/hub.ipynb #7bbc5a78
-def read_version_1(
-    folder: str | Path,  # folder that version 1 of this package wrote
-) -> Model:
-    "The model of a run folder of version 1, in which the frozen DPM lies with the new networks."
-    folder = Path(folder).resolve()
-    record = read_record(folder)
-    if not isinstance(record['parts'], dict):
-        raise ValueError(f'{folder}/run.json lists no parts')
-    names = tuple(sorted(record['parts']))
-    if names not in _VERSION_1_READERS:
-        raise ValueError(f'{folder}: version 1 made no run of the parts {list(names)}')
-    model = _VERSION_1_READERS[names](_Parts(folder, record))
-    model.card = card_of(record)
-    model.card.name = folder.name
-    model.card.recipe = recipe_of_version_1(record.get('recipe'), type(model))
-    if isinstance(model, LatentDPM) and model.card.result:
-        model.card.result.pop('encoder', None)
-    model.path = folder
-    return model.eval()
-
-
-class _Parts:
-    "The parts of a run folder of version 1."
-
-    def __init__(self, folder: Path, record: dict):
-        self.folder = folder
-        self.specs = record['parts']
-        self.recipe = record.get('recipe') or {}
-        self.net = self.recipe.get('net') or {}
-        self.sched = read_sched(folder)
-        # version 1 itself trained networks that predict eps only, and stored no type
-        predicts = record.get('predict', 'eps')
-        if predicts not in ('eps', 'v'):
-            raise ValueError(f"{folder}/run.json: predict must be 'eps' or 'v', got {predicts!r}")
-        if predicts == 'v' and not self.specs.keys() & {'dpm', 'unet', 'G'}:
-            raise ValueError(f'{folder}/run.json: only diffusion models predict v')
-        self.settings = DPMSettings(predicts)
-
-    def read(self, name: str) -> nn.Module:
-        return read_network(self.specs[name], self.folder, name)
-
-    def score_settings(self) -> ScoreVAESettings:
-        return ScoreVAESettings(self.net.get('preset', 'release'), self.net.get('beta'))
-
-
-def _read_dpm(parts):
-    network = parts.read('dpm')
-    cls = ClassConditionalDPM if isinstance(network, LabelUNet) else DPM
-    return cls(network, parts.sched, _image_shape(network), parts.settings)
-
-
-def _read_noisy_classifier(parts):
-    network = parts.read('clf')
-    return NoisyClassifier(network, parts.sched, _image_shape(network))
-
-
-def _read_eval_classifier(parts):
-    network = parts.read('judge')
-    px = parts.recipe['px']
-    return EvalClassifier(network, (network.config['c'], px, px))
-
-
-def _read_label_pdae(parts):
-    base, G = _pair_of_version_1(parts)
-    return LabelPDAE(G, base)
-
-
-def _read_pdae(parts):
-    base, G = _pair_of_version_1(parts)
-    return PDAE(parts.read('enc'), G, base)
-
-
-def _read_diffae(parts):
-    network = parts.read('unet')
-    settings = parts.settings if parts.settings.predicts == 'v' else None
-    return DiffAE(parts.read('enc'), network, parts.sched, _image_shape(network), settings)
-
-
-def _read_scorevae(parts):
-    base = _base_of_version_1(parts.read('dpm'), parts)
-    return ScoreVAE(parts.read('enc'), base, parts.score_settings())
-
-
-def _read_conditional(parts):
-    network = parts.read('decoder')
-    shape = _image_shape(network)
-    settings = parts.score_settings()
-    return ConditionalDecoder(parts.read('enc'), network, parts.sched, shape, settings)
-
-
-def _read_vae(parts):
-    network = parts.read('vae')
-    settings = VAESettings(parts.net.get('beta', 0.01))
-    return VAE(network, parts.sched, _image_shape(network), settings)
-
-
-def _read_latent(parts):
-    name = Path(parts.net['run']).name
-    beside = parts.folder.parent / name
-    base = load(beside if (beside / 'run.json').exists() else name)
-    return LatentDPM(parts.read('net'), parts.read('stats'), base, parts.sched)
-
-
-_VERSION_1_READERS = {  # names of the parts, in alphabetical order: function that reads the model
-    ('dpm',): _read_dpm,
-    ('clf',): _read_noisy_classifier,
-    ('judge',): _read_eval_classifier,
-    ('G', 'dpm'): _read_label_pdae,
-    ('G', 'dpm', 'enc'): _read_pdae,
-    ('enc', 'unet'): _read_diffae,
-    ('dpm', 'enc'): _read_scorevae,
-    ('decoder', 'enc'): _read_conditional,
-    ('enc', 'vae'): _read_vae,
-    ('net', 'stats'): _read_latent,
-}
-
-
-def _image_shape(network):
-    "Shape of the images of a network, by its `config`."
-    size = network.config['size']
-    return (network.config['c'], size, size)
-
-
-def _base_of_version_1(network, parts):
-    "The frozen DPM of a run, which has the name of the run from which it came."
-    base = DPM(network, parts.sched, _image_shape(network), parts.settings)
-    base.card.name = Path(parts.net.get('dpm') or 'dpm').name
-    return base
-
-
-def _pair_of_version_1(parts):
-    "Frozen DPM and gradient estimator: version 1 stored both in one network."
-    folder = parts.folder
-    match parts.specs['G']:
-        case {'config': {'dpm': dict(dpm_spec), 'z_dim': int(z_dim), **rest}}:
-            drop = rest.get('drop', 0.0)
-        case other:
-            raise ValueError(f'{folder}: the gradient estimator has the description {other!r}')
-    file = folder / 'G.safetensors'
-    stored = shapes_of(file)
-    with torch.device('meta'), at_most(len(stored), file):  # no memory until all shapes fit
-        described = build(dpm_spec, folder)
-        GradientEstimator.on(described, z_dim, drop)
-    of_base = {k.removeprefix('dpm.'): v for k, v in stored.items() if k.startswith('dpm.')}
-    check_shapes(described, of_base, file)
-    network = build(dpm_spec, folder)
-    G = GradientEstimator.on(network, z_dim, drop)
-    tensors, _ = read_tensors(file)
-    base_weights = {k.removeprefix('dpm.'): v for k, v in tensors.items() if k.startswith('dpm.')}
-    fill(network, base_weights, file)
-    fill(G, {k: v for k, v in tensors.items() if not k.startswith('dpm.')}, file)
-    return _base_of_version_1(network, parts), G
-
-
-# %% ../nbs/toolbox/hub.ipynb #cdd82804
-_VERSION_1_NAMES = dict(cool='cooldown', wd='weight_decay')  # field then: field now
-
-
-def recipe_of_version_1(
-    old: dict | None,  # recipe in a run folder of version 1
-    method: type,  # class of the model
-) -> dict | None:  # the same recipe, as `Recipe.as_json` writes it
-    "A recipe of version 1, whose dict `net` is split into base, network, encoder and settings."
-    if not old:
-        return None
-    new = {_VERSION_1_NAMES.get(k, k): v for k, v in old.items()}
-    net = dict(new.pop('net') or {})
-    base = net.pop('dpm', net.pop('run', None))
-    encoder = {}
-    settings = None
-    if method is PDAE:
-        encoder = {k: net.pop(k) for k in ('z_dim', 'groups') if k in net}
-    elif method is DiffAE:
-        encoder = dict(z_dim=net.pop('z_dim'), mult=net.pop('enc_mult'))
-    elif method in (ScoreVAE, ConditionalDecoder):
-        settings = dict(preset=net.pop('preset', 'release'), beta=net.pop('beta', None))
-        encoder = net
-        z_dim = net['z_dim']
-        net = {} if method is ScoreVAE else {k: v for k, v in net.items() if k != 'z_dim'}
-        encoder = dict(encoder, z_dim=z_dim)
-    elif method is VAE and 'beta' in net:
-        settings = dict(beta=net.pop('beta'))
-    parts = dict(base=base, net=net, encoder=encoder, settings=settings)
-    return dict(method=class_path(method), **new) | parts
-
-
 # %% ../nbs/toolbox/hub.ipynb #ab58df6c
-def _predicting(recipe: Recipe, predicts: str) -> Recipe:
-    "The recipe with a prediction type. Settings that are those of the class are stored as None."
-    Settings = recipe.method.Settings
-    names = [] if Settings is None else [field.name for field in fields(Settings)]
-    if 'predicts' not in names:
-        raise ValueError(
-            f'{recipe.method.__name__} has no prediction type to choose, got '
-            f'predicts={predicts!r}; DPM, ClassConditionalDPM and DiffAE have one'
-        )
-    settings = replace(recipe.settings or Settings(), predicts=predicts)
-    return replace(recipe, settings=None if settings == Settings() else settings)
-
-
-def _prediction_type(settings, method: type) -> str | None:
-    "The prediction type of settings, which may be None; None if the method has no such setting."
-    return _output_settings(settings, method).get('predicts')
-
-
-_OUTPUT_SETTINGS = ('predicts', 'coefficient')  # they say what the output of a network means
-
-
-def _output_settings(settings, method: type) -> dict:
-    "Those of the settings that say what the output of a network means. None is the class's own."
-    if settings is None:
-        settings = None if method.Settings is None else method.Settings()
-    return {k: getattr(settings, k) for k in _OUTPUT_SETTINGS if hasattr(settings, k)}
-
-
-def _with_outputs(recipe: Recipe, outputs: dict) -> Recipe:
-    "The recipe with other output settings. Settings that are those of the class stay None."
-    if outputs == _output_settings(recipe.settings, recipe.method):
-        return recipe
-    Settings = recipe.method.Settings
-    settings = replace(recipe.settings or Settings(), **outputs)
-    return replace(recipe, settings=None if settings == Settings() else settings)
-
-
 def _with_parent(
     recipe: Recipe, out: Path, predicts: str | None, build: Callable | None
 ) -> tuple[Recipe, Model | None]:
@@ -553,15 +322,15 @@ def _with_parent(
     A finished run is compared with its own record. Its parent is not loaded, and may be deleted.
     """
     if recipe.init is None:
-        return (recipe if predicts is None else _predicting(recipe, predicts)), None
+        return (recipe if predicts is None else predicting(recipe, predicts)), None
     found = _stored_geometry(out, recipe)
     parent = None
     if found is None:
         parent = _load_parent(recipe, out, build)
-        found = _geometry(parent), _output_settings(parent.settings, recipe.method)
+        found = geometry_of(parent), output_settings(parent.settings, recipe.method)
     geometry, outputs = found
-    recipe = _with_outputs(replace(recipe, **geometry), outputs)
-    return (recipe if predicts is None else _predicting(recipe, predicts)), parent
+    recipe = with_outputs(replace(recipe, **geometry), outputs)
+    return (recipe if predicts is None else predicting(recipe, predicts)), parent
 
 
 def _load_parent(recipe: Recipe, out: Path, build: Callable | None) -> Model:
@@ -589,179 +358,55 @@ def _stored_geometry(out: Path, recipe: Recipe) -> tuple[dict, dict] | None:
         case {'init': recipe.init, 'images': recipe.images, 'net': dict(net), **rest}:
             geometry = dict(net=net, encoder=rest.get('encoder') or {})
             stored = rest.get('settings') or {}
-            usual = _output_settings(None, recipe.method)
+            usual = output_settings(None, recipe.method)
             return geometry, {k: stored.get(k, value) for k, value in usual.items()}
     return None
 
 
-def _geometry(model: Model) -> dict[str, dict]:
-    "The fields `net` and `encoder` of a recipe, from which `build` makes the model's networks."
-    networks = dict(model.named_children())
-    geometry = dict(net={}, encoder={})
-    if 'G' in networks:
-        geometry['net'] = dict(drop=model.G.config['drop'])
-    if 'net' in networks:
-        geometry['net'] = _arguments(model.net, *_given_by_build(model))
-    if 'enc' in networks:
-        geometry['encoder'] = _arguments(model.enc, 'c', 'size', 'T')
-    if isinstance(model, DiffAE):  # its encoder takes what it lacks from the U-Net
-        usual = dict(groups=32, heads=1)
-        usual = {name: value for name, value in usual.items() if name in geometry['net']}
-        geometry['encoder'] = usual | geometry['encoder']
-    return geometry
-
-
-def _given_by_build(model: Model) -> list[str]:
-    "The arguments of `model.net` that `build` takes from the images or the base."
-    given = ['c', 'size']
-    if isinstance(model, LatentDPM):
-        given.append('d')
-    if isinstance(model, _OF_LABELS):
-        given.append('classes')
-    if 'enc' in dict(model.named_children()):
-        given += ['dz', 'z_shift']
-    return given
-
-
-def _arguments(network: nn.Module, *given: str) -> dict:
-    "The arguments of a network, without those that `build` gives itself."
-    config = network.config
-    if isinstance(network, DiffusersUNet):
-        config = config['unet']
-        given = ('sample_size', 'in_channels', 'out_channels')
-    return {name: value for name, value in config.items() if name not in given}
-
-
-_DEFAULTS = dict(n_res=2, attn=(), drop=0.0, groups=32, heads=1, head_channels=0, lag=0)
-
-
-def _differences(model: Model, parent: Model, ignored: tuple[str, ...] = ()) -> list[str]:
-    "What differs between the networks of two models, in words: the parent's value → the model's."
-    ours = dict(model.named_children())
-    theirs = dict(parent.named_children())
-    found = []
-    for name in sorted(ours.keys() | theirs.keys()):
-        old = _described(theirs.get(name))
-        new = _described(ours.get(name))
-        for k in sorted((old.keys() | new.keys()) - set(ignored)):
-            if old.get(k) != new.get(k):
-                found.append(f'{name}.{k} {old.get(k)} → {new.get(k)}')
-    return found
-
-
-def _described(network: nn.Module | None) -> dict:
-    "Class and arguments of a network, with the usual defaults, as JSON holds them."
-    if network is None:
-        return {}
-    config = getattr(network, 'config', {})
-    described = _DEFAULTS | {'class': type(network).__name__} | config
-    if described.get('dt') is None and 'ch' in config:
-        described['dt'] = 4 * config['ch']
-    return json.loads(json.dumps(described))
-
-
-def _check_parent(parent: Model, recipe: Recipe, images: Images, base: Model | None) -> None:
-    "Raise unless the parent is a model of such images and, if it depends on that, of such a base."
-    shape = tuple(images.x.shape[1:])
-    if len(parent.shape) == 3 and parent.shape != shape:
-        raise ValueError(
-            f'{recipe.init} is a model of images of shape {parent.shape}, those of {recipe.data} '
-            f'have the shape {shape}'
-        )
-    if issubclass(recipe.method, _OF_LABELS):
-        known = _number_of_classes(parent)
-        if known != len(images.classes):
-            raise ValueError(
-                f'{recipe.init} has {known} classes, {recipe.data} has {len(images.classes)}'
-            )
-    if base is not None and 'G' in dict(parent.named_children()):
-        changes = _differences(base, parent.base, ignored=('drop',))
-        if changes:
-            raise ValueError(
-                f'the gradient estimator of {recipe.init} fits only a base with the geometry of '
-                f'{parent.base.card.name}; the base differs: {", ".join(changes)}'
-            )
-
-
-def _number_of_classes(model: Model) -> int:
-    "Number of classes of a model that takes or predicts labels."
-    return model.net.config['classes'] if isinstance(model, EvalClassifier) else model.classes
-
-
-def _about_parent(parent: Model, model: Model, name: str) -> str:
-    "What a run takes from its parent, and what differs, in one line."
-    parts = [f'{name} gives the initial weights and the arguments of the networks']
-    predicted = _prediction_type(parent.settings, type(parent))
-    predicts = _prediction_type(model.settings, type(model))
-    if predicts is not None:
-        there = 'as there' if predicts == predicted else f'there it predicts {predicted}'
-        parts.append(f'the network predicts {predicts}, {there}')
-    old = {} if parent.settings is None else asdict(parent.settings)
-    new = {} if model.settings is None else asdict(model.settings)
-    for k in sorted((old.keys() | new.keys()) - {'predicts'}):
-        if old.get(k) != new.get(k):
-            parts.append(f'{k} is {new.get(k)}, there {old.get(k)}')
-    if not _have_same_schedule(model, parent):
-        parts.append(f'the noise schedule is that of {name}, {parent.sched!r}')
-    if not _have_same_base(model, parent):
-        parts.append(f'the base is {_named(model.base)}, there {_named(parent.base)}')
-    return '; '.join(parts)
-
-
-def _named(base: Model) -> str:
-    "Name, fingerprint and prediction type of a base."
-    predicts = _prediction_type(base.settings, type(base))
-    output = '' if predicts is None else f', predicts {predicts}'
-    return f'{base.card.name} ({model_fingerprint(base)}{output})'
-
-
-def _start_from(model: Model, parent: Model, name: str) -> None:
-    """Copy the weights of a parent into an untrained model of its geometry, and the noise schedule.
-
-    On another base, the statistics of a latent DPM's data stay those of its own base.
-    """
-    changes = _differences(model, parent)
-    if changes:
-        raise ValueError(f'the networks of {name} cannot be built here: {", ".join(changes)}')
-    if not _have_same_schedule(model, parent):
-        if model.base is not None and not isinstance(model, LatentDPM):
-            raise ValueError(
-                f'{name} was trained with the noise schedule {parent.sched!r}, this run has '
-                f'{model.sched!r}'
-            )
-        model.sched = parent.sched
-    weights = parent.state_dict()
-    if not _have_same_base(model, parent):
-        weights |= {k: v for k, v in model.state_dict().items() if k.startswith('stats.')}
-    fill(model, weights, name)
-
-
-def _have_same_base(a: Model, b: Model) -> bool:
-    "Whether two models have no base, or bases with the same fingerprint."
-    if a.base is None or b.base is None:
-        return a.base is b.base
-    return model_fingerprint(a.base) == model_fingerprint(b.base)
-
-
-def _have_same_schedule(a: Model, b: Model) -> bool:
-    "Whether two models have no noise schedule, or the same one."
-    if a.sched is None or b.sched is None:
-        return a.sched is b.sched
-    return torch.equal(a.sched.beta, b.sched.beta)
-
-
 # %% ../nbs/toolbox/hub.ipynb #56cdf8f3
-def train(
-    name: str,  # name of the run
-    recipe: Recipe | None = None,  # its configuration; None takes the row of that name
+def find_recipe(
+    name: str,  # of a run in the table, or of a method: dpm, pdae, …
     *,
     size: str | None = None,  # smoke, lesson or paper; None takes $PDAE_NB_SIZE, else lesson
+    data: str | Path | None = None,  # data set or folder; None: that of the table or of the base
+    px: int | None = None,  # height and width of the images, pixels; None: as for `data`
+    options: DataOptions | None = None,  # how the folder is read; None: as for `data`
+    base: str | Path | Model | None = None,  # the model underneath
+    init: str | Path | None = None,  # run whose weights are the initial ones
+    log: Callable = print,  # takes messages
+) -> Recipe:
+    """The recipe of a run in the table, or of a method on the pictures of a folder.
+
+    For a method, the size of the pictures and their number decide on networks and length.
+    """
+    if name in METHODS:
+        below = None if base is None else load_base(base, log=log)
+        parent = None if init is None else load(init)
+        sources = dict(data=data, px=px, options=options, base=below, parent=parent)
+        return own_recipe(name, size=size, log=log, **sources)
+    if name not in {run for run, _ in RECIPES} and data is not None:
+        raise ValueError(
+            f'{name!r} is neither a method nor a run of the table; '
+            f'the methods are {", ".join(METHODS)}'
+        )
+    recipe = with_data(recipe_of(name, size), data, px, options)
+    return recipe if base is None else replace(recipe, base=base)
+
+
+def train(
+    name: str,  # name of the run, or of a method: dpm, pdae, …; then OUT names the run
+    recipe: Recipe | None = None,  # its configuration; None takes that of `find_recipe`
+    *,
+    size: str | None = None,  # smoke, lesson or paper; None takes $PDAE_NB_SIZE, else lesson
+    data: str | Path | None = None,  # data set or folder of pictures, in place of the recipe's
+    px: int | None = None,  # height and width of the images, in place of the recipe's
+    options: DataOptions | None = None,  # how the folder is read, in place of the recipe's
     out: str | Path | None = None,  # folder of the run; None: runs/NAME
     base: str | Path | Model | None = None,  # the model underneath, in place of the recipe's
     init: str | Path | None = None,  # run whose weights and geometry are the initial ones
     predicts: str | None = None,  # 'eps' or 'v'; None takes that of `init`, else the recipe's
     build: Callable | None = None,  # network class in place of the method's own
-    **options,  # for `train_model`: device, compile, every, log_every, look, log, accumulate, …
+    **training,  # for `train_model`: device, compile, every, log_every, look, log, accumulate, …
 ) -> Model:  # the trained model
     """Train a run. The same call resumes a run that was interrupted, or loads a finished one.
 
@@ -773,16 +418,21 @@ def train(
     with these values.
     """
     check_name(name)
-    recipe = recipe or recipe_of(name, size)
     out = Path(out or f'runs/{name}').expanduser()
-    if base is not None:
-        recipe = replace(recipe, base=base)
-    arithmetic_of(options.get('precision', 'auto'), 'cpu')  # raises an error for another name
+    arithmetic_of(training.get('precision', 'auto'), 'cpu')  # raises an error for another name
+    check_compile(training.get('compile', 'auto'))
+    join(training.get('device'))
+    pictures = dict(data=data, px=px, options=options)
+    if recipe is None:
+        log = training.get('log', tqdm.write) if processes().is_first else _silent
+        recipe = find_recipe(name, size=size, base=base, init=init, log=log, **pictures)
+    else:
+        recipe = with_data(recipe, **pictures)
+        recipe = recipe if base is None else replace(recipe, base=base)
     recipe = _placed(_named_parent(recipe, init))
-    join(options.get('device'))
-    check_parts(recipe.batch, options.get('accumulate', 1))
-    check_compile(options.get('compile', 'auto'))
-    return _train(name, recipe, out, predicts, build, **options)
+    check_parts(recipe.batch, training.get('accumulate', 1))
+    name = out.name if name in METHODS else name
+    return _train(name, recipe, out, predicts, build, **training)
 
 
 def _train(name, recipe, out, predicts, build, **options):
@@ -803,14 +453,14 @@ def _train(name, recipe, out, predicts, build, **options):
     below = load(recipe.base) if isinstance(recipe.base, (str, Path)) else recipe.base
     if recipe.init is not None:
         parent = parent or _load_parent(recipe, out, build)
-        _check_parent(parent, recipe, images, below)
+        check_parent(parent, recipe, images, below)
     if below is not None:  # it encodes the images for a latent DPM
         below.to(options.get('device') or ('cuda' if torch.cuda.is_available() else 'cpu'))
     with shared(), seeded(recipe.seed, torch.device('cpu')):
         model = _build_model(recipe, images, below, build)
     if parent is not None:
-        log(_about_parent(parent, model, recipe.init))
-        _start_from(model, parent, recipe.init)
+        log(about_parent(parent, model, recipe.init))
+        start_from(model, parent, recipe.init)
         options = options | dict(parent=model_fingerprint(parent))
     check_storable(model, build)
     if below is not None and is_first and not _is_stored(below):
@@ -844,12 +494,9 @@ def _placed(recipe: Recipe) -> Recipe:
 def _check_data(recipe: Recipe, images: Images, test: Images) -> None:
     "Raise unless training and test fit together, and have labels if the method needs them."
     check_splits(recipe.data, images, test)
-    if issubclass(recipe.method, _OF_LABELS):
+    if issubclass(recipe.method, OF_LABELS):
         check_labels(recipe, images)
         check_labels(recipe, test)
-
-
-_OF_LABELS = (ClassConditionalDPM, LabelPDAE, NoisyClassifier, EvalClassifier)
 
 
 def add_missing_result(

@@ -444,22 +444,35 @@ def _dpm(state, plan, hints):
     return net
 
 
+_USUAL_SIZES = (128, 64, 32, 28, 16, 14)  # in pixels; other sizes must be given
+
+
+def _numbers_of_last_map(size):
+    "Numbers in the last feature map of an encoder for images of this size."
+    channels, _ = ENCODERS[size]
+    side = -(-size // 2 ** len(channels))
+    return channels[-1] * side**2
+
+
 def _pdae_encoder(state, hints):
     "PDAE's encoder, `ConvEncoder`."
     weights = [k for k, v in state.items() if v.ndim == 4 and k.endswith('.weight')]
     convs = [state[k].shape[0] for k in sorted(weights, key=_layer_number)]
     last = max((k for k, v in state.items() if v.ndim == 2), key=_layer_number)
     z_dim, flat = state[last].shape
+    sizes = [size for size in _USUAL_SIZES if hints.size is None or size == hints.size]
+    if not sizes and hints.size in ENCODERS:
+        sizes = [hints.size]
     fits = [
         size
-        for size, (channels, _) in ENCODERS.items()
-        if list(channels) == convs and 16 * channels[-1] == flat and hints.size in (None, size)
+        for size in sizes
+        if list(ENCODERS[size][0]) == convs and flat == _numbers_of_last_map(size)
     ]
     if not fits:
         of_size = f' for images of {hints.size} pixels' if hints.size else ''
         raise ValueError(
             f'no encoder with convolutions of {convs} channels and {flat} numbers behind them'
-            f'{of_size}; there are encoders for images of {", ".join(map(str, ENCODERS))} pixels'
+            f'{of_size}; of the usual sizes, there are {", ".join(map(str, _USUAL_SIZES))} pixels'
         )
     if len(fits) > 1:
         hints.log(

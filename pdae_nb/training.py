@@ -20,6 +20,7 @@ __all__ = [
     'memory_layout',
     'add_result',
     'check_compile',
+    'duration',
     'train_model',
     'check_parts',
 ]
@@ -34,6 +35,7 @@ import os
 import platform
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -1043,6 +1045,51 @@ class _Compilation:
             self._try()
 
 
+# %% ../nbs/toolbox/training.ipynb #trai0000
+def duration(
+    seconds: float,
+) -> str:  # rounded, in seconds, minutes, hours or days
+    "A duration in words."
+    if seconds < 90:
+        return f'{max(seconds, 1):.0f} s'
+    if seconds < 90 * 60:
+        return f'{seconds / 60:.0f} min'
+    hours = seconds / 3600
+    return f'{hours:.1f} h' if hours < 36 else f'{hours / 24:.1f} days'
+
+
+class _Forecast:
+    """The expected duration of a training on this machine, from the seconds of its last ten steps.
+
+    The first forecast comes after 20 steps and is a line of the log. The progress bar shows the
+    newest one. A GPU is read every ten steps, so the seconds of ten steps together are complete.
+    """
+
+    def __init__(self, run, tell, bar):
+        self.run = run
+        self.tell = tell  # takes a line of text
+        self.bar = bar
+        self.steps = 0  # of this process
+        self.seconds = deque(maxlen=READ_EVERY)  # of the last steps
+
+    def add(self, step):
+        "Count a step. Make a forecast if it is time."
+        self.steps += 1
+        self.seconds.append(step.seconds)
+        steps = self.run.recipe.steps
+        if step.i % READ_EVERY or self.steps < 2 * READ_EVERY or step.i == steps:
+            return
+        per_step = sum(self.seconds) / READ_EVERY
+        left = duration(per_step * (steps - step.i))
+        self.bar.set_postfix_str(f'about {left} left', refresh=False)
+        if self.steps < 3 * READ_EVERY:
+            machine = hardware(self.run.model.device)
+            self.tell(
+                f'{per_step:.2g} s per step: about {left} for the other {steps - step.i:,} steps '
+                f'on this machine ({machine})'
+            )
+
+
 # %% ../nbs/toolbox/training.ipynb #d2f3c326
 def _steps(run):
     "The remaining steps of a run, as `fit` yields them."
@@ -1133,12 +1180,15 @@ def _train_all_steps(run, log, every, look, compilation):
         _look(run, look, log.tell)  # a kill may have come between the checkpoint and the look
     hidden = None if processes().is_first else True  # None: shown on a terminal
     is_to_stop = False
+    bar = tqdm(_steps(run), run.out.name, n, initial=run.i, disable=hidden)
+    forecast = _Forecast(run, log.tell, bar)
     with stoppable() as signals:
         stop = _Stop(signals)
         try:
-            for step in tqdm(_steps(run), run.out.name, n, initial=run.i, disable=hidden):
+            for step in bar:
                 run.add(step)
                 log.add(step, run.skipped)
+                forecast.add(step)
                 compilation.add(step)
                 is_to_stop = stop.ends_after(step)
                 if is_to_stop:

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pdae_nb import cli, files, hub
+from pdae_nb import cli, commands, files, hub
 from pdae_nb.data import digits, to_signed
 from pdae_nb.evaluation import data_of
 from pdae_nb.files import locked, stoppable
@@ -54,7 +54,7 @@ def test_files_may_come_after_options(tmp_path, capsys, monkeypatch):
         files_of.append(images)
         return to_signed(digits('test', 28).x[:2]), None, []
 
-    monkeypatch.setattr(cli, 'inputs', inputs)
+    monkeypatch.setattr(commands, 'inputs', inputs)
     words = ['--n', '2', '--steps', '2', '--exact', '--out', 'back.png', 'mine.png', 'yours.png']
     assert cli.main(['reconstruct', 'mnist_dpm', *words]) == 0
     assert cli.main(['reconstruct', 'mnist_dpm', 'mine.png', '--steps', '2', 'yours.png']) == 0
@@ -69,14 +69,15 @@ def test_files_may_come_after_options(tmp_path, capsys, monkeypatch):
         'sample mnist_dpm --n',
         'reconstruct mnist_dpm --n',
         'reconstruct mnist_dpm --steps',
-        'manipulate mnist_pdae --attribute 9 --labels',
+        'manipulate mnist_pdae --attribute 9 --probe',
         'evaluate mnist_dpm --test-images',
         'reproduce pdae-fig3 --seeds',
         'train mnist_dpm --every',
     ],
 )
 def test_counts_below_1_are_refused(words, value, capsys, monkeypatch):
-    monkeypatch.setattr(cli, '_load', lambda *a, **k: pytest.fail('the work began'))
+    for module in (cli, commands):
+        monkeypatch.setattr(module, 'load_run', lambda *a, **k: pytest.fail('the work began'))
     option = words.split()[-1]
     assert cli.main([*words.split(), value]) == 1
     assert f'{option} must be at least 1, got {value}' in capsys.readouterr().err
@@ -89,15 +90,15 @@ def test_a_negative_seed_is_refused(capsys):
 
 def test_many_images_are_reconstructed_in_parts(tmp_path, monkeypatch, capsys):
     x0 = to_signed(digits('test', 28).x[:130])
-    monkeypatch.setattr(cli, 'inputs', lambda images, model, n: (x0, None, []))
+    monkeypatch.setattr(commands, 'inputs', lambda images, model, n: (x0, None, []))
     sizes = []
-    original = cli.round_trip
+    original = commands.round_trip
 
     def round_trip(denoiser, part, *args):
         sizes.append(len(part))
         return original(denoiser, part, *args)
 
-    monkeypatch.setattr(cli, 'round_trip', round_trip)
+    monkeypatch.setattr(commands, 'round_trip', round_trip)
     results = {}
     for n in ('3', '130'):
         out = str(tmp_path / 'x.png')

@@ -31,9 +31,9 @@ LAYERS = [
     'methods.dpm methods.classifier methods.pdae methods.label_pdae methods.diffae '
     'methods.scorevae methods.vae methods.latent',
     'pretrained adapters',
-    'recipes hub',
-    'edit metrics evaluation',
-    'traffic costs speed bench '
+    'recipes version_1 parents own hub',
+    'edit metrics evaluation pictures',
+    'commands traffic costs speed bench '
     'experiments.critical_stage experiments.training_efficiency experiments.autoencoding '
     'experiments.latent_space experiments.generation experiments.scorevae experiments.figures '
     'experiments.items experiments.runs experiments.precision experiments.prediction',

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from own_pictures import write_pictures
 from PIL import Image
 
 from pdae_nb.data import digits
@@ -94,6 +95,7 @@ def test_there_is_code_to_run():
 @pytest.mark.slow
 def test_python_blocks_run_in_order(tmp_path):
     code = '\n'.join(blocks('python'))
+    write_pictures(tmp_path)
     command = [sys.executable, '-c', code]
     done = subprocess.run(command, cwd=tmp_path, env=ENV, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -121,8 +123,9 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
-    "Folder in which all lines run in order, with the checkpoint that the README's Python writes."
+    "Folder in which all lines run in order, with pictures, and a checkpoint as from the Python."
     folder = tmp_path_factory.mktemp('lines')
+    write_pictures(folder)
     dpm = load('mnist_dpm')
     torch.save(dict(ema_denoise_fn=to_official(dpm.net)), folder / 'checkpoint.pt')
     return folder
