@@ -27,11 +27,11 @@ LAYERS = [
     'layers memory forward denoise sampling solvers unet networks',
     'gap guidance weighting compiling',
     'model training store',
-    'methods.dpm methods.classifier methods.pdae methods.label_pdae methods.diffae '
-    'methods.scorevae methods.vae methods.latent',
+    'methods.dpm methods.classifier methods.attribute_classifier methods.pdae methods.label_pdae '
+    'methods.diffae methods.scorevae methods.vae methods.latent',
     'pretrained adapters',
     'recipes hub',
-    'edit metrics evaluation',
+    'edit metrics evaluation feature_networks image_sets attributes pictures',
     'traffic costs speed bench '
     'experiments.critical_stage experiments.training_efficiency experiments.autoencoding '
     'experiments.latent_space experiments.generation experiments.scorevae experiments.figures '
@@ -242,7 +242,7 @@ def required_packages() -> set[str]:
     return {re.split(r'[<>=~!]', word)[0].lower().replace('_', '-') for word in words}
 
 
-OPTIONAL = {'torchmetrics', 'torch_fidelity'}  # looked for at run time, with a clear error
+OPTIONAL = {'torchmetrics', 'torch_fidelity', 'lpips'}  # looked for at run time, with a clear error
 
 
 def test_every_imported_package_is_declared():
