@@ -151,7 +151,7 @@ RECIPES = {  # (run, size): method, data, pixels, images; behind a row: its resu
         net=dict(ch=32), flip=True, **_EVAL),  # accuracy .7232
     ('celeba64_eval_classifier', 'smoke'): Recipe(AttributeClassifier, 'digits', 28, 512,
         net=dict(ch=8), **_SMOKE),
-    ('celeba64_eval_classifier', 'lesson'): Recipe(AttributeClassifier, 'celeba64', 64, 240_000,
+    ('celeba64_eval_classifier', 'lesson'): Recipe(AttributeClassifier, 'celeba64', 64, 150_000,
         net=dict(ch=32), flip=True, **_EVAL),
     ('mnist_classifier', 'smoke'):      Recipe(NoisyClassifier, 'digits', 28, 2_048,
         net=_TINY, **_SMOKE),
