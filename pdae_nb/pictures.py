@@ -23,6 +23,7 @@ from .evaluation import (
     Estimate,
     _condition,
     _gaps,
+    _log_to_stderr,
     _noise_prediction,
     _record,
     check_enough,
@@ -464,7 +465,7 @@ def evaluate_pictures(
     reference_images: int = Counts.reference_images,  # real images for FID and linear probes
     pairs: int = Counts.pairs,  # pairs of test images for the path length
     path: str | Path | None = None,  # JSON file that keeps finished sections; it is continued
-    log: Callable = print,  # receives messages about the progress
+    log: Callable = _log_to_stderr,  # receives messages about the progress
 ) -> dict:  # numbers, ready for JSON
     """Evaluate a model of any pictures: all sections that apply to it and to its data.
 
