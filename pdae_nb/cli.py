@@ -81,6 +81,7 @@ from .hub import (
 )
 from .learning_curves import plot_log
 from .logs import read_history, while_open
+from .methods.attribute_classifier import AttributeClassifier
 from .methods.classifier import EvalClassifier, NoisyClassifier, classifier_guided
 from .methods.diffae import DiffAE
 from .methods.dpm import DPM, ClassConditionalDPM, as_labels
@@ -90,6 +91,7 @@ from .methods.pdae import PDAE
 from .methods.scorevae import CodedModel, ConditionalDecoder, ScoreVAE
 from .model import GenerativeModel, Model, StepNoise, noise
 from .own import METHODS
+from .picture_evaluation import evaluate_pictures
 from .pretrained import load_official
 from .processes import (
     join,
@@ -382,17 +384,29 @@ def _class_denoiser(model, clf, y, scale):
 
 
 # %% ../nbs/toolbox/cli.ipynb #a83828dd
-_COUNTS = ('n', 'steps', 'test_images', 'gap_images', 'calls')  # of an evaluation
+# of an evaluation
+_COUNTS = ('n', 'steps', 'test_images', 'gap_images', 'reference_images', 'pairs', 'calls')
 
 
 # %% ../nbs/toolbox/cli.ipynb #099a0480
+def _is_of_digits(model):
+    "Whether a model was trained on digits, or does not say on which data."
+    return (model.card.recipe or {}).get('data') in (None, 'mnist', 'digits')
+
+
 def evaluator_of(
     model: Model,
+    data: str | None = None,  # data set to evaluate it on; None: that of its recipe
 ) -> Callable:  # (model, **counts) -> results
-    "The function that evaluates a model of this class."
+    """The function that evaluates a model of this class.
+
+    For models of other pictures than digits, and for given data, it is `evaluate_pictures`.
+    """
     from .experiments.generation import evaluate_latent
     from .experiments.latent_space import evaluate_label
 
+    if isinstance(model, GenerativeModel) and (data or not _is_of_digits(model)):
+        return evaluate_pictures
     for cls, evaluate in (
         (ClassConditionalDPM, evaluate_cdpm),
         (DPM, evaluate_dpm),
@@ -410,14 +424,16 @@ def evaluator_of(
 def evaluate(
     model: Model,  # a trained model
     *,
-    eval_classifier: EvalClassifier | None = None,  # reads samples and reconstructions
+    # classifies samples and reconstructions
+    eval_classifier: EvalClassifier | AttributeClassifier | None = None,
     base: DPM | None = None,  # DPM that a class-conditional DPM or a classifier is compared with
-    **counts,  # for the function of `evaluator_of`: n, steps, test_images, gap_images, calls
+    data: str | None = None,  # data set, for any pictures; None: that of the model's recipe
+    **counts,  # for the function of `evaluator_of`: n, steps, test_images, gap_images, prior, …
 ) -> dict:  # results, ready for JSON
     "Evaluate a model on the test images of its data set."
-    function = evaluator_of(model)
+    function = evaluator_of(model, data)
     parameters = inspect.signature(function).parameters
-    others = dict(eval_classifier=eval_classifier, against=base, dpm=base)
+    others = dict(eval_classifier=eval_classifier, against=base, dpm=base, data=data)
     given = {name: value for name, value in others.items() if name in parameters}
     return function(model, **given, **counts)
 
@@ -428,16 +444,24 @@ def cmd_evaluate(
     n: int = None,  # number of samples; otherwise 1000 for a DPM, 200 per scale of a classifier
     steps: int = None,  # DDIM steps; otherwise 50 for a DPM, 20 for a classifier, else several
     *,
-    # run of the evaluation classifier, which is trained on clean images. For a DPM, '' evaluates
-    # without one.
-    eval_classifier: str = 'mnist_eval_classifier',
+    # run of the evaluation classifier, which is trained on clean images; '' evaluates without one.
+    # Otherwise mnist_eval_classifier for digits, and none for other pictures
+    eval_classifier: str = None,
     # run of an unconditional DPM: the one with which a class-conditional DPM is compared, or that a
     # classifier guides
     base: str = 'mnist_dpm',
     # number of test images; otherwise 10,000 for a DPM, 1000 if it is class-conditional, 2000 for a
     # classifier, 100 for an autoencoder
     test_images: int = None,
-    gap_images: int = None,  # test images for the gap of an autoencoder; otherwise 1000
+    # test images for the gap of an autoencoder; otherwise 1000, or 200 for other pictures than
+    # digits
+    gap_images: int = None,
+    # name or folder of a data set, for models of pictures; otherwise the data of the training
+    data: str = None,
+    prior: str = None,  # run of a latent DPM: a source of codes for FID, KID, precision and recall
+    sections: str = None,  # parts of the evaluation of pictures, separated by commas; otherwise all
+    reference_images: int = None,  # real images for the FID and for probes; otherwise 10,000
+    pairs: int = None,  # pairs of test images for the path length; otherwise 200
     # upper bound on the network calls of a row of Fréchet distances of a latent run, except the row
     # with the fewest steps; otherwise there is none
     calls: int = None,
@@ -446,12 +470,14 @@ def cmd_evaluate(
     out: str = None,
     device: str = None,  # cpu or cuda; otherwise the GPU, if there is one
 ) -> dict:  # results, and the path of the file
-    "Evaluate a run: a DPM, a class-conditional DPM, a classifier, an autoencoder or a latent DPM"
+    "Evaluate a run: any model of images, a classifier of noisy images or a latent DPM"
     model = load_run(name, device)
-    parameters = inspect.signature(evaluator_of(model)).parameters
+    function = evaluator_of(model, data)
+    parameters = inspect.signature(function).parameters
     path = output_file(out or results_path(model.card.name, size_of(model)))
     before = path if out else find_results(model.card.name, size_of(model)) or path
     options = dict(n=n, steps=steps, test_images=test_images, gap_images=gap_images, calls=calls)
+    options |= dict(reference_images=reference_images, pairs=pairs)
     given = {}
     for option, value in options.items():
         if value is not None and option in parameters:
@@ -459,23 +485,40 @@ def cmd_evaluate(
             given[option] = (value,) if takes_several else value
     counts = _counts_of(parameters, given)
     _check_not_smaller(before, counts)
+    given |= _of_pictures(parameters, data, sections, prior, device)
     given |= _other_models(parameters, base, eval_classifier, device)
     add_missing_result(model)
     if 'path' in parameters:
         given['path'] = path.with_name(f'{path.stem}-sums.json')
-    result = evaluator_of(model)(model, **given) | dict(counts=counts)
+    result = function(model, **given) | dict(counts=counts)
     if processes().is_first:
         write_json(path, result)
     return result | dict(written=str(path))
 
 
+def _of_pictures(parameters, data, sections, prior, device):
+    "The arguments that only the evaluation of pictures takes. Raise if another gets one."
+    given = dict(data=data, sections=sections, prior=prior)
+    if 'sections' not in parameters:
+        others = [f'--{name}' for name, value in given.items() if value is not None]
+        if others:
+            raise ValueError(f'{others[0]} is for models of other pictures than digits')
+        return {}
+    names = tuple(sections.split(',')) if sections else ()
+    loaded = load_run(prior, device, LatentDPM) if prior else None
+    return dict(data=data, sections=names, prior=loaded)
+
+
 def _other_models(parameters, base, eval_classifier, device):
     "The other models that an evaluation takes: parameter -> model."
     models = {}
+    if eval_classifier is None and 'sections' not in parameters:
+        eval_classifier = 'mnist_eval_classifier'
     if 'eval_classifier' in parameters:
         models['eval_classifier'] = None
         if eval_classifier:
-            models['eval_classifier'] = load_run(eval_classifier, device, EvalClassifier)
+            cls = Model if 'sections' in parameters else EvalClassifier
+            models['eval_classifier'] = load_run(eval_classifier, device, cls)
     for name in ('against', 'dpm'):
         if name in parameters:
             models[name] = load_run(base, device, DPM)

@@ -24,7 +24,9 @@ __all__ = [
     'evaluate_cdpm',
     'scale_sweep',
     'evaluate_classifier',
+    'is_unconditional',
     'weights_mark',
+    'error_table',
     'reconstruction_table',
     'GapCurve',
     'evaluate_coder',
@@ -601,21 +603,34 @@ class _Row(NamedTuple):
         return f'{self.method} {self.way} {self.steps}'
 
 
+def is_unconditional(
+    model: Model | None,  # a model, or None
+) -> bool:
+    "Whether a model generates images, and its denoiser needs neither code nor label."
+    generates = isinstance(model, GenerativeModel) and len(model.shape) == 3
+    return generates and not model.is_conditional
+
+
 def _dpm_of(model):
     "The DPM of the table: the model itself, or its base. None if there is no DPM."
-    if isinstance(model, DPM):
+    if is_unconditional(model):
         return model
-    return model.base if isinstance(model.base, DPM) else None
+    return model.base if is_unconditional(model.base) else None
+
+
+def _condition(model, x0, y):
+    "The codes of images, or their labels, whichever the model is conditioned on."
+    return model.encode(x0) if model.is_autoencoder else model.condition(x0, y)
 
 
 def _decoders(model):
-    "Method -> (images -> denoiser), for the model's DPM alone and for the autoencoder."
+    "Method -> (images, labels -> denoiser), for the model's DPM alone and for the model."
     decoders = {}
     dpm = _dpm_of(model)
     if dpm is not None:
-        decoders['DPM'] = lambda x0: dpm.denoiser()
+        decoders['DPM'] = lambda x0, y: dpm.denoiser(None)
     if dpm is not model:
-        decoders[model.title] = lambda x0: model.denoiser(model.encode(x0))
+        decoders[model.title] = lambda x0, y: model.denoiser(_condition(model, x0, y))
     return decoders
 
 
@@ -644,18 +659,17 @@ def weights_mark(
 
 
 class _TableOfErrors:
-    "The rows of `reconstruction_table` for one chunk of images."
+    "The rows of `error_table` for one chunk of images."
 
-    def __init__(self, model, sums, eval_classifier, first, images, labels):  # noqa: PLR0917
+    def __init__(self, model, sums, measure, first, images, labels):  # noqa: PLR0917
         self.sched = model.sched
         self.sums = sums
-        self.eval_classifier = eval_classifier
-        self.feats = eval_feats(eval_classifier)
+        self.metrics_of = measure
         self.first = first  # index of the first image
         self.images = images
         self.labels = labels
         decoders = _decoders(model)
-        self.denoisers = {method: bind(images) for method, bind in decoders.items()}
+        self.denoisers = {method: bind(images, labels) for method, bind in decoders.items()}
 
     def measured(self, row):
         "Number of images that a row has so far."
@@ -670,7 +684,7 @@ class _TableOfErrors:
         "The metrics of all images of the chunk."
         denoiser = self.denoisers[row.method]
         x = WAYS[row.way](denoiser, self.images, self.sched, row.steps, self.first)
-        return _measure(x, self.images, self.labels, self.eval_classifier, self.feats)
+        return self.metrics_of(x, self.images, self.labels)
 
     def keep(self, row, values):
         "Add the metrics to the sums of a row. Each image counts once."
@@ -680,6 +694,32 @@ class _TableOfErrors:
 
 
 @torch.no_grad()
+def error_table(
+    model: GenerativeModel,  # a model of images
+    x0: Tensor,  # test images in [-1,1]: (N,C,H,W)
+    y: Tensor | None,  # their labels: (N,...); None if the model and the metrics need none
+    measure: Callable,  # (reconstructions, images, labels or None) -> metric -> numbers (B,)
+    about: dict,  # what determines the table besides the images: fingerprints of the models
+    path: str | Path | None = None,  # JSON file that keeps the sums; an existing file is continued
+    *,
+    steps: tuple[int, ...] = (10, 20, 50, 100),  # of the samplers
+    chunk: int = 50,  # images at a time
+    log: Callable = print,  # receives messages about the progress
+    ways: tuple[str, ...] = tuple(WAYS),  # which ways to decode
+) -> dict:  # '<method> <way> <steps>' -> n, mean and standard error of each metric
+    "Reconstruction errors for each way to decode, for a model and its DPM alone."
+    sums = ResultFile(path, about, kind='sums of a table', device=model.device)
+    rows = _rows(_decoders(model), ways, steps)
+    for first in range(0, len(x0), chunk):
+        part = slice(first, first + chunk)
+        labels = None if y is None else y[part]
+        errors = _TableOfErrors(model, sums, measure, first, x0[part], labels)
+        missing = [row for row in rows if errors.is_missing(row)]
+        for_each(errors.measure, missing, errors.keep)
+        log(f'{first + len(errors.images)} of {len(x0)} images')
+    return {k: _means(v) for k, v in sums.finish()['rows'].items()}
+
+
 def reconstruction_table(
     model: GenerativeModel,  # an autoencoder, or an unconditional DPM
     x0: Tensor,  # test images in [-1,1]: (N,C,H,W)
@@ -693,16 +733,14 @@ def reconstruction_table(
     ways: tuple[str, ...] = tuple(WAYS),  # which ways to decode
 ) -> dict:  # '<method> <way> <steps>' -> n, mean and standard error of mse, ssim, lpips, kept
     "Reconstruction errors for each way to decode, for a model and its DPM alone (PDAE Table 1)."
+    feats = eval_feats(eval_classifier)
+
+    def measure(x, images, labels):
+        return _measure(x, images, labels, eval_classifier, feats)
+
     about = dict(weights=weights_mark(model, eval_classifier))
-    sums = ResultFile(path, about, kind='sums of a table', device=model.device)
-    rows = _rows(_decoders(model), ways, steps)
-    for first in range(0, len(x0), chunk):
-        part = slice(first, first + chunk)
-        errors = _TableOfErrors(model, sums, eval_classifier, first, x0[part], y[part])
-        missing = [row for row in rows if errors.is_missing(row)]
-        for_each(errors.measure, missing, errors.keep)
-        log(f'{first + len(errors.images)} of {len(x0)} images')
-    return {k: _means(v) for k, v in sums.finish()['rows'].items()}
+    settings = dict(steps=steps, chunk=chunk, log=log, ways=ways)
+    return error_table(model, x0, y, measure, about, path, **settings)
 
 
 # %% ../nbs/toolbox/evaluation.ipynb #eab9d613
@@ -727,20 +765,27 @@ class GapCurve:
         return cls([e.mean for e in estimates], [e.se for e in estimates])
 
 
-def _gaps(model, x0):
-    "Mean and standard error of the posterior mean gap at each timestep (PDAE Fig. 5, right)."
+def _gaps(model, x0, y=None):
+    """Mean and standard error of the posterior mean gap at each timestep (PDAE Fig. 5, right).
 
-    def with_codes(xt, t, x0):
-        return model.denoiser(model.encode(x0))(xt, t)
+    A model with labels needs those of the images. An unconditional model has one curve, 'dpm'.
+    """
+
+    def with_condition(xt, t, given):
+        condition = model.encode(given) if model.is_autoencoder else given
+        return model.denoiser(condition)(xt, t)
 
     times = scaled_times(TIMES_5, model.sched)
     gaps = dict(t=times, images=len(x0))
     dpm = _dpm_of(model)
     if dpm is not None:
-        curve = gap_curve(dpm.denoiser(), x0, model.sched, times)
+        curve = gap_curve(dpm.denoiser(None), x0, model.sched, times)
         gaps['dpm'] = asdict(GapCurve.of(curve))
+    if dpm is model:
+        return gaps
     bs = model.batch_size(len(x0), most=100)
-    curve = gap_curve(with_codes, x0, model.sched, times, y=x0, bs=bs)
+    given = x0 if model.is_autoencoder else y
+    curve = gap_curve(with_condition, x0, model.sched, times, y=given, bs=bs)
     gaps[model.title.lower()] = asdict(GapCurve.of(curve))
     return gaps
 

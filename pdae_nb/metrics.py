@@ -44,6 +44,7 @@ from .data import Images, cache_file, to_signed, to_uint8
 from .edit import slerp
 from .forward import real_type
 from .methods.classifier import EvalClassifier
+from .processes import by_first, map_parts
 
 
 # %% ../nbs/toolbox/metrics.ipynb #05cb1608
@@ -319,8 +320,13 @@ def frechet(
 
     ‖μ_1-μ_2‖² + tr C_1 + tr C_2 - 2·(sum of the singular values of R_1R_2ᵀ), with C_i = R_iᵀR_i.
     """
-    mu_1, R_1 = _root(f1)
-    mu_2, R_2 = _root(f2)
+    return _frechet_of_roots(_root(f1), _root(f2))
+
+
+def _frechet_of_roots(first: tuple, second: tuple) -> float:
+    "Squared Fréchet distance of two Gaussians, each a mean and an R with RᵀR = covariance"
+    mu_1, R_1 = first
+    mu_2, R_2 = second
     _check_widths(len(mu_1), len(mu_2))
     means = (mu_1 - mu_2).square().sum()
     trace_1 = R_1.square().sum()
@@ -336,13 +342,17 @@ def features(
     images: Images | Tensor,  # `Images`, or float images in [-1,1]: (N,C,H,W)
     bs: int = 500,  # images per batch
 ) -> Tensor:  # on the CPU: (N,D)
-    "Features of many images"
+    "Features of many images. Inside `shared`, the processes share the batches."
     if isinstance(images, Images):
-        batches = map(to_signed, images.x.split(bs))
+        batches = images.x.split(bs)
     else:
         _images(images[:1])
         batches = images.split(bs)
-    return torch.cat([feats(x).cpu() for x in batches])
+
+    def of_batch(x):
+        return feats(to_signed(x) if isinstance(images, Images) else x).cpu()
+
+    return torch.cat(map_parts(of_batch, batches))
 
 
 def _shape_of(images) -> tuple[int, ...] | None:
@@ -496,7 +506,9 @@ def _weights(file: str, what: str) -> Path:
     return path
 
 
-def inception_feats() -> Feats:
+def inception_feats(
+    device: str | torch.device = 'cpu',  # device of the network
+) -> Feats:
     """The 2048 Inception features of FID (Heusel et al. 2017), for 8-bit images.
 
     Needs the package torch-fidelity and its weights. Downloads nothing.
@@ -508,7 +520,7 @@ def inception_feats() -> Feats:
             f'Inception features need the package torch-fidelity, which cannot be imported ({e})'
         ) from e
     path = _weights('weights-inception-2015-12-05-6726825d.pth', 'torch-fidelity')
-    net = Net('inception', ['2048'], feature_extractor_weights_path=str(path)).eval()
+    net = Net('inception', ['2048'], feature_extractor_weights_path=str(path)).eval().to(device)
 
     def embed(x):
         pixels = to_uint8(x).expand(-1, 3, -1, -1).to(next(net.parameters()).device)
@@ -525,17 +537,30 @@ _LPIPS_WEIGHTS = {  # backbone: file of its weights
 }
 
 
-def _lpips_network(net: str) -> nn.Module:
-    "LPIPS of torchmetrics, with its learned weights; raises if the package or a file is missing"
+def _lpips_maker(net: str) -> Callable[[], nn.Module]:
+    "What makes the network of LPIPS: the package torchmetrics, else the package lpips"
     try:
         from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity as Net
+
+        return lambda: Net(net_type=net).net
+    except (ImportError, RuntimeError, OSError):
+        pass
+    try:
+        from lpips import LPIPS
+
+        return lambda: LPIPS(net=net, verbose=False)
     except (ImportError, RuntimeError, OSError) as e:
         raise ImportError(
-            f'LPIPS-{net} needs the package torchmetrics, which cannot be imported ({e})'
+            f'LPIPS-{net} needs the package torchmetrics or lpips, which cannot be imported ({e})'
         ) from e
+
+
+def _lpips_network(net: str) -> nn.Module:
+    "LPIPS of a package, with its learned weights; raises if packages or a file are missing"
+    make = _lpips_maker(net)
     _weights(_LPIPS_WEIGHTS[net], f'LPIPS-{net}')
     try:
-        return Net(net_type=net).net.eval()
+        return make().eval()
     except (ImportError, RuntimeError) as e:
         raise ImportError(
             f'LPIPS-{net} is installed but does not load ({str(e).strip().splitlines()[0]})'
@@ -544,14 +569,15 @@ def _lpips_network(net: str) -> nn.Module:
 
 def lpips_feats(
     net: str = 'alex',  # alex (PDAE, Diff-AE), vgg (ScoreVAE) or squeeze
+    device: str | torch.device = 'cpu',  # device of the network
 ) -> Feats:
     """LPIPS with the learned weights of Zhang et al. (2018).
 
-    Needs the package torchmetrics and the backbone's weights. Downloads nothing.
+    Needs the package torchmetrics or lpips, and the backbone's weights. Downloads nothing.
     """
     if net not in _LPIPS_WEIGHTS:
         raise ValueError(f'net must be one of {list(_LPIPS_WEIGHTS)}, got {net!r}')
-    network = _lpips_network(net)
+    network = _lpips_network(net).to(device)
 
     def as_input(x):
         return x.float().expand(-1, 3, -1, -1).to(next(network.parameters()).device)
@@ -618,10 +644,10 @@ def reference_stats(
         return _ImageStats.of(stats(features(feats, images, bs)), images.x.shape[1:])
     about = dict(feats=feats.name, key=feats.key, shape=list(images.x.shape), crop=str(crop))
     path = _stats_path(images, about)
-    found = _stored_stats(path, about)
+    found = by_first(partial(_stored_stats, path, about))
     if found is None:
         found = _ImageStats.of(stats(features(feats, images, bs)), images.x.shape[1:])
-        keep_cached(path, dict(mean=found.mean, cov=found.cov), about)
+        by_first(partial(keep_cached, path, dict(mean=found.mean, cov=found.cov), about))
     return found
 
 

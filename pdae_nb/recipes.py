@@ -11,6 +11,7 @@ import math
 import os
 
 from .adapters import DiffusersDPM
+from .methods.attribute_classifier import AttributeClassifier
 from .methods.classifier import EvalClassifier, NoisyClassifier
 from .methods.diffae import DiffAE
 from .methods.dpm import DPM, ClassConditionalDPM, DPMSettings
@@ -148,6 +149,10 @@ RECIPES = {  # (run, size): method, data, pixels, images; behind a row: its resu
         net=dict(ch=32), **_EVAL),  # accuracy .9964
     ('cifar16_eval_classifier', 'lesson'): Recipe(EvalClassifier, 'cifar10', 16, 300_000,
         net=dict(ch=32), flip=True, **_EVAL),  # accuracy .7232
+    ('celeba64_eval_classifier', 'smoke'): Recipe(AttributeClassifier, 'digits', 28, 512,
+        net=dict(ch=8), **_SMOKE),
+    ('celeba64_eval_classifier', 'lesson'): Recipe(AttributeClassifier, 'celeba64', 64, 150_000,
+        net=dict(ch=32), flip=True, **_EVAL),
     ('mnist_classifier', 'smoke'):      Recipe(NoisyClassifier, 'digits', 28, 2_048,
         net=_TINY, **_SMOKE),
     ('mnist_classifier', 'lesson'):     Recipe(NoisyClassifier, 'mnist', 28, 320_000,

@@ -23,16 +23,16 @@ COURSE = sorted((ROOT / 'nbs/course').glob('*.ipynb'))
 MODULES = sorted(path for path in PACKAGE.rglob('*.py') if not path.name.startswith('_'))
 
 LAYERS = [
-    'names decode splits labels readers workers tables cache pixels data logs files release processes '
-    'theme plot curves learning_curves drawing diagrams',
+    'names decode splits labels readers workers tables cache pixels data logs files release '
+    'processes theme plot curves learning_curves drawing diagrams',
     'layers memory forward denoise sampling solvers unet networks',
     'gap guidance weighting compiling',
     'model training store',
-    'methods.dpm methods.classifier methods.pdae methods.label_pdae methods.diffae '
-    'methods.scorevae methods.vae methods.latent',
+    'methods.dpm methods.classifier methods.attribute_classifier methods.pdae methods.label_pdae '
+    'methods.diffae methods.scorevae methods.vae methods.latent',
     'pretrained adapters',
     'recipes version_1 parents own hub',
-    'edit metrics evaluation pictures',
+    'edit metrics evaluation feature_networks image_sets attributes picture_evaluation pictures',
     'commands traffic costs speed bench '
     'experiments.critical_stage experiments.training_efficiency experiments.autoencoding '
     'experiments.latent_space experiments.generation experiments.scorevae experiments.figures '
@@ -243,7 +243,7 @@ def required_packages() -> set[str]:
     return {re.split(r'[<>=~!]', word)[0].lower().replace('_', '-') for word in words}
 
 
-OPTIONAL = {'torchmetrics', 'torch_fidelity'}  # looked for at run time, with a clear error
+OPTIONAL = {'torchmetrics', 'torch_fidelity', 'lpips'}  # looked for at run time, with a clear error
 
 
 def test_every_imported_package_is_declared():
