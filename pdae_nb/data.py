@@ -129,6 +129,15 @@ def _check_request(size, channels):
         raise ValueError(f'size must be a number of pixels >= 1, got {size!r}')
 
 
+def _relevant(options, source):
+    "The options that change what a cache file holds. The files themselves are in the stamp."
+    fields = options.as_json()
+    fields.pop('labels', None)
+    if source.has_splits:
+        fields.pop('hold_out', None)
+    return fields
+
+
 def _load(source, where, split, size, channels, options):
     "The images of a split, decoded at the first call and memory-mapped from the cache."
     name = Path(where).name
@@ -143,7 +152,7 @@ def _load(source, where, split, size, channels, options):
     how = dict(crop=D2C_CROP if of_celeba else None, classes=CLASSES.get(name, '').split())
     part = split if len(source.splits()) > 1 or source.has_splits else 'all'
     about = dict(name=name, where=str(where), split=part, size=size, channels=channels, **how)
-    about['options'] = options.as_json()
+    about['options'] = _relevant(options, source)
 
     def make_plan():
         return plan(source, split, size, channels, **how, values=options.range)
@@ -193,9 +202,11 @@ def stored_place(
     another working folder, must find the same images.
     """
     text = str(name)
+    if text in (*HUB, 'digits'):
+        return text
     folder = _data_folder(name)
     is_path = isinstance(name, Path) or Path(text).expanduser().name != text
-    if text in (*HUB, 'digits') or (folder is None and not is_path):
+    if folder is None and not is_path:
         return text
     if not is_path and folder is not None and folder.is_absolute():
         return text

@@ -21,6 +21,7 @@ __all__ = [
     'name_of',
     'Header',
     'read_header',
+    'has_8_bits',
     'read_mode',
     'bits_of',
     'Picture',
@@ -341,6 +342,14 @@ def read_header(
         return Header(_mode(image) in _GREY, top)
 
 
+def has_8_bits(
+    source,  # path, content of an image file (bytes), or PIL image
+) -> bool:
+    "Whether an image is grey and has at most 8 bits."
+    with open_image(source) as image:
+        return _mode(image) in ('1', 'L', 'LA', 'La')
+
+
 def read_mode(
     source,  # path, content of an image file (bytes), or PIL image
 ) -> Header:  # whose largest value is 0
@@ -435,7 +444,7 @@ def grey_of_range(
 ) -> np.ndarray:  # uint8, of the same shape
     "Values as grey 0…255: a straight line, rounded to the nearest, clipped at both ends."
     low, high = ends
-    scaled = (values.astype(np.float64) - low) * (255 / (high - low))
+    scaled = (values.astype(np.float64) - low) * 255 / (high - low)
     return np.rint(scaled).clip(0, 255).astype(np.uint8)
 
 

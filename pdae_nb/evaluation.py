@@ -119,7 +119,7 @@ def _image_files(paths):
     return files
 
 
-def _read(paths, shape, log):
+def _read(paths, shape, log, values):
     "Images of this shape, their file names, and the files that cannot be read."
     c, size, _ = shape
     files = _image_files(paths)
@@ -128,7 +128,7 @@ def _read(paths, shape, log):
     unreadable = []
     for file in files:
         try:
-            images.append(as_x0(file, size, c, log))
+            images.append(as_x0(file, size, c, log, range=values))
             names.append(shown(file.name))
         except (ValueError, OSError) as e:
             unreadable.append(shown(file))
@@ -154,7 +154,8 @@ def inputs(
     If MNIST cannot be loaded, they are the MNIST test images that the package contains.
     """
     if paths:
-        x0, names, unreadable = _read(paths, model.shape, log)
+        values = options_of(model).range
+        x0, names, unreadable = _read(paths, model.shape, log, values)
         return x0.to(model.device), names, unreadable
     recipe = model.card.recipe or {}
     if recipe.get('data') == 'mnist':

@@ -31,9 +31,10 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -46,6 +47,8 @@ from .data import (
     check_splits,
     load_images,
     mnist_or_digits,
+    stored_options,
+    stored_place,
     to_signed,
 )
 from .decode import image_files
@@ -426,7 +429,7 @@ def train(
     else:
         recipe = with_data(recipe, **pictures)
         recipe = recipe if base is None else replace(recipe, base=base)
-    recipe = _named_parent(recipe, init)
+    recipe = _placed(_named_parent(recipe, init))
     check_parts(recipe.batch, training.get('accumulate', 1))
     name = out.name if name in METHODS else name
     return _train(name, recipe, out, predicts, build, **training)
@@ -480,6 +483,12 @@ def _named_parent(recipe: Recipe, init: str | Path | None) -> Recipe:
     except UnicodeEncodeError as e:
         raise ValueError(f'init: {init!r} is no UTF-8, and run.json cannot store it') from e
     return replace(recipe, init=init)
+
+
+def _placed(recipe: Recipe) -> Recipe:
+    "The recipe with whole paths of its data and labels, so that it means the same everywhere."
+    options = stored_options(recipe.data, recipe.options)
+    return replace(recipe, data=stored_place(recipe.data), options=options)
 
 
 def _check_data(recipe: Recipe, images: Images, test: Images) -> None:
@@ -689,7 +698,15 @@ def images(
         sources = image_files(Path(source).expanduser())
         if not sources:
             raise ValueError(f'{source} holds no image files')
-    return torch.cat([as_x0(item, size, c, log) for item in sources]).to(model.device)
+    options = DataOptions.of((model.card.recipe or {}).get('options'))
+    x0 = [_as_x0(item, size, c, log, options) for item in sources]
+    return torch.cat(x0).to(model.device)
+
+
+def _as_x0(source, size, c, log, options):
+    "`as_x0`: files and PIL images have the range of the model's data."
+    is_array = torch.is_tensor(source) or isinstance(source, np.ndarray)
+    return as_x0(source, size, c, log, range=None if is_array else options.range)
 
 
 def _data_set(name, split, size, c, log):
@@ -799,6 +816,25 @@ def push_run(
     api.create_repo(repo, exist_ok=True, **kw)
     with tempfile.TemporaryDirectory() as d:
         folder = Path(d) / model.card.name
+        _without_paths(model)
         model.save(folder, bundle=True)
         (folder / 'README.md').write_text(text, encoding='utf-8')
         return api.upload_folder(folder_path=str(folder), repo_id=repo)
+
+
+def _without_paths(model: Model) -> None:
+    "Leave only the names of folders and tables in the recipes of a model and its bases."
+    while model is not None:
+        recipe = model.card.recipe or {}
+        if recipe.get('data'):
+            recipe['data'] = _file_name(recipe['data'])
+        if (recipe.get('options') or {}).get('labels'):
+            recipe['options'] = recipe['options'] | dict(
+                labels=_file_name(recipe['options']['labels'])
+            )
+        model = model.base
+
+
+def _file_name(path: str) -> str:
+    "The last part of a path of any system."
+    return PureWindowsPath(path).name

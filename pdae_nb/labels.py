@@ -149,25 +149,22 @@ class _Finder:
 
     def __init__(self, path, root, names):
         self.names = names
-        self.root = root
-        here = os.path.realpath(path.parent)
-        try:
-            to_csv = os.path.relpath(here, os.path.realpath(root))
-        except ValueError:  # another drive of Windows
-            to_csv = '.'
-        self.to_csv = to_csv.replace(os.sep, '/')
+        self.folder = os.path.realpath(root).replace(os.sep, '/')
+        self.here = os.path.realpath(path.parent).replace(os.sep, '/')
         self.number_of = {_normal(name): i for i, name in enumerate(names)}
 
     def __call__(self, name: str) -> int:
         "The number of a picture. An error says what was expected."
-        if os.path.isabs(name):
-            name = os.path.relpath(os.path.realpath(name), os.path.realpath(self.root))
         name = name.replace('\\', '/')
-        places = {posixpath.normpath(name), posixpath.normpath(f'{self.to_csv}/{name}')}
-        found = {self.number_of[place] for place in map(_normal, places) if place in self.number_of}
+        found = set()
+        for place in (self.folder, self.here):
+            path = posixpath.normpath(posixpath.join(place, name))
+            number = self.number_of.get(_normal(path.removeprefix(f'{self.folder}/')))
+            if number is not None:
+                found.add(number)
         if not found:
             raise ValueError(
-                f'{shown(name)} is no picture of {shown(self.root)}; expected a name such as '
+                f'{shown(name)} is no picture of {shown(self.folder)}; expected a name such as '
                 f'{shown(self.names[0])}'
             )
         if len(found) > 1:
@@ -263,6 +260,11 @@ def read_table(
 def _put(column, i, line, text, where, name):
     if not text:
         raise ValueError(f'{where}: the column {shown(name)!r} is empty, expected an entry')
+    if not text.isprintable():
+        raise ValueError(
+            f'{where}: the column {shown(name)!r} holds {shown(text)}, '
+            'expected printable characters'
+        )
     column.put(i, line, text)
 
 

@@ -13,7 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .decode import grey_of_range, in_words, name_of, note, read_image, shown, square
+from .decode import (
+    grey_of_range,
+    has_8_bits,
+    in_words,
+    name_of,
+    note,
+    read_image,
+    shown,
+    square,
+)
 from .labels import natural
 from .names import Names
 from .splits import as_range
@@ -337,7 +346,8 @@ def _picture_x0(source, size, c, log, values):
     "A file or a PIL image as x_0."
     name = name_of(source)
     try:
-        image, remarks = read_image(source, values=values)
+        is_scaled = values is not None and values[1] > 255 and has_8_bits(source)
+        image, remarks = read_image(source, values=None if is_scaled else values)
         height, width, grey = image.height, image.width, _is_grey(image)
     except FileNotFoundError:
         raise
@@ -345,6 +355,8 @@ def _picture_x0(source, size, c, log, values):
         raise ValueError(f'{name}: not a readable image ({type(e).__name__}: {e})') from e
     for remark in remarks:
         log(f'{name}: {remark}')
+    if is_scaled:
+        log(f'{name}: 8 bits, taken as it is, without the range {in_words(values)}')
     if (height, width, grey) != (size, size, c == 1):
         found = f'{width}x{height} {"grey" if grey else "colour"}'
         wanted = f'{size}x{size} {"grey" if c == 1 else "colour"}'

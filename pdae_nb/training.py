@@ -542,12 +542,20 @@ def _json(o):
     return json.loads(json.dumps(o), parse_constant=str)
 
 
+def _same_place(old, new):
+    "Whether two names of data mean one folder: earlier versions stored paths as they were given."
+    places = [os.path.abspath(os.path.expanduser(name or '')) for name in (old, new)]
+    return places[0] == places[1]
+
+
 def _check_same(old, r, out):
     """Raise if the recipe `old`, as stored in the folder `out`, is not `r`, or a shorter `r`.
 
     Bases are compared by their fingerprints elsewhere: one base has many names and paths.
     """
     new = r.as_json()
+    if _same_place(old.get('data'), new['data']):
+        new['data'] = old['data']
     changes = []
     for name in sorted(old.keys() | new.keys()):
         was, now = old.get(name), new.get(name)

@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 from pdae_nb import cache, workers
-from pdae_nb.data import D2C_CROP, load_images
+from pdae_nb.data import D2C_CROP, DataOptions, folder, load_images
 from pdae_nb.decode import Decoder
 from pdae_nb.readers import Row
 from pdae_nb.tables import local_source
@@ -65,6 +65,9 @@ def as_bytes(image: Image.Image, kind: str, **options) -> bytes:
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
+
+
+ALL = DataOptions(hold_out=0)  # of a folder without splits, all pictures
 
 
 def write_pictures(root: Path, n: int) -> Path:
@@ -264,7 +267,7 @@ def test_warnings_of_workers_are_given(tmp_path, started, monkeypatch):
 @needs_posix
 def test_a_killed_worker_is_an_error_that_names_the_data(tmp_path, started, monkeypatch):
     root = write_pictures(tmp_path / 'mine', 120)
-    cache.survey(local_source(root))
+    cache.survey(local_source(root, ALL))
     started.clear()
     ask = workers._Worker.ask
     asked = []
@@ -277,13 +280,13 @@ def test_a_killed_worker_is_an_error_that_names_the_data(tmp_path, started, monk
 
     monkeypatch.setattr(workers._Worker, 'ask', killed)
     with pytest.raises(ChildProcessError) as error:
-        load_images(root, 'train', 8)
+        folder(root, 8)
     words = str(error.value)
     assert words.startswith(f'{root}: ') and 'SIGKILL' in words and 'repeat' in words
     assert all_ended(started)
     assert not list((tmp_path / 'cache').iterdir())
     monkeypatch.setattr(workers._Worker, 'ask', ask)
-    assert len(load_images(root, 'train', 8)) == 120
+    assert len(folder(root, 8)) == 120
 
 
 def test_workers_end_with_the_consumer(tmp_path, started):
@@ -370,8 +373,8 @@ def recorded(worker):
 workers._Worker.is_ready = recorded
 """
 LOAD = """
-from pdae_nb.data import load_images
-images = load_images('./mine', 'train', 8)
+from pdae_nb.data import folder
+images = folder('./mine', 8)
 print(len(images), len(pids), sum(images.x.sum((1, 2, 3)) > 0).item())
 """
 

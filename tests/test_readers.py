@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from pdae_nb import cache, decode, files
-from pdae_nb.data import as_x0, folder, load_images, to_signed
+from pdae_nb.data import DataOptions, as_x0, folder, load_images, to_signed
 from pdae_nb.evaluation import _image_files
 from pdae_nb.files import locked, write_json
 from pdae_nb.hub import train
@@ -63,13 +63,16 @@ def layout(root: Path, *names: str) -> Path:
     return root
 
 
+ALL = DataOptions(hold_out=0)  # each split of a folder without splits has all images
+
+
 def values(images) -> list[int]:
     return images.x.float().mean((1, 2, 3)).int().tolist()
 
 
 def loaded(root, split='train', **options):
     "Values, labels and classes of a split."
-    images = load_images(root, split, 8, **options)
+    images = load_images(root, split, 8, options=ALL, **options)
     return values(images), None if images.y is None else images.y.tolist(), images.classes
 
 
@@ -140,7 +143,7 @@ def test_unclear_folders_are_refused(tmp_path, names, words):
         load_images(root, 'test', 8)
 
 
-def test_a_folder_without_splits_says_that_the_test_has_the_same_images(tmp_path, told):
+def test_without_held_out_images_the_test_has_the_same_images_and_this_is_said(tmp_path, told):
     root = layout(tmp_path / 'mine', 'cat/1.png', 'dog/2.png')
     assert loaded(root) == ([0, 1], [0, 1], ['cat', 'dog'])
     assert not told()
@@ -178,7 +181,7 @@ def test_every_suffix_that_pillow_reads(tmp_path, suffix):
     (tmp_path / 'mine').mkdir()
     Image.new('RGB', (8, 8), (90, 90, 90)).save(tmp_path / f'mine/a{suffix}')
     layout(tmp_path / 'mine', 'b.png')
-    assert len(load_images(tmp_path / 'mine', size=8)) == 2
+    assert len(folder(tmp_path / 'mine', size=8)) == 2
     assert len(_image_files([tmp_path / 'mine'])) == 2
 
 
@@ -221,16 +224,16 @@ def test_an_existing_path_is_used_as_it_is(tmp_path, monkeypatch):
     monkeypatch.setenv('HOME', str(tmp_path))
     monkeypatch.setenv('USERPROFILE', str(tmp_path))
     for name in ('photos/of/me', './photos/of/me/', Path('photos/of/me'), '~/photos/of/me'):
-        assert len(load_images(name, size=8)) == 2
-    assert len(load_images(tmp_path / 'photos/of/me', size=8)) == 2
-    assert len(load_images('here', size=8)) == 1
+        assert len(loaded(name)[0]) == 2
+    assert len(loaded(tmp_path / 'photos/of/me')[0]) == 2
+    assert len(loaded('here')[0]) == 1
     assert len(_image_files(['~/photos'])) == 2
     monkeypatch.chdir(tmp_path / 'photos')
-    assert len(load_images('of', size=8)) == 2
+    assert len(loaded('of')[0]) == 2
     layout(tmp_path / 'photos/here', '1.png', '2.png', '3.png')
     with pytest.raises(ValueError, match='./here'):
         load_images('here', size=8)
-    assert len(load_images('./here', size=8)) == 3
+    assert len(loaded('./here')[0]) == 3
     write(tmp_path / 'photos/file.zip', b'')
     with pytest.raises(NotADirectoryError, match='is a file'):
         load_images('./file.zip', size=8)
@@ -617,7 +620,7 @@ def test_grey_values_of_8_12_and_16_bits(tmp_path, top, shift):
     assert (f'{8 + shift} bits' in ' '.join(said)) == (shift < 8)
     assert torch.equal(as_x0(Image.fromarray(grey.astype(np.int32)), 8, 1, ignore), wanted)
     Image.fromarray(grey).save(tmp_path / 'mine/b.tif')
-    assert torch.equal(to_signed(load_images(tmp_path / 'mine', size=8).x[1:]), wanted)
+    assert torch.equal(to_signed(folder(tmp_path / 'mine', size=8).x[1:]), wanted)
 
 
 def test_bits_of_grey_values_are_settled_over_all_splits(tmp_path, told):
@@ -826,7 +829,7 @@ def test_leftovers_of_a_killed_load_are_removed(tmp_path):
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout.readline()
         held = list((tmp_path / 'cache').glob('.*.part'))
-        assert held[0].stat().st_size == 2 * 64 * 64
+        assert held[0].stat().st_size == 64 * 64 + 8 + len('0.png')
         cache.remove_leftovers(tmp_path / 'cache')
         assert held[0].exists()  # its process runs
         process.kill()
@@ -837,7 +840,7 @@ def test_leftovers_of_a_killed_load_are_removed(tmp_path):
     for name in foreign:
         write(tmp_path / 'cache' / name, b'')
         os.utime(tmp_path / 'cache' / name, (0, 0))
-    assert len(load_images(root, size=64)) == 2
+    assert len(load_images(root, size=64)) == 1
     assert not held[0].exists()
     assert all((tmp_path / 'cache' / name).exists() for name in foreign)
 
@@ -860,7 +863,9 @@ def test_a_full_disk_is_an_error_before_decoding(tmp_path, monkeypatch):
 
 
 def test_two_first_loads_decode_once(tmp_path):
-    root = layout(tmp_path / 'mine', *(f'{i}.png' for i in range(20)))
+    root = tmp_path / 'mine'
+    for i in range(20):
+        write(root / f'train/{i}.png', png(i, size=(64, 64)))
     command = [sys.executable, '-c', FIRST_LOAD, str(root), 'fast']
     processes = [subprocess.Popen(command, stderr=subprocess.PIPE) for _ in range(2)]
     for process in processes:
@@ -944,7 +949,7 @@ def test_the_cache_tells_folders_of_one_relative_name_apart(tmp_path, monkeypatc
             os.utime(file, (1e9, 1e9))
     for name, value in (('A', 10), ('B', 200)):
         monkeypatch.chdir(tmp_path / name)
-        assert values(load_images('./faces', 'train', 8)) == [value, value]
+        assert loaded('./faces')[0] == [value, value]
 
 
 def test_attributes_that_differ_between_splits_are_refused(tmp_path):
