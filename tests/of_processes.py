@@ -232,6 +232,18 @@ def job_latent(folder):
     return {}
 
 
+def job_pictures(folder):
+    "All sections of the evaluation of a small PDAE, as one vector of numbers."
+    from test_any_evaluation import FEW, attribute_classifier, evaluate_pictures, numbers_of
+
+    join('cpu')
+    settings = FEW | dict(data='digits', eval_classifier=attribute_classifier())
+    with shared():
+        path = Path(folder) / 'sums.json'
+        result = evaluate_pictures(models.new_pdae().eval(), path=path, **settings)
+    return dict(numbers=torch.tensor(numbers_of(result), dtype=torch.float64))
+
+
 def main():
     job, folder, *values = sys.argv[1:]
     torch.set_num_threads(1)
