@@ -17,7 +17,7 @@ import torch
 from sklearn.datasets import load_sample_images
 from test_processes import result_of
 
-from pdae_nb import cli, pictures
+from pdae_nb import cli, picture_evaluation
 from pdae_nb.attributes import (
     DIFFAE_TABLE_8,
     code_auroc,
@@ -331,7 +331,7 @@ def small_data(monkeypatch):
             return Images(found.x, as_attributes(found.y, 10).long(), found.classes)
         return found
 
-    monkeypatch.setattr(pictures, 'load_images', images)
+    monkeypatch.setattr(picture_evaluation, 'load_images', images)
 
 
 def new_latent():
@@ -382,7 +382,7 @@ def test_finished_sections_are_not_measured_again(small_data, monkeypatch, tmp_p
     settings = FEW | dict(data='classes', path=tmp_path / 'sums.json')
     names = dict(sections=('reconstruction', 'gap'))
     first = evaluate_pictures(models.new_pdae().eval(), **settings, **names)
-    monkeypatch.setattr(pictures, '_gaps', None)
+    monkeypatch.setattr(picture_evaluation, '_gaps', None)
     second = evaluate_pictures(models.new_pdae().eval(), **settings, **names)
     assert second['gap'] == first['gap']
     assert second['reconstruction'] == first['reconstruction']
