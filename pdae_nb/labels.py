@@ -246,9 +246,11 @@ def read_table(
             _put(groups, i, line, row[head.group], where, first[head.group])
     left_out = np.flatnonzero(line_of == 0)
     if len(left_out):
+        first = listed(list(names[left_out[:3]]))
+        more = f' and {len(left_out) - 3} more' if len(left_out) > 3 else ''
         raise ValueError(
             f'{shown(path)} leaves out {len(left_out)} of {len(names)} pictures of '
-            f'{shown(root)}: {listed(list(names[left_out[:4]]))}. Expected a row for each picture'
+            f'{shown(root)}: {first}{more}. Expected a row for each picture'
         )
     classes, y, notes = _labels(path, head.names, columns)
     has_groups = head.group is not None
