@@ -245,10 +245,15 @@ def _find_source(name, split, options):
         f'no dataset {str(name)!r}. Put its parquet files or images under $PDAE_NB_DATA/{name} '
         f'or data/{name}, name an existing folder, or '
     )
+    path = Path(name).expanduser()
+    if isinstance(name, Path) or path.name != str(name):
+        raise FileNotFoundError(f'{shown(path)} does not exist, expected a folder of images')
     if name not in HUB:
         raise FileNotFoundError(
             f'{advice}use a name the Hugging Face Hub is asked for: {sorted(HUB)}.'
         )
+    if options.labels is not None:
+        raise ValueError(f'labels={options.labels!r} is for a folder of image files, not {name!r}')
     try:
         return HubSource(name, split), name
     except Exception as e:

@@ -362,7 +362,9 @@ def _wide_grey(image):
     "The values of a grey image of more than 8 bits: integers (H,W)."
     values = np.asarray(image)
     if values.min() < 0 or values.max() > 65535:
-        raise ValueError(f'grey values are {values.min()} … {values.max()}, expected 0 … 65535')
+        raise ValueError(
+            f'grey values are {values.min()} … {values.max()}, expected 0 … 65535, or a range'
+        )
     return values
 
 
@@ -420,7 +422,9 @@ def _picture(file, bits):
     remarks = _remarks_on_frames(file)
     image = _upright(file)
     if image.mode == 'F':
-        raise ValueError('floating-point pixels are not read: save the image with 8 or 16 bits')
+        raise ValueError(
+            'floating-point pixels need a range, the values that become black and white'
+        )
     if image.mode.startswith('I'):
         values = _wide_grey(image)
         top = int(values.max())

@@ -58,7 +58,10 @@ def natural(
     name: str,
 ) -> tuple:
     "Key by which names are sorted: numbers by their values."
-    return (0, int(name), name) if re.fullmatch('[0-9]+', name) else (1, 0, name)
+    if not re.fullmatch('[0-9]+', name):
+        return (1, 0, name, name)
+    digits = name.lstrip('0')  # Python makes no number of thousands of digits
+    return (0, len(digits), digits, name)
 
 
 _MOST_BYTES = 2**30  # of a table
@@ -116,6 +119,9 @@ def _head(path, line, names, options):
     suffixes = {Path(name).suffix.lower() for name in names}
     if suffixes & image_types():
         raise ValueError(f'{where}: expected the names of the columns, got {listed(names)}')
+    odd = [name for name in names if not name.isprintable()]
+    if odd:
+        raise ValueError(f'{where}: expected printable names of columns, got {listed(odd)}')
     if '' in names:
         raise ValueError(
             f'{where}: column {names.index("") + 1} has no name. Name each column; with pandas, '
@@ -246,9 +252,11 @@ def read_table(
             _put(groups, i, line, row[head.group], where, first[head.group])
     left_out = np.flatnonzero(line_of == 0)
     if len(left_out):
+        first = listed(list(names[left_out[:3]]))
+        more = f' and {len(left_out) - 3} more' if len(left_out) > 3 else ''
         raise ValueError(
             f'{shown(path)} leaves out {len(left_out)} of {len(names)} pictures of '
-            f'{shown(root)}: {listed(list(names[left_out[:4]]))}. Expected a row for each picture'
+            f'{shown(root)}: {first}{more}. Expected a row for each picture'
         )
     classes, y, notes = _labels(path, head.names, columns)
     has_groups = head.group is not None

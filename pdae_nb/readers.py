@@ -352,13 +352,16 @@ class FolderSource(Source):
             return []
         held, n = self.sizes['test'], len(self.all_names)
         chosen = 'by a hash of their names'
+        subjects = n
         if self.options.group:
             subjects = len(set(self.table.groups[self.parts['test']].tolist()))
             chosen = (
                 f'all those of {subjects} of {len(self.table.subjects)} entries of '
                 f'{shown(self.options.group)!r}, {chosen}'
             )
-        few = '. With so few images, results of the test are uncertain' if n < _FEW else ''
+        few = ''
+        if n < _FEW or subjects == 1:
+            few = '. With so few images or subjects, results of the test are uncertain'
         return [f'{no_folders}: {held} of {n} images are held out for the test, {chosen}{few}']
 
     def why_missing(self, split: str) -> str:

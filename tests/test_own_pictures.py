@@ -237,6 +237,8 @@ def labelled(tmp_path, text, names=('a.png', 'b.png', 'c/d.png'), **options):
         'classes': ('file,kind\na.png,dog\nb.png,cat\nc/d.png,dog\n', ['cat', 'dog'], [1, 0, 1]),
         'numbers of classes': ('file,kind\na.png,10\nb.png,9\nc/d.png,0\n', ['0', '9', '10'],
                                [2, 1, 0]),
+        'long numbers': ('file,kind\na.png,2\nb.png,' + '1' * 5000 + '\nc/d.png,007\n',
+                         ['2', '007', '1' * 5000], [0, 2, 1]),
         'classes 0 and 1': ('file,label\na.png,1\nb.png,0\nc/d.png,1\n', ['0', '1'], [1, 0, 1]),
         'semicolons and a mark': ('\ufefffile;x\r\na.png;1\r\nb.png;0\r\n\r\nc/d.png;0\r\n;\r\n',
                                   ['x'], [[1], [0], [0]]),
@@ -271,6 +273,7 @@ def test_tables(tmp_path, text, classes, y):
         'two file columns': ('file,path,x\na.png,a.png,1\n', '2 columns of file names'),
         'a column twice': ('file,x,x\na.png,1,0\n', "two columns are called 'x'"),
         'an index': (',file,x\n0,a.png,1\n', r'column 1 has no name.*index=False'),
+        'odd columns': ('file,x\x1b[2J\na.png,1\n', 'expected printable names of columns'),
         'empty': ('', 'is empty: expected the names'),
         'blank lines': ('\n\n', 'is empty'),
         'not UTF-8': (b'file,x\na.png,\xff\n', 'no text in UTF-8'),
@@ -394,6 +397,8 @@ def test_tables_are_for_folders(tmp_path):
     pq.write_table(table, tmp_path / 'mine/train.parquet')
     with pytest.raises(ValueError, match='is for a folder of image files'):
         load_images('mine', 'train', 8, options=DataOptions(labels='t.csv'))
+    with pytest.raises(ValueError, match='for a folder of image files'):
+        load_images('cifar10', 'train', 8, options=DataOptions(labels='t.csv'))
     with pytest.raises(ValueError, match='takes none'):
         load_images('digits', 'train', 8, options=DataOptions(range=(0, 1)))
 
@@ -691,6 +696,22 @@ def test_paths_of_folders(tmp_path, monkeypatch, name):
     pictures(tmp_path / 'data/known', *MANY[:3])
     assert stored_place('known') == 'known'
     assert stored_place('mnist') == 'mnist' and stored_place('unknown') == 'unknown'
+
+
+def test_a_folder_that_does_not_exist(tmp_path):
+    for name in ('./photos', tmp_path / 'photos', 'no/photos'):
+        with pytest.raises(FileNotFoundError, match='photos does not exist, expected a folder'):
+            load_images(name, size=8)
+    with pytest.raises(FileNotFoundError, match=r'photos does not exist, expected a folder'):
+        train('x', recipe('./photos', labels='t.csv'), out='run', log=no_log)
+    assert not Path('run').exists()
+
+
+def test_a_link_to_itself_is_named(tmp_path):
+    root = pictures(tmp_path / 'mine', *MANY[:3])
+    (root / 'loop.png').symlink_to('loop.png')
+    with pytest.raises(ValueError, match=r'loop\.png: a broken link'):
+        load_images(root, size=8)
 
 
 # Memory
