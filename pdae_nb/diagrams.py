@@ -24,7 +24,7 @@ from types import MappingProxyType
 from torch import Tensor, nn
 
 from .drawing import FROZEN, SYMBOL_POINTS, Box, Diagram, Grid, Port, route, text_colour
-from .plot import INK, METHOD_COLOURS, WIDE, WIDTH
+from .theme import INK, METHOD_COLOURS, WIDE, WIDTH
 
 # %% ../nbs/toolbox/diagrams.ipynb #diag0007
 NO_IMAGES: Mapping = MappingProxyType({})  # symbols in place of images

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from .data import to_uint8
-from .plot import INK, figure_png
+from .theme import DPI, INK, SHOWN_PER_INCH, png_file
 
 # %% ../nbs/toolbox/drawing.ipynb #draw0006
 FROZEN = '#b8b8b8'  # fill of frozen parts
@@ -177,17 +177,16 @@ class Diagram:
         return self.ax.figure
 
     def png(self) -> bytes:
-        "A PNG file with a palette of 256 colours, which is smaller than one with all colours."
+        "The diagram as a PNG file."
         from PIL import Image
 
-        image = Image.open(io.BytesIO(figure_png(self.figure))).convert('RGBA')
         file = io.BytesIO()
-        image.quantize(256, method=Image.Quantize.FASTOCTREE).save(file, 'PNG', optimize=True)
-        return file.getvalue()
+        self.figure.savefig(file, format='png', dpi=DPI)
+        return png_file(Image.open(file).convert('RGBA'))
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         png = base64.b64encode(self.png()).decode()
-        width = round(self.figure.get_figwidth() * 96)  # pixels of a page (CSS)
+        width = round(self.figure.get_figwidth() * SHOWN_PER_INCH)
         return {'image/png': png, 'text/plain': repr(self)}, {'image/png': {'width': width}}
 
     def text(

@@ -34,7 +34,9 @@ from .theme import (  # noqa: F401 (pages import them from here)
     THEME,
     WIDE,
     WIDTH,
+    png_file,
     setup_plots,
+    with_palette,
 )
 
 
@@ -245,11 +247,21 @@ def _aligned(frames):
     return [picture.crop(part) for picture in pictures]  # transparent outside of a picture
 
 
-def _encoded(image, **options):
-    "An image file in base64."
+def _webp(picture, quality, **options):
+    "A WebP file in base64. Without a quality it has no loss, but for a palette."
+    if quality is None:
+        options |= dict(lossless=True)
+        picture = with_palette(picture).convert('RGBA')
+    else:
+        options |= dict(quality=quality)
     file = io.BytesIO()
-    image.save(file, **options)
+    picture.save(file, 'WEBP', method=4, **options)
     return base64.b64encode(file.getvalue()).decode()
+
+
+def _png(picture):
+    "A PNG file in base64."
+    return base64.b64encode(png_file(picture)).decode()
 
 
 def _bundle(html_text, still, text):
@@ -263,13 +275,6 @@ def _page_width(picture):
 
 
 _QUALITIES = (None, 90, 75, 60, 40, 20)  # of WebP, in the order of trial; None is without loss
-
-
-def _webp_options(quality):
-    "Options of Pillow for a WebP file."
-    if quality is None:
-        return dict(format='WEBP', lossless=True, method=4)
-    return dict(format='WEBP', quality=quality, method=4)
 
 
 def _fitting(encode, most):
@@ -299,8 +304,7 @@ class Slider:
 
     def __post_init__(self):
         self._webp = _fitting(
-            lambda quality: [_encoded(frame, **_webp_options(quality)) for frame in self.frames],
-            _MOST_BYTES,
+            lambda quality: [_webp(frame, quality) for frame in self.frames], _MOST_BYTES
         )
 
     def __repr__(self):
@@ -319,7 +323,7 @@ class Slider:
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         width = _page_width(self.frames[0])
-        png = _encoded(self.frame(*self.start.values()), format='PNG')
+        png = _png(self.frame(*self.start.values()))
         return _bundle(self._html(width), png, repr(self)), {'image/png': {'width': width}}
 
     def _html(self, width):
@@ -466,10 +470,10 @@ class Animation:
 
     def __post_init__(self):
         durations = [self.ms] * (len(self.frames) - 1) + [max(self.ms, _STILL_MS)]
-        moving = dict(save_all=True, append_images=self.frames[1:], duration=durations, loop=0)
+        rest = [with_palette(frame).convert('RGBA') for frame in self.frames[1:]]
+        moving = dict(save_all=True, append_images=rest, duration=durations, loop=0)
         (self._webp,) = _fitting(
-            lambda quality: [_encoded(self.frames[0], **_webp_options(quality), **moving)],
-            _MOST_MOVING_BYTES,
+            lambda quality: [_webp(self.frames[0], quality, **moving)], _MOST_MOVING_BYTES
         )
 
     def __repr__(self):
@@ -481,7 +485,7 @@ class Animation:
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         width = _page_width(self.frames[0])
-        png = _encoded(self.frames[self.still], format='PNG')
+        png = _png(self.frames[self.still])
         moving = _MOVING.format(png=png, webp=self._webp, width=width)
         return _bundle(moving, png, repr(self)), {'image/png': {'width': width}}
 

@@ -16,10 +16,13 @@ __all__ = [
     'SIGNED',
     'THEME',
     'setup_plots',
+    'with_palette',
+    'png_file',
 ]
 
 # %% ../nbs/toolbox/theme.ipynb #them0003
 import base64
+import io
 
 # %% ../nbs/toolbox/theme.ipynb #them0005
 WIDTH = 7  # inches, a figure of half the page
@@ -88,9 +91,34 @@ def setup_plots():
 def _shown(fig):
     "The PNG of a figure in a page, in base64, and the width at which the page shows it."
     from IPython.core.pylabtools import print_figure
+    from PIL import Image
 
     png = print_figure(fig, 'png', bbox_inches='tight')
     if png is None:  # a figure without axes
         return None
-    width = int.from_bytes(png[16:20], 'big')  # of the header of every PNG
-    return base64.b64encode(png).decode(), {'width': round(width * SHOWN_PER_INCH / fig.dpi)}
+    picture = Image.open(io.BytesIO(png)).convert('RGBA')
+    width = round(picture.width * SHOWN_PER_INCH / fig.dpi)
+    return base64.b64encode(png_file(picture)).decode(), {'width': width}
+
+
+_MOST_COLOURS = 8192  # of a picture that gets a palette
+
+
+def with_palette(
+    picture,  # PIL image of mode RGBA
+):  # PIL image of mode P, or the same image
+    "A picture in 256 colours, if it has few colours, as plots and grey images have."
+    from PIL import Image
+
+    if picture.getcolors(_MOST_COLOURS) is None:
+        return picture
+    return picture.quantize(256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+
+
+def png_file(
+    picture,  # PIL image of mode RGBA
+) -> bytes:
+    "A picture as a PNG file, with a palette if it has few colours."
+    file = io.BytesIO()
+    with_palette(picture).save(file, 'PNG', optimize=True)
+    return file.getvalue()
