@@ -15,8 +15,8 @@ test: $(VENV)/.ready   ## everything a clean checkout must pass
 	PATH="$(abspath $(BIN)):$$PATH" sh .ci/check_export
 	$(BIN)/python -m pytest -q --durations=8 -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true tests
 
-lab: $(VENV)/.ready    ## the lessons, in JupyterLab
-	MPLBACKEND= $(BIN)/jupyter-lab nbs/index.ipynb
+lab: $(VENV)/.ready    ## the pages, in JupyterLab
+	PATH="$(abspath $(BIN)):$$PATH" sh .ci/lab
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || python3 -m venv $(VENV)

@@ -40,7 +40,7 @@ from fastcore.script import anno_parser
 from tqdm import tqdm
 
 from .bench import MODES, bench, bench_table, default_modes
-from .curves import plot_gap, plot_log
+from .curves import plot_gap
 from .data import load_images, mnist_test_images, to_signed
 from .edit import attribute as labels_of
 from .edit import (
@@ -74,6 +74,7 @@ from .files import (
 )
 from .forward import Schedule
 from .hub import add_missing_result, load, load_base, models, models_dirs, train
+from .learning_curves import plot_log
 from .logs import read_history, while_open
 from .methods.classifier import EvalClassifier, NoisyClassifier, classifier_guided
 from .methods.diffae import DiffAE

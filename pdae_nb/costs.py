@@ -39,6 +39,7 @@ from torch.nn.modules.module import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from .curves import Table, table
 from .data import Images
 from .denoise import Denoiser
 from .forward import Schedule
@@ -330,33 +331,33 @@ def paper_costs(
     return costs
 
 
-def _three_digits(value):
-    "A number with three digits or more."
-    return f'{value:,.0f}' if value >= 100 else f'{value:.3g}'
+def _origin(cost):
+    "Where the hours of a run come from."
+    if cost.scaled_from is None:
+        return 'speed measured'
+    text = f'scaled from {cost.scaled_from}'
+    if cost.stand_in is not None:
+        text += f'; its base has no recipe and gets the network of {cost.stand_in}'
+    return text
 
 
 def cost_table(
     costs: Iterable[Cost],
     measured: Throughput = VERSION_1_ON_H200,
-) -> str:  # Markdown
-    "A table of costs with a line on their origin."
-    lines = [
-        '| run | method | images, millions | GFLOP per image | GPU hours | |',
-        '|---|---|---:|---:|---:|---|',
-    ]
+) -> Table:
+    "A table of costs. Its caption names the measured speeds."
+    rows = []
     for cost in costs:
-        origin = 'speed measured' if cost.scaled_from is None else f'scaled from {cost.scaled_from}'
-        if cost.stand_in is not None:
-            origin += f'; its base has no recipe and gets the network of {cost.stand_in}'
-        cells = (
-            cost.run,
-            cost.method,
-            f'{cost.images / 1e6:,.1f}',
-            _three_digits(cost.gflops),
-            _three_digits(cost.hours),
-            origin,
-        )
-        lines.append(f'| {" | ".join(cells)} |')
+        row = cost._asdict() | dict(millions=cost.images / 1e6, origin=_origin(cost))
+        rows.append(row)
+    headings = dict(
+        run='run',
+        method='method',
+        millions='images, millions',
+        gflops='GFLOP per image',
+        hours='GPU hours',
+        origin='origin of the hours',
+    )
     speeds = ', '.join(f'{k} {v:,.0f} images/s' for k, v in measured.images_per_s.items())
-    lines += ['', f'Measured: {speeds} ({measured.hardware}; {measured.how}).']
-    return '\n'.join(lines)
+    caption = f'Measured: {speeds} ({measured.hardware}; {measured.how}).'
+    return table(rows, headings, dict(millions=',.1f'), caption)

@@ -182,11 +182,11 @@ def test_a_base_without_a_recipe_is_named(costs):
 
 def test_the_table_of_costs_says_what_was_measured():
     cost = Cost('a', 'DPM', 2_500_000, 1234.5, 0.12, scaled_from='b', stand_in=None)
-    lines = cost_table([cost]).splitlines()
-    assert lines[2] == '| a | DPM | 2.5 | 1,234 | 0.12 | scaled from b |'
-    assert '951' in lines[-1]
-    assert '810' in lines[-1]
-    assert 'H200' in lines[-1]
+    table = cost_table([cost])
+    assert table.rows == [['a', 'DPM', '2.5', '1,234', '0.12', 'scaled from b']]
+    assert '951' in table.caption
+    assert '810' in table.caption
+    assert 'H200' in table.caption
 
 
 # --- time ---

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from pdae_nb import cli, training
-from pdae_nb.curves import plot_log
 from pdae_nb.files import is_locked, locked
 from pdae_nb.hub import train
+from pdae_nb.learning_curves import plot_log
 from pdae_nb.logs import Board, Log, read_history, read_log, summary_writer, while_open
 from pdae_nb.recipes import recipe
 from pdae_nb.training import Step, _Log, _trim_log

@@ -277,11 +277,13 @@ def three_seeds(measured):
 
 def test_the_table_has_means_and_standard_errors(measured):
     _, d = three_seeds(measured)
-    table = distance_table(d).splitlines()
-    assert '| predicts ε | 20 ± 5.8 | 10 ± 0 | 0.5 ± 0 |' in table
-    assert '| predicts v | 2 ± 0.58 | 1 ± 0 | 0.5 ± 0 |' in table
-    assert table[-1].startswith('| other test images |')
-    assert '±' not in distance_table(measured[1])
+    of_eps, of_v, real = distance_table(d).rows
+    exact = ['10.0000 ± 0.0000', '0.500000 ± 0.000000']
+    assert of_eps == ['predicts ε', '20.00000 ± 5.77350', *exact]
+    assert of_v == ['predicts v', '2.00000 ± 0.57735', '1.0000 ± 0.0000', exact[1]]
+    assert real[0] == 'other test images'
+    assert real[-1] == '–'
+    assert '±' not in str(distance_table(measured[1]))
 
 
 def test_the_figure_has_a_line_for_each_run(measured):

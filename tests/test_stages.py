@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pdae_nb.curves import band, plot_gap, plot_training
+from pdae_nb.curves import band, plot_gap
 from pdae_nb.data import load_images
 from pdae_nb.experiments.critical_stage import shortest_window, stage_grid, unpack_cells
 from pdae_nb.files import find_results, load_results, results_path
@@ -22,6 +22,7 @@ from pdae_nb.forward import Schedule
 from pdae_nb.gap import FIG1_TIMES
 from pdae_nb.hub import load
 from pdae_nb.layers import Arithmetic, computing_in
+from pdae_nb.learning_curves import plot_training
 from pdae_nb.methods.classifier import NoisyClassifierNet, classifier_guided, classifier_loss
 from pdae_nb.methods.dpm import DPM, ClassConditionalDPM, LabelUNet
 from pdae_nb.model import Draw, model_fingerprint

@@ -55,16 +55,18 @@ def figure_stages(
     for (t1, t2), hits in unpack_cells(d).items():
         if t2:
             accuracy[t2 // step, t1 // step] = hits.double().mean()
-    figure, (ax,) = _axes(1, 4.8, 4.0)
+    figure, (ax,) = _axes(1, 5.6, 4.6)
     edges = [-step / 2, T + step / 2]
     image = ax.imshow(accuracy, origin='lower', extent=edges * 2, vmin=0, vmax=1)
     t1, t2 = d['shortest']['window']
-    ax.plot(t1, t2, 'rs', mfc='none', label=f'shortest sufficient: ({t1}, {t2}]')
-    ax.plot(400, 700, 'ks', mfc='none', label='paper: (400, 700]')
+    windows = ((t1, t2, '#cc78bc', 'shortest sufficient'), (400, 700, '#d55e00', 'paper'))
+    for begin, end, edge, who in windows:
+        style = dict(mfc='none', mec=edge, ms=9, mew=2.2)
+        ax.plot(begin, end, 's', label=f'{who}: ({begin}, {end}]', **style)
     ax.set(xlabel='guided from $t_1$', ylabel='to $t_2$')
     sampler = 'DDPM' if about['eta'] else 'DDIM'
-    ax.set_title(f'{sampler}, {about["samples"]} samples for each window', fontsize=9)
-    ax.legend(fontsize=8, loc='lower right')
+    ax.set_title(f'{sampler}, {about["samples"]} samples for each window')
+    ax.legend(loc='lower right')
     figure.colorbar(image, label='accuracy')
     return figure
 
@@ -101,14 +103,14 @@ def _lines(ax, rows, value, label):
         errors = [1.96 * se for _, se in pairs]
         ax.errorbar(steps, means, errors, fmt='o-', ms=3, lw=1, label=name)
     ax.set(xscale='log', yscale='log', xlabel='steps', ylabel=label)
-    ax.legend(fontsize=6)
+    ax.legend(loc='upper left', bbox_to_anchor=(1, 1))
 
 
 def figure_reconstruction(
     d: dict,  # file of `evaluate_coder`
 ):  # matplotlib figure
     "The posterior mean gap, and reconstruction errors over the steps (PDAE Fig. 5 and Table 1)."
-    figure, (left, right) = _axes(2, 4.6, 3.6)
+    figure, (left, right) = _axes(2, 5.6, 3.6)
     gap = d['gap']
     curves = {k: torch.tensor(v['mean']) for k, v in gap.items() if isinstance(v, dict)}
     title = f'{gap["images"]:,} test images'
@@ -122,12 +124,12 @@ def figure_generation(
     d: dict,  # file of `evaluate_latent`
 ):  # matplotlib figure
     "FID over the steps for each way to sample (PDAE Table 2, Diff-AE Table 4)."
-    figure, (ax,) = _axes(1, 5.5, 3.8)
+    figure, (ax,) = _axes(1, 8.0, 3.8)
     _lines(ax, d['table'], lambda row: row['fid'], f'FID, features of {d["feats"]}')
     counts = _steps_of(d['table']).values()
     images = {s: row['n'] for by_steps in counts for s, row in by_steps.items()}
     numbers = ', '.join(f'{s} steps: {n:,}' for s, n in sorted(images.items()))
-    ax.set_title(f'images ({numbers})', fontsize=8)
+    ax.set_title(f'images ({numbers})')
     return figure
 
 
@@ -142,7 +144,7 @@ def figure_truncation(
     errors = [1.96 * se for se in sweep['fid_error']]
     right.errorbar(sweep['scale'], sweep['fid'], errors, fmt='o-')
     right.set(xlabel='scale of the gradient estimator', ylabel=f'FID, features of {d["feats"]}')
-    left.set_title(f'{sweep["n"]} samples for each scale', fontsize=9)
+    left.set_title(f'{sweep["n"]} samples for each scale')
     return figure
 
 
@@ -177,7 +179,7 @@ def figure_race(
         ax.plot(curve['seen'], curve['noise_mse'], colours[name], lw=1, label=label)
     ax.axhline(d['dpm']['noise_mse'], c='k', ls=':', lw=0.8, label='the DPM')
     ax.set(xlabel='images seen', ylabel='squared error of the noise', yscale='log')
-    ax.legend(fontsize=8)
+    ax.legend()
     return figure
 
 
@@ -185,11 +187,11 @@ def figure_cases(
     d: dict,  # file of `compare_cases`
 ):  # matplotlib figure
     "Rate and distortion of each case, and errors of an encoder with other DPMs."
-    figure, (left, right) = _axes(2, 4.6)
+    figure, (left, right) = _axes(2, 5.5, 4.0)
     for row in d['runs'].values():
         if 'failed' not in row:
             left.plot(row['kl'], row['mse_random'], 'o')
-            left.annotate(row['case'], (row['kl'], row['mse_random']), fontsize=6)
+            left.annotate(row['case'], (row['kl'], row['mse_random']), fontsize=9)
     left.set(xlabel='rate, nats', ylabel='squared error from a random $x_T$', yscale='log')
     priors = {k: (row['test_noise_mse'], row['standard_error']) for k, row in d['priors'].items()}
     _bars(right, priors, 'squared error of the noise')
@@ -200,7 +202,7 @@ def figure_codes(
     d: dict,  # file of `evaluate_space`
 ):  # matplotlib figure
     "Reconstructions, linear probes, samples and path lengths of all methods."
-    figure, axes = _axes(4, 3.6, 3.4)
+    figure, axes = _axes(4, 4.2, 4.2)
     rows = d['rows']
     errors = {k: row['restored']['inferred']['mse'] for k, row in rows.items() if 'restored' in row}
     _bars(axes[0], errors, 'squared error, inferred $x_T$')
@@ -213,6 +215,4 @@ def figure_codes(
     axes[2].set_xscale('log')
     lengths = {k: row['ppl'][:2] for k, row in rows.items() if 'ppl' in row}
     _bars(axes[3], lengths, 'perceptual path length')
-    for ax in axes:
-        ax.tick_params(labelsize=7)
     return figure

@@ -34,8 +34,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..curves import Table, table
 from ..data import Images, load_images, to_signed, to_uint8
 from ..denoise import loss_curve
+from ..evaluation import Estimate
 from ..files import output_file, results_path, write_bytes
 from ..forward import Schedule
 from ..hub import trained_in_cache
@@ -319,30 +321,28 @@ def measure_prediction(
 
 
 # %% ../../nbs/toolbox/prediction.ipynb #pred0033
-def _estimate(values: Sequence[float]) -> str:
-    "Mean ± standard error in text; one value has no standard error."
-    values = torch.tensor(values, dtype=torch.float64)
-    if len(values) < 2:
-        return f'{values.item():.3g}'
-    return f'{values.mean():.3g} ± {values.std() / len(values) ** 0.5:.2g}'
+def _estimate(values: Sequence[float]) -> Estimate:
+    "Mean and standard error of some numbers."
+    return Estimate.of(torch.tensor(values, dtype=torch.float64))
 
 
 def distance_table(
     d: dict,  # content of a file of `measure_prediction`
-) -> str:  # Markdown
+) -> Table:
     "Fréchet distances of colours and the noise error: mean ± standard error over the seeds."
-    lines = [
-        '| | mean colour | colours of a 4×4 grid | squared error of the noise, all t |',
-        '|---|---|---|---|',
-    ]
+    rows = {}
     for kind in KINDS:
         runs = _runs_of(d, kind)
-        cells = [_estimate([run['distances'][name] for run in runs]) for name in PARTS]
-        cells.append(_estimate([run['noise_mse'] for run in runs]))
-        lines.append(f'| predicts {_LABELS[kind]} | {" | ".join(cells)} |')
-    real = [_estimate([d['reference']['distances'][name]]) for name in PARTS]
-    lines.append(f'| other test images | {" | ".join(real)} | |')
-    return '\n'.join(lines)
+        row = {name: _estimate([run['distances'][name] for run in runs]) for name in PARTS}
+        row['noise_mse'] = _estimate([run['noise_mse'] for run in runs])
+        rows[f'predicts {_LABELS[kind]}'] = row
+    rows['other test images'] = d['reference']['distances'] | dict(noise_mse=None)
+    headings = dict(
+        mean_colour='mean colour',
+        colours_4x4='colours of a 4×4 grid',
+        noise_mse='squared error of the noise, all t',
+    )
+    return table(rows, headings, dict(mean_colour='.5f', colours_4x4='.4f', noise_mse='.6f'))
 
 
 def figure_samples(
@@ -353,7 +353,7 @@ def figure_samples(
     import matplotlib.pyplot as plt
     from PIL import Image
 
-    figure, axes = plt.subplots(2, 1, figsize=(7, 2.1), dpi=100, layout='constrained')
+    figure, axes = plt.subplots(2, 1, figsize=(7, 2.1), layout='constrained')
     for kind, ax in zip(KINDS, axes, strict=True):
         with Image.open(picture_path(path, kind)) as picture:
             grey = picture.mode == 'L'
