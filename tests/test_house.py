@@ -278,14 +278,9 @@ def test_notebook_is_clean(path):
     assert not [output for output in outputs if output['output_type'] == 'error']
 
 
-# Folders of the pages that state the size of their stored outputs, and pages that do not yet.
+# Folders of the pages that state the size of their stored outputs.
 SIZE_STATED = ['experiments', 'toolbox']
-NO_SIZE_STATED = ['plot', 'curves', 'diagrams']
-SIZED = [
-    path
-    for path in NOTEBOOKS
-    if path.parent.name in SIZE_STATED and path.stem not in NO_SIZE_STATED
-]
+SIZED = [path for path in NOTEBOOKS if path.parent.name in SIZE_STATED]
 
 
 @pytest.mark.parametrize('path', SIZED, ids=lambda path: path.stem)
