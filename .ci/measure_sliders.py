@@ -98,6 +98,16 @@ def measured(page: lab.Page) -> list[dict]:
     return rows
 
 
+def stop_on_signal(server: lab.Lab) -> None:
+    "Where this process is told to end, JupyterLab ends too."
+
+    def stop(*_):
+        lab.stop(server.process)
+        os._exit(1)
+
+    signal.signal(signal.SIGTERM, stop)
+
+
 def main(names: list[str]) -> None:
     result = dict(
         moves='from the input event to the painted frame, in milliseconds',
@@ -112,6 +122,7 @@ def main(names: list[str]) -> None:
         home.mkdir()
         repository = lab.copy_repository(Path(folder) / 'repository')
         with lab.running_lab(repository, home) as server, lab.running_browser(home) as browser:
+            stop_on_signal(server)
             result['browser'] = f'Chromium {browser.version}'
             for name in names or pages_with_sliders():
                 page = lab.Page(browser, server, f'nbs/{name}.ipynb')
@@ -123,11 +134,9 @@ def main(names: list[str]) -> None:
                     print(error, flush=True)
                     failed.append(name)
                 page.end_kernel()
-                page.close()
     text = json.dumps(result | dict(left_out=failed, rows=rows), indent=1)
     TARGET.write_text(text + '\n', encoding='utf-8', newline='\n')
 
 
 if __name__ == '__main__':
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # JupyterLab is stopped too
     main(sys.argv[1:])

@@ -51,7 +51,6 @@ CELLS_WITH = """text => {
     return outputs.flatMap((output, number) => output.includes(text) ? [number] : []);
 }"""
 SCROLL = 'cell => jupyterapp.shell.currentWidget.content.scrollToItem(cell)'
-END_KERNEL = '() => jupyterapp.shell.currentWidget.sessionContext.shutdown()'
 ACTIVE_CELL = '() => jupyterapp.shell.currentWidget.content.activeCellIndex'
 IMAGE = """async image => {
     await image.decode();
@@ -132,17 +131,19 @@ def free_port() -> int:
 class Lab:
     "A running JupyterLab."
 
-    def __init__(self, repository: Path, port: int):
+    def __init__(self, repository: Path, port: int, process: subprocess.Popen):
         self.repository = repository
         self.url = f'http://127.0.0.1:{port}'
+        self.process = process
 
-    def ask(self, path: str):
+    def ask(self, path: str, method: str = 'GET'):
         "An answer of the server's interface, or None."
         headers = {'Authorization': f'token {TOKEN}'}
-        request = urllib.request.Request(f'{self.url}/api/{path}', headers=headers)
+        url = f'{self.url}/api/{path}'
+        request = urllib.request.Request(url, headers=headers, method=method)
         try:
-            with urllib.request.urlopen(request, timeout=5) as answer:
-                return json.load(answer)
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                return json.loads(answer.read() or 'null')
         except OSError:
             return None
 
@@ -180,7 +181,7 @@ def running_lab(
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    lab = Lab(repository, port)
+    lab = Lab(repository, port, process)
     try:
         until(lambda: lab.ask('status') or process.poll() is not None, 120, 'no answer')
         if process.poll() is not None:
@@ -270,7 +271,11 @@ class Page:
         return self.tab.locator(f'.jp-Cell[data-windowed-list-index="{cell}"]')
 
     def end_kernel(self) -> None:
-        self.tab.evaluate(END_KERNEL)
+        "Close the page and end its kernel."
+        self.close()
+        for session in self.lab.ask('sessions') or []:
+            if session['path'] == self.path:
+                self.lab.ask(f'sessions/{session["id"]}', 'DELETE')
 
 
 class Handles:
