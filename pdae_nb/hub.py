@@ -183,6 +183,7 @@ def find_run(
     local = _local_run(name)
     if local is not None:
         return local
+    _check_finished(name)
     if str(name) in PACKAGED:
         raise incomplete(assets_dir() / 'models' / str(name) / 'run.json')
     if str(name) in released():
@@ -200,6 +201,15 @@ def find_run(
         f'no run {str(name)!r}: {models_dir() / str(name)}/run.json is missing. '
         f'Runs here: {have}{makes}'
     )
+
+
+def _check_finished(name: str | Path) -> None:
+    "Raise if this is the folder of a training that has not come to its end."
+    folder = Path(name).expanduser()
+    if (folder / 'checkpoints').is_dir() and not (folder / 'run.json').exists():
+        raise FileNotFoundError(
+            f'the training in {folder} is not finished: repeat its command to go on with it'
+        )
 
 
 def _local_run(name: str | Path) -> Path | None:
@@ -296,6 +306,7 @@ def load_base(
     if isinstance(source, nn.Module):
         return source if isinstance(source, Model) else load_dpm(source, log=log)
     path = Path(source).expanduser()
+    _check_finished(path)
     if path.is_file() or (path.is_dir() and not (path / 'run.json').exists()):
         return load_dpm(path, log=log, **hints)
     if _local_run(source) is None and from_hub.looks_like(source):

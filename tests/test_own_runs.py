@@ -465,6 +465,14 @@ def test_other_mistakes(words, said, refused, photos, dpm):
     assert said in refused(*words)
 
 
+@pytest.mark.parametrize('words', ['train pdae --base RUN', 'reconstruct RUN'])
+def test_a_run_whose_training_is_not_finished(words, tmp_path, capsys):
+    (tmp_path / 'run/checkpoints').mkdir(parents=True)
+    words = words.replace('RUN', str(tmp_path / 'run')).split()
+    assert cli.main([*words, '--out', str(tmp_path / 'out.png')]) == 1
+    assert 'is not finished: repeat its command' in capsys.readouterr().err
+
+
 def test_classes_are_needed_by_a_classifier(photos, refused):
     assert 'has no classes' in refused('train', 'classifier', '--data', photos, '--px', '16')
 
