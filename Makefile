@@ -13,7 +13,8 @@ demo: $(VENV)/.ready   ## sample, invert and reconstruct digits with the shipped
 test: $(VENV)/.ready   ## everything a clean checkout must pass
 	$(BIN)/python .ci/sync_settings.py --check
 	PATH="$(abspath $(BIN)):$$PATH" sh .ci/check_export
-	$(BIN)/python -m pytest -q --durations=8 -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=20 \
+		-o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true tests
 
 lab: $(VENV)/.ready    ## the pages, in JupyterLab
 	PATH="$(abspath $(BIN)):$$PATH" sh .ci/lab

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure the milliseconds of a move of each slider, in JupyterLab in Chromium.
 
-python .ci/measure_sliders.py [PAGE ...]   # writes data/results/bench/sliders.json
+python .ci/measure_sliders.py [PAGE ...]   # writes data/results/sliders/moves.json
 
 A page is a path in `nbs/`, such as `toolbox/plot`. Without a page, all pages with a slider are
 measured. The sliders are those of the stored page. If it has none, its cells run at size `smoke`,
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / 'tests'))
 import lab  # noqa: E402 (the folder of the tests is in the path now)
 
-TARGET = ROOT / 'data/results/bench/sliders.json'
+TARGET = ROOT / 'data/results/sliders/moves.json'
 MOVES = 60
 
 # The listener runs after the slider's own, because the event reaches the parent later.

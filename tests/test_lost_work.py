@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pdae_nb import cli, evaluation
+from pdae_nb import cli, commands, evaluation
 from pdae_nb.data import digits, to_signed
 from pdae_nb.files import PICTURES, finite, output_file, save_checkpoint, write_json
 from pdae_nb.forward import Schedule
@@ -355,7 +355,8 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(
     monkeypatch.chdir(tmp_path)
     Path('folder.png').mkdir()
     Path('file.txt').touch()
-    monkeypatch.setattr(cli, '_load', lambda *a, **k: pytest.fail('the work began'))
+    for module in (cli, commands):
+        monkeypatch.setattr(module, 'load_run', lambda *a, **k: pytest.fail('the work began'))
     assert cli.main([command, *words, '--out', out]) == 1
     assert out in capsys.readouterr().err
 
