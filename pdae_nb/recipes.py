@@ -51,7 +51,7 @@ _DIFFUSERS_TINY = _DIFFUSERS | dict(
 )
 _LATENT_TINY = dict(hidden=64, layers=4)
 _LATENT_MNIST = dict(hidden=384, layers=8)
-_LATENT_LESSON = dict(hidden=1024, layers=10)
+_LATENT_LESSON = dict(hidden=1024, layers=4)
 _LATENT_10 = dict(hidden=2048, layers=10)
 _LATENT_20 = dict(hidden=2048, layers=20)
 
@@ -75,7 +75,6 @@ _LESSON = dict(batch=256, lr=3e-4, warmup=500, cooldown=0.3, ema=0.999, flip=Tru
 _LESSON_B128 = _LESSON | dict(batch=128)
 _LESSON_B64 = _LESSON | dict(batch=64, lr=2e-4)
 _CODES = dict(batch=256, lr=1e-3, warmup=500, cooldown=0.5, ema=0.999, weight_decay=0.01)
-_CODES_64 = dict(batch=512, lr=5e-4, warmup=500, cooldown=0.3, ema=0.999, weight_decay=0.01)
 _LATENT_SMOKE = dict(batch=64, lr=2e-3, warmup=20, cooldown=0.5, ema=0.98)
 _CODES_PAPER = dict(batch=512, weight_decay=0.01)
 _CODES_FFHQ = dict(batch=256, weight_decay=0.01)
@@ -263,7 +262,7 @@ for _method in ('pdae', 'diffae', 'scorevae', 'paper_scorevae', 'vae'):
     for _run, _size, _data, _px, _codes, _net, _steps in (
         ('mnist',      'smoke',  'digits',     28,        16_000, _LATENT_TINY,   _LATENT_SMOKE),
         ('mnist',      'lesson', 'mnist',      28,     6_000_000, _LATENT_MNIST,  _CODES),
-        ('celeba64',   'lesson', 'celeba64',   64,    20_000_000, _LATENT_LESSON, _CODES_64),
+        ('celeba64',   'lesson', 'celeba64',   64,     2_000_000, _LATENT_LESSON, _CODES),
         ('celeba64',   'paper',  'celeba64',   64,   300_000_000, _LATENT_10,     _CODES_PAPER),
         ('ffhq128',    'paper',  'ffhq128',    128,  100_000_000, _LATENT_10,     _CODES_FFHQ),
         ('horse128',   'paper',  'horse128',   128, 2_000_000_000, _LATENT_20,    _CODES_LSUN),
