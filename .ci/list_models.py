@@ -20,6 +20,8 @@ from pdae_nb.release import PACKAGED, describe, with_files
 
 ROOT = Path(__file__).resolve().parent.parent
 PATH = ROOT / 'pdae_nb/assets/models.json'
+LICENCE = 'Apache-2.0'  # all models were trained by this project
+LICENCES = {'celeba64': 'CelebA: non-commercial research only'}  # data set -> licence of its models
 FOLDERS = [ROOT / 'pdae_nb/assets/models', ROOT / 'data/models']
 
 
@@ -48,8 +50,9 @@ def render() -> str:
     runs = run_folders()
     rows = []
     for name in sorted(runs):
-        info = replace(describe(runs[name]), licence='Apache-2.0')  # all were trained by us
-        rows.append(with_files(info, runs[name]))
+        info = describe(runs[name])
+        licence = LICENCES.get(info.data, LICENCE)
+        rows.append(with_files(replace(info, licence=licence), runs[name]))
     return json.dumps(dict(address=release_address(), models=rows), indent=1) + '\n'
 
 
