@@ -827,6 +827,15 @@ def test_a_result_keeps_the_sections_of_earlier_calls(small_data, tmp_path):
     assert set(more['left_out']) == set()
 
 
+def test_a_result_without_earlier_sections_is_not_written(tmp_path):
+    path = tmp_path / 'result.json'
+    cli._check_sections_stay(path, dict(gap={}))
+    path.write_text(json.dumps(dict(gap={}, samples={}, seconds=3)))
+    with pytest.raises(ValueError, match=r'holds the sections samples, which the new result lacks'):
+        cli._check_sections_stay(path, dict(gap={}))
+    cli._check_sections_stay(path, dict(gap={}, samples={}, auroc={}))
+
+
 def test_the_table_is_measured_once(small_data, monkeypatch):
     tables = []
 
