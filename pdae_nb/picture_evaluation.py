@@ -53,7 +53,7 @@ from .store import ResultFile
 class Counts:
     "How much an evaluation measures."
 
-    n: int = 1000  # samples of a row of FID and KID; one for each test image at most
+    n: int = 1000  # samples of each row; of codes of test images, one for each image at most
     steps: tuple[int, ...] = (20, 100)  # of the samplers; the sections after the table use the most
     test_images: int = 100  # test images that are reconstructed
     gap_images: int = 200  # test images for the gap, or for the noise prediction
