@@ -12,7 +12,10 @@ __all__ = [
     'CodeAUROC',
     'code_auroc',
     'kept_attributes',
+    'Kept',
+    'kept_by_chance',
     'with_kept',
+    'split_kept',
 ]
 
 # %% ../nbs/toolbox/attributes.ipynb #attr0003
@@ -24,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .evaluation import Estimate
 from .methods.attribute_classifier import AttributeClassifier
 from .methods.classifier import EvalClassifier
 from .methods.latent import ZStats
@@ -195,8 +199,13 @@ def code_auroc(
     *,
     Cs: Sequence[float] = (1e-4, 1e-3, 0.01, 0.1, 1.0),  # to choose from; see `fit_probes`
 ) -> CodeAUROC:
-    "AUROC of linear probes of a code (Diff-AE App. E, Table 8)."
-    y = y.cpu().bool()
+    """AUROC of linear probes of a code (Diff-AE App. E, Table 8).
+
+    C is chosen by the AUROC on a random fifth of the training codes.
+    """
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+    train = train[order.to(train.device)]
+    y = y.cpu().bool()[order]
     yt = yt.cpu().bool()
     n = len(train) * 4 // 5
     parts = (y[:n], y[n:], yt)
@@ -253,20 +262,59 @@ def kept_attributes(
     return dict(zip(_names_of(classifier), same.unbind(1), strict=True))
 
 
+class Kept(NamedTuple):
+    "Shares of images with the same answers. Each entry: mean and standard error."
+
+    all: list[float]  # mean over the attributes
+    each: dict[str, list[float]]  # attribute -> share; empty for a classifier of classes
+
+
+_ALL = 'kept'  # metric of a table: mean over the attributes
+_EACH = 'kept '  # begins the metric of a single attribute
+
+
+def kept_by_chance(
+    classifier: AttributeClassifier | EvalClassifier,
+    x0: Tensor,  # images in [-1,1], in a random order: (N,C,H,W)
+) -> Kept:
+    "Shares of images with the same answers as the image before them."
+    if len(x0) < 2:
+        raise ValueError(f'two different images are compared, got {len(x0)}')
+    answers = _answers(classifier, x0)
+    same = (answers == answers.roll(1, 0)).float()
+    names = _names_of(classifier)
+    each = {}
+    if len(names) > 1:
+        each = {name: Estimate.of(same[:, k]).pair for k, name in enumerate(names)}
+    return Kept(Estimate.of(same.mean(1)).pair, each)
+
+
 def with_kept(
     measure: Callable,  # (reconstructions, images, labels) -> metric -> numbers (B,)
     classifier: AttributeClassifier | EvalClassifier,
-) -> Callable:  # like `measure`, with the entries kept, kept by chance, and kept of each attribute
+) -> Callable:  # like `measure`, with entries that `split_kept` reads
     "Metrics of reconstructions, and the attributes that they keep."
 
     def more(x, x0, y):
         kept = kept_attributes(classifier, x.clamp(-1, 1), x0)
-        chance = kept_attributes(classifier, x0.roll(1, 0), x0)
         values = measure(x, x0, y)
-        values['kept'] = torch.stack(list(kept.values())).mean(0)
-        values['kept by chance'] = torch.stack(list(chance.values())).mean(0)
+        values[_ALL] = torch.stack(list(kept.values())).mean(0)
         if len(kept) > 1:
-            values |= {f'kept {name}': v for name, v in kept.items()}
+            values |= {f'{_EACH}{name}': v for name, v in kept.items()}
         return values
 
     return more
+
+
+def split_kept(
+    row: dict,  # metric -> mean and standard error, of metrics from `with_kept`
+) -> tuple[dict, Kept | None]:  # the other metrics; the shares, if there are any
+    "A row of a table of reconstructions, without the kept attributes and with them alone."
+    errors = {}
+    each = {}
+    for name, value in row.items():
+        if name.startswith(_EACH):
+            each[name.removeprefix(_EACH)] = value
+        elif name != _ALL:
+            errors[name] = value
+    return errors, Kept(row[_ALL], each) if _ALL in row else None

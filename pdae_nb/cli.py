@@ -91,7 +91,7 @@ from .methods.pdae import PDAE
 from .methods.scorevae import CodedModel, ConditionalDecoder, ScoreVAE
 from .model import GenerativeModel, Model, StepNoise, noise
 from .own import METHODS
-from .picture_evaluation import evaluate_pictures
+from .picture_evaluation import _SECTIONS, evaluate_pictures
 from .pretrained import load_official
 from .processes import (
     join,
@@ -491,6 +491,8 @@ def cmd_evaluate(
     if 'path' in parameters:
         given['path'] = path.with_name(f'{path.stem}-sums.json')
     result = function(model, **given) | dict(counts=counts)
+    if 'sections' in parameters:
+        _check_sections_stay(path, result)
     if processes().is_first:
         write_json(path, result)
     return result | dict(written=str(path))
@@ -563,6 +565,17 @@ def _check_not_smaller(path, counts):
         raise ValueError(
             f'{path} holds a larger measurement ({", ".join(smaller)}): '
             'name another file with --out, or delete it'
+        )
+
+
+def _check_sections_stay(path, result):
+    "Raise ValueError if a file of results has sections that a new result lacks."
+    old = json.loads(path.read_text('utf-8')) if path.exists() else {}
+    lost = [name for name in _SECTIONS if name in old and name not in result]
+    if lost:
+        raise ValueError(
+            f'{path} holds the sections {", ".join(lost)}, which the new result lacks: '
+            'name another file with --out, or leave out --sections'
         )
 
 

@@ -10,13 +10,16 @@ __all__ = [
     'embedding_network',
     'distance_network',
     'distance_name',
+    'Networks',
 ]
 
 # %% ../nbs/toolbox/feature_networks.ipynb #feat0003
 import importlib.util
 import re
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -188,6 +191,7 @@ def efficientnet(
 
 
 # %% ../nbs/toolbox/feature_networks.ipynb #feat0015
+_VERSION = 1  # of what `embed` does with images before the network; a part of the cache's keys
 _PART = 20  # images at a time: the widest feature map of 20 images has 96 MB
 
 
@@ -209,7 +213,7 @@ def efficientnet_feats(
         pairs = zip(x.split(_PART), y.split(_PART), strict=True)
         return torch.cat([feature_distance(net.maps, a, b) for a, b in pairs])
 
-    return Feats('EfficientNet-Lite0 (ImageNet)', embed, distance, _key(net))
+    return Feats('EfficientNet-Lite0 (ImageNet)', embed, distance, f'{_key(net)} {_VERSION}')
 
 
 # %% ../nbs/toolbox/feature_networks.ipynb #feat0017
@@ -218,12 +222,22 @@ def _own_feats(eval_classifier, device):
     return eval_feats(eval_classifier.to(device))
 
 
-def _first(makers, eval_classifier, device):
-    "The first feature network that is at hand; the last one is the evaluation classifier."
-    makers = [partial(make, device=device) for make in makers]
+def _stand_ins(eval_classifier, device):
+    "Makers of the networks that replace a missing one, best first. Each network is made once."
+    makers = [cache(partial(efficientnet_feats, device))]
     if eval_classifier is not None:
-        makers.append(partial(_own_feats, eval_classifier, device))
-    return at_hand(*makers)
+        makers.append(cache(partial(_own_feats, eval_classifier, device)))
+    return makers
+
+
+_SMALLEST = 32  # height and width of an image for LPIPS, pixels
+
+
+def _lpips_makers(net, px, device):
+    "What makes LPIPS, unless the images are too small for it."
+    if px is not None and px < _SMALLEST:
+        return []
+    return [partial(lpips_feats, net, device)]
 
 
 def embedding_network(
@@ -235,20 +249,22 @@ def embedding_network(
     Inception, else EfficientNet-Lite0, else the evaluation classifier. An error says what can be
     installed, if there is none of them.
     """
-    return _first([inception_feats, efficientnet_feats], eval_classifier, device)
+    return at_hand(partial(inception_feats, device), *_stand_ins(eval_classifier, device))
 
 
 def distance_network(
     eval_classifier: EvalClassifier | AttributeClassifier | None = None,  # None: there is none
     net: str = 'alex',  # backbone of LPIPS: alex (PDAE, Diff-AE) or vgg (path lengths, ScoreVAE)
     device: str | torch.device = 'cpu',  # device of the network
+    *,
+    px: int | None = None,  # height and width of the images, pixels; below 32, LPIPS is left out
 ) -> Feats:
     """The network for distances of images.
 
     LPIPS, else EfficientNet-Lite0, else the evaluation classifier. An error says what can be
     installed, if there is none of them.
     """
-    return _first([partial(lpips_feats, net), efficientnet_feats], eval_classifier, device)
+    return at_hand(*_lpips_makers(net, px, device), *_stand_ins(eval_classifier, device))
 
 
 _BACKBONES = ('alex', 'vgg', 'squeeze')
@@ -261,3 +277,63 @@ def distance_name(
     if feats.name in _BACKBONES:
         return f'LPIPS-{feats.name}'
     return f'feature distance, {feats.name}'
+
+
+class Networks(NamedTuple):
+    "The networks of an evaluation. In place of a missing one stands the reason."
+
+    sets: Feats | str  # for features of sets of images
+    pairs: Feats | str  # for distances of images
+    paths: Feats | str  # for path lengths
+
+    @classmethod
+    def at_hand(
+        cls,
+        eval_classifier: EvalClassifier | AttributeClassifier | None,  # None: there is none
+        device: str | torch.device,  # device of the networks
+        px: int,  # height and width of the images, pixels
+    ) -> 'Networks':
+        "The networks that are on this machine. The same network is loaded once."
+        others = _stand_ins(eval_classifier, device)
+        return cls(
+            _network_or_reason(partial(inception_feats, device), *others),
+            _network_or_reason(*_lpips_makers('alex', px, device), *others),
+            _network_or_reason(*_lpips_makers('vgg', px, device), *others),
+        )
+
+    @classmethod
+    def of(
+        cls,
+        network: Feats,  # one network for everything
+        x: Tensor,  # an image of the data, in [-1,1]: (1,C,H,W)
+    ) -> 'Networks':
+        "A given network, for what it can do with images of this size."
+        distance = _distance_or_reason(network, x)
+        if network.embed is None:
+            sets = f'{network.name} gives distances between images, not features'
+            return cls(sets, distance, distance)
+        return cls(network, distance, distance)
+
+    @property
+    def mark(self) -> list:
+        "Name and key of each network, or None. It changes with the numbers that they give."
+        return [None if isinstance(f, str) else [f.name, f.key] for f in self]
+
+
+def _network_or_reason(*makers: Callable):
+    "The first network that is at hand, or the text that says why there is none."
+    try:
+        return at_hand(*makers)
+    except (ImportError, FileNotFoundError) as e:
+        return str(e)
+
+
+def _distance_or_reason(network, x):
+    "A network that gives distances of such images, or the text that says why it does not."
+    if network.distance is None:
+        return f'{network.name} gives features, not distances between images'
+    try:
+        network.distance(x, x)
+    except ValueError as e:
+        return str(e)
+    return network

@@ -7,6 +7,7 @@ __all__ = [
     'Share',
     'PrecisionRecall',
     'precision_recall',
+    'exact_features',
     'reference_features',
     'Reference',
     'SetComparison',
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from .cache import keep_cached, read_cached
 from .data import Images
+from .layers import exact_convolutions
 from .metrics import (
     Feats,
     Stats,
@@ -31,9 +33,10 @@ from .metrics import (
     _root,
     _rows,
     _stats_path,
+    _stored_stats,
     features,
     mmd,
-    reference_stats,
+    stats,
 )
 from .processes import by_first
 
@@ -107,34 +110,82 @@ def precision_recall(
 
 
 # %% ../nbs/toolbox/image_sets.ipynb #imag0011
+_VERSION = 2  # of the stored files; 2: float32 convolutions, features that are finite
+_BATCH = 100  # images per batch, so that several processes have batches to share
+
+
+@torch.no_grad()
+def exact_features(
+    feats: Feats,  # feature network
+    images: Images | Tensor,  # `Images`, or float images in [-1,1]: (N,C,H,W)
+    bs: int = _BATCH,  # images per batch
+) -> Tensor:  # float32 (N,D), on the CPU
+    """Features of images, computed with float32 convolutions.
+
+    Inside `shared`, the processes share the batches. Features that are not finite raise ValueError.
+    """
+    with exact_convolutions():
+        f = features(feats, images, bs).float()
+    bad = int((~f.isfinite()).any(1).sum())
+    if bad:
+        raise ValueError(
+            f'{feats.name}: {bad} of {len(f)} images have features that are NaN or infinite'
+        )
+    return f
+
+
+def _about(feats, images, crop, what):
+    "What determines a file of the cache."
+    shape = list(images.x.shape)
+    about = dict(what=what, version=_VERSION, feats=feats.name, key=feats.key)
+    return about | dict(shape=shape, crop=str(crop))
+
+
+def _path(feats, images, about):
+    "A file of the cache. A network without a key has none."
+    return None if feats.key is None else _stats_path(images, about)
+
+
 def _stored_features(path, about):
-    "Features from a file; None if it is missing, damaged or of other images."
+    "Features from a file; None if it is missing, damaged, not finite or of other images."
     found = read_cached(path)
     if found is None or found[1] != about or 'features' not in found[0]:
         return None
     f = found[0]['features']
-    return f if f.ndim == 2 and len(f) == about['shape'][0] else None
+    is_whole = f.ndim == 2 and len(f) == about['shape'][0] and bool(f.isfinite().all())
+    return f if is_whole else None
 
 
 def reference_features(
     feats: Feats,  # feature network
     images: Images,  # real images
     crop: str = '',  # how they were cropped and resized, for the key of the cache
-    bs: int = 500,  # images per batch
+    bs: int = _BATCH,  # images per batch
 ) -> Tensor:  # float32 (N,D), on the CPU
     """Features of real images, stored in the cache.
 
     The key is a hash of pixels, shape, `crop` and network. A damaged file is replaced. Inside
     `shared`, the processes share the work.
     """
-    about = dict(feats=feats.name, key=feats.key, shape=list(images.x.shape), crop=str(crop))
-    about['what'] = 'features'
-    path = None if feats.key is None else _stats_path(images, about)
+    about = _about(feats, images, crop, 'features')
+    path = _path(feats, images, about)
     f = by_first(partial(_stored_features, path, about))
     if f is None:
-        f = features(feats, images, bs).float()
+        f = exact_features(feats, images, bs)
         by_first(partial(keep_cached, path, dict(features=f), about))
     return f
+
+
+def _stats_of_all(feats, images, first, crop):
+    "Statistics of images from the cache, or computed; the features of the first ones are known."
+    about = _about(feats, images, crop, 'statistics')
+    path = _path(feats, images, about)
+    found = by_first(partial(_stored_stats, path, about))
+    if found is None:
+        rest = exact_features(feats, images[len(first) :])
+        found = stats(torch.cat([first, rest]))
+        by_first(partial(keep_cached, path, dict(mean=found.mean, cov=found.cov), about))
+    return Stats(*found)
 
 
 class Reference(NamedTuple):
@@ -155,14 +206,8 @@ class Reference(NamedTuple):
         "Statistics of all images and features of the first n of them, from the cache if possible."
         first = reference_features(feats, images[:n], crop)
         if n >= len(images):
-            return cls(feats.name, Stats(*_mean_and_covariance(first)), first)
-        return cls(feats.name, reference_stats(feats, images, crop), first)
-
-
-def _mean_and_covariance(f):
-    "Mean, unbiased covariance and number of features."
-    f = _rows(f)
-    return f.mean(0), f.T.cov().reshape(f.shape[1], -1), len(f)
+            return cls(feats.name, stats(first), first)
+        return cls(feats.name, _stats_of_all(feats, images, first, crop), first)
 
 
 # %% ../nbs/toolbox/image_sets.ipynb #imag0014
@@ -187,11 +232,19 @@ def compare_with(
     reference: Reference,  # real images
     f: Tensor,  # features of generated images, by the same network: (N,D)
     blocks: int = 10,  # parts of the jackknife
+    seed: int = 0,  # of the order of the images, which decides on the parts
 ) -> SetComparison:
-    "FID, KID, precision and recall of generated images."
+    """FID, KID, precision and recall of generated images, which are put into a random order.
+
+    The standard errors of FID and KID are the jackknife's, and rather too large.
+    """
     f = _rows(f)
-    if len(f) < 2 * blocks:
-        raise ValueError(f'{blocks} blocks need at least {2 * blocks} images, got {len(f)}')
+    if blocks < 2:
+        raise ValueError(f'blocks must be at least 2, got {blocks}')
+    fewest = min(len(f), len(reference.features))
+    if fewest < 2 * blocks:
+        raise ValueError(f'{blocks} blocks need at least {2 * blocks} images, got {fewest}')
+    f = f[torch.randperm(len(f), generator=torch.Generator().manual_seed(seed))]
     real = _root(tuple(reference.stats))
     fid = _frechet_of_roots(real, _root(f))
     parts = f.tensor_split(blocks)

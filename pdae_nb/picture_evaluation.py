@@ -6,18 +6,19 @@
 __all__ = ['Counts', 'Evaluation', 'path_lengths', 'evaluate_pictures']
 
 # %% ../nbs/toolbox/picture_evaluation.ipynb #pict0003
+import hashlib
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .attributes import code_auroc, with_kept
-from .data import Images, load_images, to_signed
+from .attributes import code_auroc, kept_by_chance, split_kept, with_kept
+from .data import Images, load_images, stored_place, to_signed
 from .edit import lerp, slerp
 from .evaluation import (
     Estimate,
@@ -30,18 +31,20 @@ from .evaluation import (
     data_of,
     error_table,
     is_unconditional,
+    options_of,
     weights_mark,
 )
-from .feature_networks import distance_name, distance_network, embedding_network
-from .image_sets import Reference, compare_with
+from .feature_networks import Networks, distance_name
+from .image_sets import Reference, compare_with, exact_features, reference_features
 from .layers import exact_convolutions
 from .methods.attribute_classifier import AttributeClassifier, as_attributes
 from .methods.classifier import EvalClassifier
 from .methods.latent import LatentDPM, encode_all
 from .methods.scorevae import CodedModel
-from .metrics import Feats, features, lpips, mse, ppl, psnr, ssim
-from .model import GenerativeModel, Model, Prior
-from .processes import map_parts
+from .metrics import Feats, lpips, mse, ppl, psnr, ssim
+from .model import GenerativeModel, Model, Prior, model_fingerprint
+from .processes import by_first, map_parts
+from .splits import NO_OPTIONS, DataOptions
 from .store import ResultFile
 
 
@@ -50,7 +53,7 @@ from .store import ResultFile
 class Counts:
     "How much an evaluation measures."
 
-    n: int = 1000  # samples of each row of FID, KID, precision and recall
+    n: int = 1000  # samples of each row; of codes of test images, one for each image at most
     steps: tuple[int, ...] = (20, 100)  # of the samplers; the sections after the table use the most
     test_images: int = 100  # test images that are reconstructed
     gap_images: int = 200  # test images for the gap, or for the noise prediction
@@ -62,7 +65,15 @@ class Counts:
         smallest = dict(n=20, test_images=2, gap_images=4, reference_images=20, pairs=2)
         for name, least in smallest.items():
             check_enough(name, getattr(self, name), least)
+        if not self.steps:
+            raise ValueError('steps must hold at least one number of steps, got none')
         check_enough('steps', min(self.steps), 2)
+
+    @property
+    def most_test_images(self) -> int:
+        "The largest number of test images that a section takes."
+        counts = (self.n, self.test_images, self.gap_images, self.reference_images, 2 * self.pairs)
+        return max(counts)
 
 
 @dataclass
@@ -71,13 +82,20 @@ class Evaluation:
 
     model: GenerativeModel  # model of images; for a latent DPM, its base
     prior: Prior | None  # source of codes, such as a latent DPM
-    test: Images
-    train: Images
+    test: Images  # in a random order
+    train: Images  # reference images, in a random order
     classifier: EvalClassifier | AttributeClassifier | None  # evaluation classifier
-    sets: Feats | str  # feature network of sets of images, or why there is none
-    pairs: Feats | str  # network for distances of images, or why there is none
-    paths: Feats | str  # the same for path lengths
+    networks: Networks
     counts: Counts
+    data: dict  # name and options of the data set, numbers of images
+    about: dict  # what determines the numbers, for the files that keep them
+    table_file: Path | None  # keeps the sums of the table; None: nothing does
+    log: Callable
+
+    @cached_property
+    def table(self) -> dict:
+        "Reconstruction errors and kept attributes: row -> metric -> mean and standard error."
+        return _table(self)
 
     @property
     def steps(self) -> int:
@@ -88,18 +106,10 @@ class Evaluation:
         self,
         n: int,  # number of images
     ) -> tuple[Tensor, Tensor | None]:  # images in [-1,1] and labels, on the model's device
-        "The first test images."
+        "The first test images of the random order."
         device = self.model.device
         y = None if self.test.y is None else self.test.y[:n].to(device)
         return to_signed(self.test.x[:n]).to(device), y
-
-
-def _network_or_reason(find, *args, **kw):
-    "A feature network, or the text that says why there is none."
-    try:
-        return find(*args, **kw)
-    except (ImportError, FileNotFoundError) as e:
-        return str(e)
 
 
 def _some(images, n):
@@ -108,30 +118,83 @@ def _some(images, n):
     return images[order[:n]]
 
 
-def _images(data, split, model):
+class _Source(NamedTuple):
+    "A data set."
+
+    place: str
+    options: DataOptions  # how its pictures are read
+
+
+def _source(model, data):
+    "A data set. If it is that of the training, its pictures are read as for the training."
+    known = (model.card.recipe or {}).get('data')
+    if not data:
+        return _Source(data_of(model), options_of(model))
+    if known and stored_place(data) == stored_place(known):
+        return _Source(known, options_of(model))
+    return _Source(str(data), NO_OPTIONS)
+
+
+def _images(source, split, model):
     "Images of a data set in the model's size. Raise if they have other channels."
-    images = load_images(data, split, model.shape[-1])
+    images = load_images(source.place, split, model.shape[-1], options=source.options)
     if tuple(images.x.shape[1:]) != tuple(model.shape):
         raise ValueError(
-            f'{data} has images of shape {tuple(images.x.shape[1:])}, '
+            f'{source.place} has images of shape {tuple(images.x.shape[1:])}, '
             f'the model {model.card.name!r} is for {tuple(model.shape)}'
         )
     return images
 
 
+def _mark_of(images):
+    "A hash of pixels, labels and names of the classes, the same in all processes."
+    digest = hashlib.sha256(repr((tuple(images.x.shape), images.classes)).encode())
+    for pixels in images.x.split(10_000):
+        digest.update(pixels.contiguous().numpy())
+    if images.y is not None:
+        digest.update(images.y.contiguous().numpy())
+    return digest.hexdigest()[:20]
+
+
+def _about(models, source, splits, networks):
+    "What determines the numbers of an evaluation, apart from its counts."
+    return dict(
+        weights=weights_mark(*[model for model in models if model is not None]),
+        data=source.place,
+        options=source.options.as_json(),
+        images={name: by_first(partial(_mark_of, images)) for name, images in splits.items()},
+        networks=dict(zip(networks._fields, networks.mark, strict=True)),
+    )
+
+
+def _check_can_be_kept(prior, networks):
+    "Raise unless a file can say which prior and which networks its numbers are from."
+    if prior is not None and not isinstance(prior, Model):
+        raise ValueError(
+            f'a file of results names the prior by its weights, and a {type(prior).__name__} is '
+            'no model with weights; leave out the path'
+        )
+    nameless = [f.name for f in networks if not isinstance(f, str) and f.key is None]
+    if nameless:
+        raise ValueError(
+            f'a file of results names the network {nameless[0]!r} by its key, and the network has '
+            'none; give `Feats` a key, or leave out the path'
+        )
+
+
 def _check_classifier(classifier, model):
-    "Raise unless an evaluation classifier takes images with the model's channels."
+    "Raise unless an evaluation classifier takes images like the model's."
     if classifier is None:
         return
     if not isinstance(classifier, (EvalClassifier, AttributeClassifier)):
         raise ValueError(
             f'an evaluation classifier is required here, got {type(classifier).__name__}'
         )
-    if classifier.shape[0] != model.shape[0]:
+    if tuple(classifier.shape) != tuple(model.shape):
         raise ValueError(
-            f'the evaluation classifier {classifier.card.name!r} takes images of '
-            f'{classifier.shape[0]} channels, but {model.card.name!r} is a model of images '
-            f'of {model.shape[0]} channels'
+            f'the evaluation classifier {classifier.card.name!r} is for images of shape '
+            f'{tuple(classifier.shape)}, but {model.card.name!r} is a model of images of shape '
+            f'{tuple(model.shape)}'
         )
 
 
@@ -157,10 +220,17 @@ def _missing_labels(evaluation):
     return None
 
 
+def _too_few(images, kind, least):
+    "Why there are too few images; None if there are enough."
+    if len(images) < least:
+        return f'{least} {kind} images are needed, there are {len(images)}'
+    return None
+
+
 def _missing_for_noise(evaluation):
     if not is_unconditional(evaluation.model):
         return 'the model has a condition: `gap` compares its prediction with and without it'
-    return None
+    return _too_few(evaluation.test, 'test', 4)  # one for each quarter of the timesteps
 
 
 def _missing_for_kept(evaluation):
@@ -169,28 +239,42 @@ def _missing_for_kept(evaluation):
     return _missing_labels(evaluation)
 
 
+_FEWEST = 20  # images of a set: two for each block of the jackknife
+
+
 def _missing_for_auroc(evaluation):
     if not evaluation.model.is_autoencoder:
         return 'the model has no codes'
     if evaluation.train.y is None or evaluation.test.y is None:
         return 'the data have no labels'
-    return None
+    return _too_few(evaluation.train, 'training', _FEWEST)
+
+
+def _priors(evaluation):
+    "Name of a row -> source of codes."
+    priors = {}
+    if evaluation.prior is not None:
+        priors['codes of the prior'] = evaluation.prior
+    if isinstance(evaluation.model, CodedModel):
+        priors['codes from N(0,I)'] = evaluation.model
+    return priors
 
 
 def _missing_for_samples(evaluation):
-    if isinstance(evaluation.sets, str):
-        return f'there is no feature network: {evaluation.sets}'
-    return _missing_labels(evaluation)
+    if isinstance(evaluation.networks.sets, str):
+        return f'there is no feature network: {evaluation.networks.sets}'
+    reason = _too_few(evaluation.train, 'training', _FEWEST)
+    if reason is None and not is_unconditional(evaluation.model) and not _priors(evaluation):
+        reason = _too_few(evaluation.test, 'test', _FEWEST)
+    return reason or _missing_labels(evaluation)
 
 
 def _missing_for_paths(evaluation):
     if _takes_labels(evaluation.model):
         return 'a path goes between codes or noises, and the model is conditioned on labels'
-    if isinstance(evaluation.paths, str):
-        return f'there is no network for distances: {evaluation.paths}'
-    if len(evaluation.test) < 4:
-        return f'two pairs need 4 test images, there are {len(evaluation.test)}'
-    return None
+    if isinstance(evaluation.networks.paths, str):
+        return f'there is no network for distances: {evaluation.networks.paths}'
+    return _too_few(evaluation.test, 'test', 4)  # two pairs
 
 
 # %% ../nbs/toolbox/picture_evaluation.ipynb #pict0010
@@ -199,7 +283,7 @@ _WAYS = ('random, DDIM', 'inferred, DDIM')
 
 def _measures_of(evaluation):
     "(reconstructions, images, labels) -> metric -> one number for each image."
-    feats = evaluation.pairs
+    feats = evaluation.networks.pairs
 
     def measure(x, x0, y):
         x = x.clamp(-9, 9)
@@ -218,36 +302,35 @@ def _name_of(network):
     return network if isinstance(network, str) else distance_name(network)
 
 
-def _table(evaluation, path, log):
-    "Reconstruction errors and kept attributes: row -> metric -> mean and standard error."
+def _table(evaluation):
+    "All rows that are asked for: row -> metric -> mean and standard error."
     model = evaluation.model
     x0, y = evaluation.test_batch(evaluation.counts.test_images)
-    measuring = [] if evaluation.classifier is None else [evaluation.classifier]
-    about = dict(weights=weights_mark(model, *measuring), distance=_name_of(evaluation.pairs))
-    settings = dict(steps=evaluation.counts.steps, ways=_WAYS, log=log)
     y = y if _takes_labels(model) else None
-    return error_table(model, x0, y, _measures_of(evaluation), about, path, **settings)
+    measure = _measures_of(evaluation)
+    settings = dict(steps=evaluation.counts.steps, ways=_WAYS, log=evaluation.log)
+    rows = error_table(model, x0, y, measure, evaluation.about, evaluation.table_file, **settings)
+    endings = tuple(f' {steps}' for steps in evaluation.counts.steps)
+    return {name: row for name, row in rows.items() if name.endswith(endings)}
 
 
-_KEPT = 'kept '  # begins the metric of a single attribute
-
-
-def _reconstruction(evaluation, path, log):
+def _reconstruction(evaluation):
     "Errors of the reconstructions. Kept attributes are a section of their own."
-    rows = {}
-    for name, values in _table(evaluation, path, log).items():
-        rows[name] = {k: v for k, v in values.items() if not k.startswith(_KEPT) and k != 'kept'}
-    return dict(distance=_name_of(evaluation.pairs), table=rows)
+    rows = {name: split_kept(row)[0] for name, row in evaluation.table.items()}
+    return dict(distance=_name_of(evaluation.networks.pairs), table=rows)
 
 
-def _kept_attributes(evaluation, path, log):
+@torch.no_grad()
+def _kept_attributes(evaluation):
     "Shares of the same answer of the evaluation classifier. The table holds them already."
+    x0, _ = evaluation.test_batch(evaluation.counts.test_images)
+    chance = kept_by_chance(evaluation.classifier, x0)
     rows = {}
-    for name, values in _table(evaluation, path, log).items():
-        of_each = {k.removeprefix(_KEPT): v for k, v in values.items() if k.startswith(_KEPT)}
-        chance = of_each.pop('by chance')
-        rows[name] = dict(n=values['n'], all=values['kept'], by_chance=chance, each=of_each)
-    return dict(network=evaluation.classifier.card.name, table=rows)
+    for name, row in evaluation.table.items():
+        errors, kept = split_kept(row)
+        rows[name] = dict(n=errors['n']) | kept._asdict()
+    network = evaluation.classifier.card.name
+    return dict(network=network, by_chance=chance._asdict(), table=rows)
 
 
 # %% ../nbs/toolbox/picture_evaluation.ipynb #pict0012
@@ -260,7 +343,7 @@ def _auroc(evaluation):
     "AUROC of linear probes of the codes."
     model = evaluation.model
     most = evaluation.counts.reference_images
-    parts = [_some(evaluation.train, most), evaluation.test[:most]]
+    parts = [evaluation.train, evaluation.test[:most]]
     bs = model.batch_size(most, most=500)
     codes = [encode_all(model.enc, images, bs) for images in parts]
     labels = [_attributes_of(images) for images in parts]
@@ -283,36 +366,17 @@ def _noise(evaluation):
 _AT_ONCE = 500  # images whose features are computed before the next ones are sampled
 
 
-def _conditions(evaluation, n):
-    "Codes or labels of n test images; after the last one, the first one follows."
-    x0, y = evaluation.test_batch(n)
-    condition = _condition(evaluation.model, x0, y)
-    return condition[torch.arange(n, device=condition.device) % len(condition)]
+class _Way(NamedTuple):
+    "A way to sample."
+
+    n: int  # number of images
+    images: Callable  # (number of the chunk, rows of the chunk) -> images in [-1,1]
+    about: dict  # more about the row
 
 
-def _ways(evaluation):
-    "Name of a way to sample -> (number of the chunk, rows of the chunk) -> images."
-    model = evaluation.model
-    steps = evaluation.steps
-    n = evaluation.counts.n
-    if is_unconditional(model):
-        return dict(samples=lambda k, rows: model.sample(len(rows), seed=k, steps=steps))
-    ways = {}
-    priors = {}
-    if evaluation.prior is not None:
-        priors['codes of the prior'] = evaluation.prior
-    if isinstance(model, CodedModel):
-        priors['codes from N(0,I)'] = model
-    for name, prior in priors.items():
-        ways[name] = partial(_from_prior, model, prior, steps)
-    conditions = _conditions(evaluation, n)
-    name = 'codes' if model.is_autoencoder else 'labels'
-
-    def from_test_images(k, rows):
-        return model.sample_codes(conditions[rows], seed=k, steps=steps)
-
-    ways[f'{name} of test images'] = from_test_images
-    return ways
+def _from_noise(model, steps, k, rows):
+    "Images from noise."
+    return model.sample(len(rows), seed=k, steps=steps)
 
 
 def _from_prior(model, prior, steps, k, rows):
@@ -320,34 +384,60 @@ def _from_prior(model, prior, steps, k, rows):
     return model.sample(len(rows), prior=prior, seed=k, steps=steps)
 
 
+def _from_conditions(model, conditions, steps, k, rows):
+    "Images of given codes or labels."
+    return model.sample_codes(conditions[rows.to(conditions.device)], seed=k, steps=steps)
+
+
+def _ways(evaluation):
+    "Name of a way to sample -> the way."
+    model = evaluation.model
+    steps = evaluation.steps
+    n = evaluation.counts.n
+    if is_unconditional(model):
+        return dict(samples=_Way(n, partial(_from_noise, model, steps), {}))
+    ways = {}
+    for name, prior in _priors(evaluation).items():
+        ways[name] = _Way(n, partial(_from_prior, model, prior, steps), {})
+    if len(evaluation.test) >= _FEWEST:
+        conditions = _condition(model, *evaluation.test_batch(n))
+        name = 'codes of test images' if model.is_autoencoder else 'labels of test images'
+        different = len(conditions.unique(dim=0))
+        images = partial(_from_conditions, model, conditions, steps)
+        ways[name] = _Way(len(conditions), images, dict(different_conditions=different))
+    return ways
+
+
 @torch.no_grad()
-def _features_of_samples(way, evaluation, log):
+def _features_of_samples(way, evaluation):
     "Features of the samples of one way: (n,D)."
     parts = []
-    for k, rows in enumerate(torch.arange(evaluation.counts.n).split(_AT_ONCE)):
+    for k, rows in enumerate(torch.arange(way.n).split(_AT_ONCE)):
         with evaluation.model.in_bf16():
-            x = way(k, rows.to(evaluation.model.device))
+            x = way.images(k, rows)
         bad = (~x.isfinite()).flatten(1).any(1).sum()
         if bad:
             raise ValueError(f'{bad} of {len(x)} samples have NaN or infinite pixels')
-        parts.append(features(evaluation.sets, x.float().clamp(-1, 1)))
-        log(f'{int(rows[-1]) + 1} of {evaluation.counts.n} samples')
+        parts.append(exact_features(evaluation.networks.sets, x.float().clamp(-1, 1)))
+        evaluation.log(f'{int(rows[-1]) + 1} of {way.n} samples')
     return torch.cat(parts)
 
 
-def _samples(evaluation, log):
+def _samples(evaluation):
     "FID, KID, precision and recall of each way to sample, and of real test images."
-    counts = evaluation.counts
-    real = _some(evaluation.train, counts.reference_images)
-    reference = Reference.of(evaluation.sets, real, min(counts.n, len(real)))
+    n = evaluation.counts.n
+    network = evaluation.networks.sets
+    reference = Reference.of(network, evaluation.train, min(n, len(evaluation.train)))
     rows = {}
     for name, way in _ways(evaluation).items():
-        found = compare_with(reference, _features_of_samples(way, evaluation, log))
-        rows[name] = asdict(found) | dict(steps=evaluation.steps)
-    held = _some(evaluation.test, counts.n)
-    if len(held) >= 20:
-        rows['real test images'] = asdict(compare_with(reference, features(evaluation.sets, held)))
-    return dict(network=evaluation.sets.name, table=rows)
+        found = compare_with(reference, _features_of_samples(way, evaluation))
+        rows[name] = asdict(found) | dict(steps=evaluation.steps) | way.about
+    held = evaluation.test[:n]
+    if len(held) >= _FEWEST:
+        rows['real test images'] = asdict(
+            compare_with(reference, reference_features(network, held))
+        )
+    return dict(network=network.name, table=rows)
 
 
 # %% ../nbs/toolbox/picture_evaluation.ipynb #pict0016
@@ -396,34 +486,28 @@ def _path_length(evaluation):
     def of_part(rows):
         settings = dict(steps=evaluation.steps, t=t[rows])
         return path_lengths(
-            evaluation.model, x0[:n][rows], x0[n:][rows], evaluation.paths, **settings
+            evaluation.model, x0[:n][rows], x0[n:][rows], evaluation.networks.paths, **settings
         )
 
     parts = [slice(first, first + _PAIRS) for first in range(0, n, _PAIRS)]
     lengths = torch.cat(map_parts(of_part, parts)).double()
     mean, se = Estimate.of(lengths).pair
     found = dict(mean=mean, standard_error=se, median=lengths.median().item(), pairs=n)
-    about = dict(network=_name_of(evaluation.paths), steps=evaluation.steps)
+    about = dict(network=_name_of(evaluation.networks.paths), steps=evaluation.steps)
     return found | about | dict(published=_PUBLISHED)
 
 
 # %% ../nbs/toolbox/picture_evaluation.ipynb #pict0018
-def _sections(path, log):
-    "All sections, in the order of the result."
-    table_path = None if path is None else path.with_name(f'{path.stem}-table.json')
-    table = dict(path=table_path, log=log)
-    rows = ('steps', 'test_images')
-    probes = ('reference_images',)
-    samples = ('n', 'steps', 'reference_images')
-    return dict(
-        noise_prediction=_Section(_missing_for_noise, _noise, ('gap_images',)),
-        reconstruction=_Section(_missing_labels, partial(_reconstruction, **table), rows),
-        kept_attributes=_Section(_missing_for_kept, partial(_kept_attributes, **table), rows),
-        gap=_Section(_missing_labels, _gap, ('gap_images',)),
-        auroc=_Section(_missing_for_auroc, _auroc, probes),
-        samples=_Section(_missing_for_samples, partial(_samples, log=log), samples),
-        path_length=_Section(_missing_for_paths, _path_length, ('pairs', 'steps')),
-    )
+_ROWS = ('steps', 'test_images')
+_SECTIONS = dict(  # in the order of the result
+    noise_prediction=_Section(_missing_for_noise, _noise, ('gap_images',)),
+    reconstruction=_Section(_missing_labels, _reconstruction, _ROWS),
+    kept_attributes=_Section(_missing_for_kept, _kept_attributes, _ROWS),
+    gap=_Section(_missing_labels, _gap, ('gap_images',)),
+    auroc=_Section(_missing_for_auroc, _auroc, ('reference_images',)),
+    samples=_Section(_missing_for_samples, _samples, ('n', 'steps', 'reference_images')),
+    path_length=_Section(_missing_for_paths, _path_length, ('pairs', 'steps')),
+)
 
 
 def _key_of(name, section, counts):
@@ -431,23 +515,75 @@ def _key_of(name, section, counts):
     return ' '.join([name, *(f'{k}={getattr(counts, k)}' for k in section.counts)])
 
 
-def _chosen(sections, names):
-    "The sections with these names; all if there are no names."
-    unknown = [name for name in names if name not in sections]
+def _finished(done, name, counts):
+    "A finished section of the file: of these counts, or else the last one; None if there is none."
+    key = _key_of(name, _SECTIONS[name], counts)
+    keys = [k for k in done.data['sections'] if k.split(' ')[0] == name]
+    if not keys:
+        return None
+    return done.get('sections', key if key in keys else keys[-1])
+
+
+def _check_names(names):
+    "Raise unless all names are those of sections."
+    unknown = [name for name in names if name not in _SECTIONS]
     if unknown:
-        raise ValueError(f'no section {unknown[0]!r}, there are {", ".join(sections)}')
-    return {k: v for k, v in sections.items() if not names or k in names}
+        raise ValueError(f'no section {unknown[0]!r}, there are {", ".join(_SECTIONS)}')
 
 
 def _decoder_and_prior(model, prior):
     "The model of images and its source of codes. A latent DPM is the prior of its base."
     if isinstance(model, LatentDPM):
+        if prior is not None:
+            raise ValueError(
+                f'the latent DPM {model.card.name!r} is a prior itself, and another one is given; '
+                'evaluate its base with the other prior'
+            )
         model, prior = model.base, model
     if not isinstance(model, GenerativeModel) or len(model.shape) != 3:
         raise ValueError(f'a model of images is required here, got a {type(model).__name__}')
     if prior is not None and not model.is_autoencoder:
         raise ValueError(f'{model.card.name!r} takes no codes, and a prior is given')
+    if isinstance(prior, LatentDPM) and prior.base is not model:
+        own, other = (model_fingerprint(m) for m in (model, prior.base))
+        if own != other:
+            raise ValueError(
+                f'the prior {prior.card.name!r} makes codes of a model with the fingerprint '
+                f'{other}, but {model.card.name!r} has the fingerprint {own}'
+            )
     return model, prior
+
+
+def _prepared(model, prior, classifier, counts, *, data, network, path, log):
+    "The data, and the networks that are on this machine."
+    device = model.device
+    source = _source(model, data)
+    splits = {split: _images(source, split, model) for split in ('train', 'test')}
+    sizes = {split: len(images) for split, images in splits.items()}
+    check_enough('the number of test images', sizes['test'], 2)
+    if classifier is not None:
+        classifier = classifier.to(device)
+    if network is None:
+        networks = Networks.at_hand(classifier, device, model.shape[-1])
+    else:
+        networks = Networks.of(network, to_signed(splits['test'].x[:1]).to(device))
+    about = {}
+    if path is not None:
+        _check_can_be_kept(prior, networks)
+        about = _about((model, prior, classifier), source, splits, networks)
+    return Evaluation(
+        model=model,
+        prior=prior,
+        test=_some(splits['test'], counts.most_test_images),
+        train=_some(splits['train'], counts.reference_images),
+        classifier=classifier,
+        networks=networks,
+        counts=counts,
+        data=dict(data=source.place, options=source.options.as_json()) | sizes,
+        about=about,
+        table_file=path and path.with_name(f'{path.stem}-table-{counts.test_images}.json'),
+        log=log,
+    )
 
 
 def evaluate_pictures(
@@ -456,7 +592,7 @@ def evaluate_pictures(
     data: str | Path | None = None,  # data set; None: that of the model's recipe
     eval_classifier: EvalClassifier | AttributeClassifier | None = None,  # None: nothing is kept
     prior: Prior | None = None,  # source of codes for new images, such as a latent DPM
-    sections: tuple[str, ...] = (),  # names of sections; (): all that apply
+    sections: tuple[str, ...] = (),  # names of those to measure; (): all that apply
     network: Feats | None = None,  # network of all sections; None: the first that is at hand
     n: int = Counts.n,  # samples of each row of FID, KID, precision and recall
     steps: tuple[int, ...] = Counts.steps,  # of the table; the other sections use the most
@@ -469,27 +605,29 @@ def evaluate_pictures(
 ) -> dict:  # numbers, ready for JSON
     """Evaluate a model of any pictures: all sections that apply to it and to its data.
 
-    Processes inside `shared` share the work. See PDAE Tables 1 and 2 and Fig. 5, and Diff-AE
+    The result also has the sections that the file holds from earlier calls. Processes inside
+    `shared` share the work. See PDAE Tables 1 and 2 and Fig. 5, and Diff-AE
     Table 8 and App. F.
     """
     counts = Counts(n, tuple(steps), test_images, gap_images, reference_images, pairs)
     counts.check()
+    _check_names(sections)
     t0 = time.monotonic()
     named = model
     model, prior = _decoder_and_prior(model, prior)
     _check_classifier(eval_classifier, model)
     path = None if path is None else Path(path)
-    chosen = _chosen(_sections(path, log), sections)
-    evaluation = _prepared(model, prior, data or data_of(model), eval_classifier, counts)
-    if network is not None:
-        evaluation = replace(evaluation, sets=network, pairs=network, paths=network)
-    models = [m for m in (model, prior, eval_classifier) if isinstance(m, Model)]
-    about = dict(weights=weights_mark(*models), data=str(data or data_of(model)))
-    about['networks'] = [_name_of(f) for f in (evaluation.sets, evaluation.pairs, evaluation.paths)]
-    done = ResultFile(path, about, ('sections',), kind='sections', device=model.device)
-    numbers = dict(data=about['data'], test=len(evaluation.test), train=len(evaluation.train))
+    given = dict(data=data, network=network, path=path, log=log)
+    evaluation = _prepared(model, prior, eval_classifier, counts, **given)
+    done = ResultFile(path, evaluation.about, ('sections',), kind='sections', device=model.device)
+    numbers = dict(evaluation.data)
     left_out = {}
-    for name, section in chosen.items():
+    for name, section in _SECTIONS.items():
+        if sections and name not in sections:
+            found = _finished(done, name, counts)
+            if found is not None:
+                numbers[name] = found
+            continue
         reason = section.missing(evaluation)
         if reason is not None:
             left_out[name] = reason
@@ -501,22 +639,3 @@ def evaluate_pictures(
     numbers['left_out'] = left_out
     numbers['result'] = named.card.result
     return _record(numbers, named, t0)
-
-
-def _prepared(model, prior, data, classifier, counts):
-    "The data, and the networks that are on this machine."
-    device = model.device
-    distance = partial(_network_or_reason, distance_network, classifier, device=device)
-    test = _images(data, 'test', model)
-    check_enough('the number of test images', len(test), 2)
-    return Evaluation(
-        model=model,
-        prior=prior,
-        test=test,
-        train=_images(data, 'train', model),
-        classifier=classifier,
-        sets=_network_or_reason(embedding_network, classifier, device=device),
-        pairs=distance('alex'),
-        paths=distance('vgg'),
-        counts=counts,
-    )

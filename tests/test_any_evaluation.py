@@ -14,20 +14,28 @@ import pytest
 import test_model as models
 import test_processes
 import torch
+from PIL import Image
 from sklearn.datasets import load_sample_images
 from test_processes import result_of
+from torch import nn
 
-from pdae_nb import cli, picture_evaluation
+from pdae_nb import cli, feature_networks, picture_evaluation
 from pdae_nb.attributes import (
     DIFFAE_TABLE_8,
     code_auroc,
     fit_probes,
     kept_attributes,
+    kept_by_chance,
+    split_kept,
     weighted_and_macro,
+    with_kept,
 )
-from pdae_nb.data import Images, digits, to_signed
+from pdae_nb.cache import keep_cached, read_cached
+from pdae_nb.data import DataOptions, Images, digits, load_images, to_signed
 from pdae_nb.edit import fit_probe
+from pdae_nb.evaluation import error_table
 from pdae_nb.feature_networks import (
+    Networks,
     _weights_file,
     distance_name,
     distance_network,
@@ -41,9 +49,9 @@ from pdae_nb.methods.attribute_classifier import (
     AttributeClassifierNet,
     as_attributes,
 )
-from pdae_nb.methods.classifier import EvalClassifier, EvalClassifierNet
+from pdae_nb.methods.classifier import EvalClassifier
 from pdae_nb.methods.latent import LatentDPM, MLPSkipNet, ZStats
-from pdae_nb.metrics import auroc, eval_feats, lpips_feats, ppl, stats
+from pdae_nb.metrics import Feats, auroc, eval_feats, lpips_feats, ppl, stats
 from pdae_nb.model import Draw
 from pdae_nb.picture_evaluation import Counts, evaluate_pictures, path_lengths
 from pdae_nb.recipes import recipe
@@ -132,6 +140,44 @@ def test_without_package_the_own_classifier_is_the_network(monkeypatch):
         embedding_network()
 
 
+@needs_efficientnet
+def test_another_preprocessing_has_another_key(monkeypatch):
+    before = efficientnet_feats().key
+    monkeypatch.setattr(feature_networks, '_VERSION', 2)
+    assert efficientnet_feats().key != before
+
+
+@pytest.fixture
+def no_packages(monkeypatch):
+    "No package with LPIPS or Inception."
+    for package in ('torch_fidelity', 'torchmetrics', 'lpips'):
+        monkeypatch.setitem(sys.modules, package, None)
+
+
+def test_a_network_for_three_purposes_is_loaded_once(monkeypatch, no_packages):
+    loaded = []
+
+    def load(device):
+        loaded.append(device)
+        return Feats('photographs', torch.flatten, torch.dist, 'key')
+
+    monkeypatch.setattr(feature_networks, 'efficientnet_feats', load)
+    found = Networks.at_hand(attribute_classifier(), 'cpu', 64)
+    assert [network.name for network in found] == ['photographs'] * 3
+    assert loaded == ['cpu']
+
+
+def test_images_that_are_too_small_for_lpips_get_another_network(monkeypatch, no_packages):
+    monkeypatch.setattr(feature_networks, 'lpips_feats', lambda net, device: Feats(net))
+    own = attribute_classifier()
+    assert Networks.at_hand(own, 'cpu', 32).pairs.name == 'alex'
+    assert Networks.at_hand(own, 'cpu', 32).paths.name == 'vgg'
+    assert distance_network(own, 'vgg', px=32).name == 'vgg'
+    small = Networks.at_hand(own, 'cpu', 31)
+    assert small.pairs.name == small.paths.name == small.sets.name
+    assert distance_network(own, 'vgg', px=31).name == small.pairs.name
+
+
 class FakeLpips(torch.nn.Module):
     "Replaces the network of the package lpips."
 
@@ -212,13 +258,98 @@ def test_reference_features_are_kept(monkeypatch, tmp_path):
     assert len(calls) == 4
 
 
+def test_features_that_are_not_finite_are_not_stored(monkeypatch, tmp_path):
+    monkeypatch.setenv('PDAE_NB_CACHE', str(tmp_path))
+    images = digits('test', 14)[:30]
+    wide = Feats('ours', lambda x: x.flatten(1)[:, :5] / 0, key='1')
+    with pytest.raises(ValueError, match='ours: 30 of 30 images have features that are NaN or'):
+        reference_features(wide, images)
+    assert not list(tmp_path.iterdir())
+
+
+def test_stored_features_that_are_not_finite_are_replaced(monkeypatch, tmp_path):
+    monkeypatch.setenv('PDAE_NB_CACHE', str(tmp_path))
+    images = digits('test', 14)[:30]
+    network = eval_feats(attribute_classifier())
+    f = reference_features(network, images)
+    (path,) = tmp_path.iterdir()
+    _, about = read_cached(path)
+    keep_cached(path, dict(features=f * torch.nan), about)
+    assert torch.equal(reference_features(network, images), f)
+    assert torch.equal(read_cached(path)[0]['features'], f)
+
+
+def test_features_are_computed_with_float32_convolutions(monkeypatch, tmp_path):
+    monkeypatch.setenv('PDAE_NB_CACHE', str(tmp_path))
+    found = []
+
+    def embed(x):
+        found.append(torch.backends.cudnn.allow_tf32)
+        return x.flatten(1)[:, :5]
+
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', True)
+    reference = Reference.of(Feats('ours', embed, key='1'), digits('test', 14)[:200], 120)
+    assert reference.stats.n == 200
+    assert found and not any(found)
+    assert torch.backends.cudnn.allow_tf32
+
+
 def test_comparison_with_the_same_images():
     f = rand(60, 5)
     found = compare_with(Reference('ours', stats(f), f.float()), f)
     assert found.fid[0] < 1e-8
-    assert abs(found.kid[0]) < 3 * found.kid[1] + 0.5
     assert found.precision[0] == found.recall[0] == 1
     assert (found.network, found.n, found.reference, found.pairs) == ('ours', 60, 60, 60)
+
+
+def test_kid_of_a_comparison_is_its_formula():
+    real = rand(60, 5)
+    fake = rand(50, 5, seed=1) + 0.3
+    found = compare_with(Reference('ours', stats(real), real), fake)
+
+    def kernel(a, b):
+        return (a @ b.T / 5 + 1) ** 3
+
+    def mean_of_pairs(a):
+        k = kernel(a, a)
+        return (k.sum() - k.trace()) / (len(a) * (len(a) - 1))
+
+    # Only as many real images as there are generated ones count.
+    real = real[:50]
+    want = mean_of_pairs(real) + mean_of_pairs(fake) - 2 * kernel(real, fake).mean()
+    assert found.kid[0] == pytest.approx(want.item(), rel=1e-6)
+    assert found.pairs == 50
+
+
+def test_standard_errors_are_the_spread_of_repeated_draws():
+    real = rand(2000, 3)
+    reference = Reference('ours', stats(real), real[:200])
+    found = [compare_with(reference, rand(200, 3, seed=1 + k) + 0.5) for k in range(40)]
+    for name in ('fid', 'kid'):
+        values, errors = torch.tensor([getattr(row, name) for row in found]).T
+        assert 0.75 < errors.mean() / values.std() < 1.5
+
+
+def test_the_order_of_the_images_has_no_meaning():
+    "Features of two classes, one after the other, have the standard error of mixed ones."
+    real = torch.cat([rand(200, 3), rand(200, 3, seed=1) + 5])
+    f = torch.cat([rand(100, 3, seed=2), rand(100, 3, seed=3) + 5])
+    reference = Reference('ours', stats(real), real[torch.randperm(400)])
+    errors = torch.tensor([compare_with(reference, f, seed=seed).fid[1] for seed in range(10)])
+    mixed = f[torch.randperm(200, generator=torch.Generator().manual_seed(0))]
+    without_order = compare_with(reference, mixed).fid[1]
+    assert errors.max() < 3 * errors.min()
+    assert 0.5 < errors.mean() / without_order < 2
+
+
+def test_comparisons_that_cannot_be_made():
+    f = rand(60, 5)
+    reference = Reference('ours', stats(f), f)
+    with pytest.raises(ValueError, match='blocks must be at least 2, got 1'):
+        compare_with(reference, f, blocks=1)
+    few = Reference('ours', stats(f), f[:19])
+    with pytest.raises(ValueError, match='10 blocks need at least 20 images, got 19'):
+        compare_with(few, f)
 
 
 # ---------------------------------------------------------------- attributes
@@ -254,6 +385,22 @@ def test_attributes_without_both_labels_have_no_number():
     assert {'weighted', 'macro'} < set(found.diffae)
     nothing = code_auroc(z[:70], z[70:], y[:70, 1:2], y[70:, 1:2], ['Bald'])
     assert nothing.macro is None and nothing.C is None
+
+
+def test_training_codes_may_be_sorted():
+    "The last fifth of the codes has no image with the attribute. A random fifth has some."
+    z = rand(200, 4).float()
+    y = z[:, :1] + 0.5 * rand(200, 1, seed=1) > 0
+    order = y[:100, 0].float().argsort(descending=True)
+    found = code_auroc(z[:100][order], z[100:], y[:100][order], y[100:], ['Male'])
+    assert found.attributes['Male'] > 0.9
+
+
+def test_balanced_accuracy_of_one_image_does_not_exist():
+    images = digits('test', 14)[:1]
+    result = attribute_classifier().test_result(to_signed(images.x), images.y)
+    assert result.balanced_accuracy is None
+    assert all(row[2] is None for row in result.attributes.values())
 
 
 def test_classifier_of_attributes_learns_and_is_stored(tmp_path):
@@ -292,16 +439,77 @@ def test_loss_of_attributes_and_of_classes_agree():
     assert has.sum() == 4
 
 
-@pytest.mark.parametrize('make', [EvalClassifier, AttributeClassifier])
-def test_an_image_keeps_its_attributes(make):
-    if make is AttributeClassifier:
-        classifier = attribute_classifier()
-    else:
-        classifier = EvalClassifier(EvalClassifierNet(ch=4).eval(), (1, 14, 14))
-    x = to_signed(digits('test', 14).x[:5])
-    kept = kept_attributes(classifier, x, x)
-    assert list(kept) == (list(NAMES) if make is AttributeClassifier else ['class'])
-    assert all(v.shape == (5,) and v.min() == 1 for v in kept.values())
+class Brightness(nn.Module):
+    "Logits of two attributes: a bright image, and a bright left half."
+
+    config = dict(names=['bright', 'left'])
+
+    def forward(self, x):
+        return torch.stack([x.mean((1, 2, 3)), x[..., :7].mean((1, 2, 3))], 1)
+
+
+class BrightOrDark(nn.Module):
+    "Logits of two classes, dark and bright."
+
+    def forward(self, x):
+        return torch.stack([-x.mean((1, 2, 3)), x.mean((1, 2, 3))], 1)
+
+
+OF_BRIGHTNESS = [
+    (AttributeClassifier(Brightness(), (1, 14, 14)), ['bright', 'left']),
+    (EvalClassifier(BrightOrDark(), (1, 14, 14)), ['class']),
+]
+
+
+def four_images():
+    "A bright image, a dark one, a bright one, and one whose left half alone is bright."
+    x = torch.ones(4, 1, 14, 14)
+    x[1] = -1
+    x[3, ..., 5:] = -1
+    return x
+
+
+@pytest.mark.parametrize(('classifier', 'names'), OF_BRIGHTNESS)
+def test_attributes_that_are_kept(classifier, names):
+    x0 = four_images()
+    x = x0.clone()
+    x[0] = -1  # another brightness of both halves
+    x[3] = 1  # another brightness of the image, but not of its left half
+    kept = kept_attributes(classifier, x, x0)
+    assert list(kept) == names
+    assert kept[names[0]].tolist() == [0, 1, 1, 0]
+    assert names == ['class'] or kept['left'].tolist() == [0, 1, 1, 1]
+    same = kept_attributes(classifier, x0, x0)
+    assert all(v.tolist() == [1, 1, 1, 1] for v in same.values())
+
+
+@pytest.mark.parametrize(('classifier', 'names'), OF_BRIGHTNESS)
+def test_attributes_that_are_kept_by_chance(classifier, names):
+    """The answers are bright, dark, bright, dark; on the left bright, dark, bright, bright.
+
+    Each image is compared with the one before it, and the first with the last.
+    """
+    chance = kept_by_chance(classifier, four_images())
+    if names == ['class']:
+        assert chance.each == {}
+        assert chance.all == [0, 0]
+        return
+    assert chance.each['bright'] == [0, 0]
+    assert chance.each['left'][0] == 0.5
+    assert chance.all[0] == 0.25
+
+
+def test_kept_attributes_are_apart_from_the_errors():
+    "An attribute may have the name of a metric."
+    classifier = AttributeClassifier(Brightness(), (1, 14, 14))
+    classifier.net.config = dict(names=['mse', 'by chance'])
+    measure = with_kept(lambda x, x0, y: dict(mse=(x - x0).square().mean((1, 2, 3))), classifier)
+    x0 = four_images()
+    row = {name: v.mean().item() for name, v in measure(-x0, x0, None).items()}
+    errors, kept = split_kept(row)
+    assert list(errors) == ['mse']
+    assert list(kept.each) == ['mse', 'by chance']
+    assert split_kept(errors) == (errors, None)
 
 
 # ---------------------------------------------------------------- all sections
@@ -398,10 +606,296 @@ def test_errors_of_wrong_arguments(small_data):
         evaluate_pictures(dpm, data='nothing', **(FEW | dict(n=3)))
     with pytest.raises(ValueError, match='takes no codes'):
         evaluate_pictures(dpm, data='nothing', prior=new_latent(), **FEW)
-    with pytest.raises(ValueError, match='images of 3 channels'):
+    shapes = r'of shape \(3, 14, 14\), but .* of shape \(1, 14, 14\)'
+    with pytest.raises(ValueError, match=shapes):
         evaluate_pictures(dpm, data='nothing', eval_classifier=attribute_classifier(3), **FEW)
+    large = attribute_classifier(size=28)
+    with pytest.raises(ValueError, match=r'of shape \(1, 28, 28\), but .* of shape \(1, 14, 14\)'):
+        evaluate_pictures(dpm, data='nothing', eval_classifier=large, **FEW)
     with pytest.raises(ValueError, match='an evaluation classifier is required'):
         evaluate_pictures(dpm, data='nothing', eval_classifier=dpm, **FEW)
+
+
+def test_errors_of_wrong_priors(small_data):
+    latent = new_latent()
+    with pytest.raises(ValueError, match='is a prior itself, and another one is given'):
+        evaluate_pictures(latent, data='nothing', prior=latent, **FEW)
+    other = models.new_pdae(seed=5).eval()
+    with pytest.raises(ValueError, match='makes codes of a model with the fingerprint'):
+        evaluate_pictures(other, data='nothing', prior=latent, **FEW)
+    only_gap = FEW | dict(data='nothing', sections=('gap',))
+    evaluate_pictures(models.new_pdae().eval(), prior=latent, **only_gap)  # the base's copy
+
+
+class Gaussian:
+    "A prior that is no model."
+
+    def codes(self, n, seed):
+        return torch.randn(n, 4, generator=torch.Generator().manual_seed(seed))
+
+
+def test_a_file_needs_the_marks_of_prior_and_network(small_data, tmp_path):
+    model = models.new_pdae().eval()
+    settings = FEW | dict(data='nothing', sections=('samples',))
+    with pytest.raises(ValueError, match='a Gaussian is no model with weights'):
+        evaluate_pictures(model, prior=Gaussian(), path=tmp_path / 'sums.json', **settings)
+    rows = evaluate_pictures(model, prior=Gaussian(), **settings)['samples']['table']
+    assert 'codes of the prior' in rows
+    settings['network'] = FEW['network']._replace(key=None)
+    with pytest.raises(ValueError, match="the network 'ours' by its key, and the network has none"):
+        evaluate_pictures(model, path=tmp_path / 'sums.json', **settings)
+
+
+# ---------------------------------------------------------------- which images
+
+
+def replace_data(monkeypatch, change):
+    "Each data set of `evaluate_pictures` is `change` of the digits of the split."
+
+    def images(data, split='train', size=None, *args, **kw):
+        return change(digits(split, size), split)
+
+    monkeypatch.setattr(picture_evaluation, 'load_images', images)
+
+
+def grey_pictures(folder, n=60):
+    "A folder of small grey pictures."
+    folder.mkdir()
+    for k in range(n):
+        pixels = np.random.default_rng(k).integers(0, 256, (16, 16))
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f'{k:03}.png')
+    return folder
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_pictures_of_the_training_are_no_test_images(monkeypatch, tmp_path):
+    "A folder of which half was held out is evaluated on this half."
+    monkeypatch.setenv('PDAE_NB_CACHE', str(tmp_path / 'cache'))
+    monkeypatch.chdir(tmp_path)
+    folder = grey_pictures(tmp_path / 'photos')
+    options = DataOptions(hold_out=0.5)
+    half = load_images(folder, 'test', 14, options=options)
+    assert 20 < len(half) < 40 != len(load_images(folder, 'test', 14))
+    model = models.new_dpm()
+    model.card.recipe = dict(data=str(folder), options=options.as_json())
+    seen = []
+
+    def gaps(model, x0, y):
+        seen.extend(x0)
+        return {}
+
+    monkeypatch.setattr(picture_evaluation, '_gaps', gaps)
+    settings = FEW | dict(gap_images=60, sections=('gap',))
+    for data in (None, folder, 'photos'):
+        result = evaluate_pictures(model, data=data, **settings)
+        assert (result['test'], result['train']) == (len(half), 60 - len(half))
+        assert result['options'] == dict(hold_out=0.5)
+    held = {x.numpy().tobytes() for x in to_signed(half.x)}
+    assert {x.numpy().tobytes() for x in seen} == held
+    other = grey_pictures(tmp_path / 'others')
+    assert evaluate_pictures(model, data=other, **settings)['options'] == {}
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_other_options_are_other_data(monkeypatch, tmp_path):
+    monkeypatch.setenv('PDAE_NB_CACHE', str(tmp_path / 'cache'))
+    folder = grey_pictures(tmp_path / 'photos')
+    model = models.new_dpm()
+    settings = FEW | dict(sections=('gap',), path=tmp_path / 'sums.json')
+    model.card.recipe = dict(data=str(folder), options=dict(hold_out=0.5))
+    evaluate_pictures(model, **settings)
+    model.card.recipe = dict(data=str(folder), options=dict(hold_out=0.4))
+    with pytest.raises(ValueError, match='other settings .*hold_out 0.5, not 0.4'):
+        evaluate_pictures(model, **settings)
+
+
+def test_test_images_that_are_sorted_by_class(monkeypatch):
+    "The first ones of a random order, which is the same in each call."
+    replace_data(monkeypatch, lambda images, split: images[images.y.argsort(stable=True)])
+    labels = []
+
+    def gaps(model, x0, y):
+        labels.append(y)
+        return {}
+
+    monkeypatch.setattr(picture_evaluation, '_gaps', gaps)
+    settings = FEW | dict(data='classes', gap_images=20, sections=('gap',))
+    for _ in range(2):
+        evaluate_pictures(models.new_label_pdae().eval(), **settings)
+    assert len(labels[0].unique()) > 5
+    assert torch.equal(*labels)
+
+
+def test_fewer_test_images_than_samples(monkeypatch):
+    "Each test image has one sample, so that the standard errors are those of different codes."
+    replace_data(monkeypatch, lambda images, split: images[: 25 if split == 'test' else 60])
+    settings = FEW | dict(data='classes', n=40, sections=('samples',))
+    rows = evaluate_pictures(new_latent().eval(), **settings)['samples']['table']
+    assert rows['codes of the prior']['n'] == 40
+    assert rows['codes of test images']['n'] == 25
+    assert rows['codes of test images']['different_conditions'] == 25
+    assert rows['real test images']['n'] == 25
+
+
+def test_too_few_images_are_reasons(monkeypatch):
+    replace_data(monkeypatch, lambda images, split: images[: 3 if split == 'test' else 60])
+    result = evaluate_pictures(models.new_dpm(), data='nothing', **FEW)
+    reasons = {k: v for k, v in result['left_out'].items() if 'images' in v}
+    assert set(reasons) == {'noise_prediction', 'path_length'}
+    assert reasons['noise_prediction'] == '4 test images are needed, there are 3'
+    result = evaluate_pictures(models.new_pdae().eval(), data='classes', **FEW)
+    assert result['left_out']['samples'] == '20 test images are needed, there are 3'
+    rows = evaluate_pictures(new_latent(), data='classes', sections=('samples',), **FEW)['samples']
+    assert list(rows['table']) == ['codes of the prior']
+    replace_data(monkeypatch, lambda images, split: images[: 19 if split == 'train' else 60])
+    result = evaluate_pictures(models.new_pdae().eval(), data='classes', **FEW)
+    for name in ('samples', 'auroc'):
+        assert result['left_out'][name] == '20 training images are needed, there are 19'
+
+
+def test_kept_by_chance_compares_different_images(small_data):
+    "The last chunk of the table has one image."
+    classifier = attribute_classifier()
+    settings = FEW | dict(data='classes', test_images=51, sections=('kept_attributes',))
+    model = models.new_dpm()
+    found = evaluate_pictures(model, eval_classifier=classifier, **settings)['kept_attributes']
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    x0 = to_signed(digits('test', 14)[:60].x[order[:51]])
+    assert found['by_chance'] == kept_by_chance(classifier, x0)._asdict()
+    assert found['by_chance']['all'][0] < 1
+    (row,) = found['table'].values()
+    assert row['n'] == 51
+    assert set(row['each']) == set(NAMES)
+
+
+# ---------------------------------------------------------------- files of results
+
+
+def test_a_file_of_other_pixels_is_refused(monkeypatch, tmp_path):
+    "Also the file of the table's sums alone."
+    settings = FEW | dict(data='classes', path=tmp_path / 'sums.json', sections=('reconstruction',))
+
+    def changed(images, split):
+        x = images.x[:60].clone()
+        x[0, 0, 0, 0] ^= split == 'test'
+        return Images(x)
+
+    replace_data(monkeypatch, lambda images, split: Images(images.x[:60]))
+    evaluate_pictures(models.new_dpm(), **settings)
+    replace_data(monkeypatch, changed)
+    with pytest.raises(ValueError, match='other settings .*images.test'):
+        evaluate_pictures(models.new_dpm(), **settings)
+    (tmp_path / 'sums.json').unlink()
+    with pytest.raises(ValueError, match='sums-table-4.json .*other settings .*images.test'):
+        evaluate_pictures(models.new_dpm(), **settings)
+
+
+def test_a_file_of_another_network_of_the_same_name_is_refused(small_data, tmp_path):
+    settings = FEW | dict(data='classes', path=tmp_path / 'sums.json', sections=('gap',))
+    evaluate_pictures(models.new_dpm(), **settings)
+    settings['network'] = FEW['network']._replace(key='other weights')
+    with pytest.raises(ValueError, match='other settings .*networks.*other weights'):
+        evaluate_pictures(models.new_dpm(), **settings)
+
+
+def test_a_table_has_the_rows_that_are_asked_for(small_data, tmp_path):
+    settings = FEW | dict(data='classes', path=tmp_path / 'sums.json', sections=('reconstruction',))
+
+    def rows(**counts):
+        result = evaluate_pictures(models.new_dpm(), **(settings | counts))
+        return {name: row['n'] for name, row in result['reconstruction']['table'].items()}
+
+    assert rows(steps=(2,), test_images=4) == {'DPM inferred, DDIM 2': 4}
+    assert rows(steps=(3,), test_images=4) == {'DPM inferred, DDIM 3': 4}
+    assert rows(steps=(12,), test_images=6) == {'DPM inferred, DDIM 12': 6}
+    assert rows(steps=(2, 3), test_images=6) == {f'DPM inferred, DDIM {s}': 6 for s in (2, 3)}
+    assert rows(steps=(2, 3), test_images=4) == {f'DPM inferred, DDIM {s}': 4 for s in (2, 3)}
+
+
+def test_a_result_keeps_the_sections_of_earlier_calls(small_data, tmp_path):
+    settings = FEW | dict(data='classes', path=tmp_path / 'sums.json')
+    model = models.new_dpm()
+    gap = evaluate_pictures(model, sections=('gap',), **settings)['gap']
+    both = evaluate_pictures(model, sections=('reconstruction',), **settings)
+    assert both['gap'] == gap
+    assert 'reconstruction' in both
+    more = evaluate_pictures(
+        model, sections=('noise_prediction',), **(settings | dict(gap_images=5))
+    )
+    assert more['gap'] == gap  # of 4 images
+    assert more['noise_prediction']['test_images'] == 5
+    assert set(more['left_out']) == set()
+
+
+def test_a_result_without_earlier_sections_is_not_written(tmp_path):
+    path = tmp_path / 'result.json'
+    cli._check_sections_stay(path, dict(gap={}))
+    path.write_text(json.dumps(dict(gap={}, samples={}, seconds=3)))
+    with pytest.raises(ValueError, match=r'holds the sections samples, which the new result lacks'):
+        cli._check_sections_stay(path, dict(gap={}))
+    cli._check_sections_stay(path, dict(gap={}, samples={}, auroc={}))
+
+
+def test_the_table_is_measured_once(small_data, monkeypatch):
+    tables = []
+
+    def counted(*args, **kw):
+        tables.append(args)
+        return error_table(*args, **kw)
+
+    monkeypatch.setattr(picture_evaluation, 'error_table', counted)
+    classifier = attribute_classifier()
+    sections = ('reconstruction', 'kept_attributes')
+    settings = FEW | dict(data='classes', sections=sections)
+    result = evaluate_pictures(models.new_dpm(), eval_classifier=classifier, **settings)
+    assert set(sections) <= set(result)
+    assert len(tables) == 1
+
+
+# ---------------------------------------------------------------- networks and classifier
+
+
+def test_a_network_is_used_for_what_it_can_do(small_data):
+    features_only = FEW['network']._replace(distance=None)
+    result = evaluate_pictures(
+        models.new_dpm(), data='classes', **(FEW | dict(network=features_only))
+    )
+    assert 'ours gives features, not distances' in result['left_out']['path_length']
+    assert all('distance' not in row for row in result['reconstruction']['table'].values())
+    assert 'samples' in result
+    distances_only = FEW['network']._replace(embed=None)
+    result = evaluate_pictures(
+        models.new_dpm(), data='classes', **(FEW | dict(network=distances_only))
+    )
+    assert 'ours gives distances between images, not' in result['left_out']['samples']
+    assert 'path_length' in result
+
+
+def test_a_network_for_larger_images_is_a_reason_before_any_sampling(small_data, monkeypatch):
+    def distance(x, y):
+        raise ValueError(f'LPIPS-alex needs images of at least 32x32 pixels, got {x.shape}')
+
+    monkeypatch.setattr(picture_evaluation, 'error_table', lambda *args, **kw: {})
+    network = FEW['network']._replace(distance=distance)
+    settings = FEW | dict(network=network, sections=('reconstruction', 'path_length'))
+    result = evaluate_pictures(models.new_dpm(), data='classes', **settings)
+    assert 'at least 32x32 pixels' in result['left_out']['path_length']
+    assert 'at least 32x32 pixels' in result['reconstruction']['distance']
+
+
+def test_the_classifier_is_moved_to_the_model(small_data, monkeypatch):
+    classifier = attribute_classifier()
+    devices = []
+
+    def to(device):
+        devices.append(device)
+        return classifier
+
+    monkeypatch.setattr(classifier, 'to', to)
+    model = models.new_dpm()
+    settings = FEW | dict(data='classes', sections=('kept_attributes',))
+    evaluate_pictures(model, eval_classifier=classifier, **settings)
+    assert devices == [model.device]
 
 
 def test_path_length_of_codes_is_that_of_the_metric():
@@ -451,3 +945,5 @@ def test_smallest_counts():
     Counts(20, (2,), 2, 4, 20, 2).check()
     with pytest.raises(ValueError, match='steps must be at least 2, got 1'):
         Counts(steps=(1, 5)).check()
+    with pytest.raises(ValueError, match='steps must hold at least one number of steps, got none'):
+        Counts(steps=()).check()

@@ -74,7 +74,7 @@ class AttributeAccuracy:
 
     test_accuracy: float  # mean over the attributes of the share of right answers
     majority: float  # mean over the attributes of the accuracy of the better constant answer
-    balanced_accuracy: float  # mean over the attributes for which it exists
+    balanced_accuracy: float | None  # mean over the attributes for which it exists, if there is one
     test_images: int
     attributes: dict[str, list]  # name -> accuracy, majority, balanced accuracy or None
 
@@ -157,6 +157,6 @@ class AttributeClassifier(Model):
             accuracy = right[:, k].mean().item()
             attributes[name] = [accuracy, max(share, 1 - share), _balanced(right[:, k], has[:, k])]
         known = [row[2] for row in attributes.values() if row[2] is not None]
-        balanced = sum(known) / len(known) if known else 0.5
+        balanced = sum(known) / len(known) if known else None
         majority = sum(row[1] for row in attributes.values()) / len(attributes)
         return AttributeAccuracy(right.mean().item(), majority, balanced, len(x0), attributes)
