@@ -35,8 +35,9 @@ def as_range(
     message = f'range must be two finite numbers LOW < HIGH, got {values!r}'
     try:
         low, high = values
-        if isinstance(low, (str, bytes, bool)) or isinstance(high, (str, bytes, bool)):
-            raise TypeError('no number')
+        is_text = isinstance(values, bytes) or any(isinstance(v, (str, bool)) for v in (low, high))
+        if is_text:
+            raise TypeError('no numbers')
         ends = (float(low), float(high))
     except (TypeError, ValueError, OverflowError):
         raise ValueError(message) from None
