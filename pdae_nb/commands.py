@@ -67,7 +67,7 @@ def save_pictures(
 
 def _plain(text):
     "A name of a user's file or run as a text of a figure, in which $ begins no formula."
-    return text.replace('$', r'\$')
+    return str(text).replace('$', r'\$')
 
 
 # %% ../nbs/toolbox/commands.ipynb #comm0007

@@ -509,7 +509,7 @@ def check_enough_pictures(
     raise ValueError(
         f'{shown(place)} has {len(train)} pictures for training and {len(test)} for the test; '
         f'at least {_FEWEST} and {fewest} are needed, and some hundreds are better. Add pictures, '
-        f'hold out another fraction (the option hold_out, --hold-out, now {hold_out:g}), or put the '
+        f'hold out another fraction (hold_out, or --hold-out, now {hold_out:g}), or put the '
         'pictures into the folders train and test'
     )
 
