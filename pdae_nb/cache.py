@@ -132,6 +132,7 @@ class Plan(NamedTuple):
     notes: list[str]  # what the user should know about the labels
     pixels: Iterator[np.ndarray]  # uint8 (n,C,H,W), together N images
     remarks: Counter  # what was decided about pixels; complete when all pixels are decoded
+    bits: int | None  # of grey values in 16-bit files; None: there are none, or they have a range
 
     def all_notes(self) -> list[str]:
         "What the user should know about the labels and the pixels."
@@ -177,7 +178,8 @@ def plan(
                 yield np.stack([image.pixels for image in chunk])
 
     names = source.names(split)
-    return Plan(shape, names, labels.of_split[split], labels.classes, notes, pixels(), remarks)
+    y = labels.of_split[split]
+    return Plan(shape, names, y, labels.classes, notes, pixels(), remarks, bits)
 
 
 def _about_bits(top):
@@ -200,6 +202,7 @@ class Stored(NamedTuple):
     classes: list[str]
     notes: list[str]
     names: Names  # of the images
+    bits: int | None  # of grey values in 16-bit files, as in `Plan`
 
 
 _END = 16  # bytes at the end of a file, which hold the length of its description
@@ -267,7 +270,7 @@ def read_stored(
     ends = np.frombuffer(memory, np.int64, n, n_x + 8 * n_y).copy()
     text = np.frombuffer(memory, np.uint8, n_text, n_x + 8 * (n_y + n))
     names = Names(text, ends, range(n))
-    return Stored(x, y, about['classes'], about['notes'], names)
+    return Stored(x, y, about['classes'], about['notes'], names, about['bits'])
 
 
 # %% ../nbs/toolbox/cache.ipynb #cach0014
@@ -322,7 +325,7 @@ def _write_body(file, planned):
             file.write(part)
     y_shape = None if planned.y is None else list(planned.y.shape)
     about = dict(shape=list(planned.shape), y_shape=y_shape, classes=planned.classes)
-    about['text'] = names.text.nbytes
+    about |= dict(text=names.text.nbytes, bits=planned.bits)
     file.write(_about_bytes(dict(about, notes=planned.all_notes()), crc))
     file.truncate()
     file.flush()
@@ -357,7 +360,8 @@ def _in_memory(planned):
             done += len(chunk)
     if done != len(x):
         raise ValueError(f'expected {len(x)} images, {done} were decoded')
-    return Stored(x, planned.y, planned.classes, planned.all_notes(), planned.names.packed())
+    names = planned.names.packed()
+    return Stored(x, planned.y, planned.classes, planned.all_notes(), names, planned.bits)
 
 
 # %% ../nbs/toolbox/cache.ipynb #cach0015

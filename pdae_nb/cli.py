@@ -104,7 +104,6 @@ from .processes import (
 from .recipes import size_or_default
 from .sampling import ddim_step, sample, trajectory
 from .solvers import belm_step, dpmpp_step, round_trip
-from .splits import DataOptions
 from .training import hardware, versions
 
 # %% ../nbs/toolbox/cli.ipynb #03730e14
@@ -144,6 +143,9 @@ def cmd_train(
     labels: str = None,
     group: str = None,  # column of --labels: pictures of one subject are not divided by the test
     range: str = None,  # LOW,HIGH: values of grey pictures that become black and white
+    # fraction of the pictures that is held out for the test, of a folder without the folders train
+    # and test; otherwise 0.1
+    hold_out: float = None,
     flip: bool = False,  # mirror the pictures at random
     # folder of the run: checkpoints, samples, log and, at the end, the model; otherwise runs/NAME
     out: str = None,
@@ -175,7 +177,8 @@ def cmd_train(
     "Train a run, or resume it: the same command continues an interrupted training"
     if images is not None and steps is not None:
         raise ValueError('--images and --steps both give the length of the run: name one of them')
-    pictures = dict(data=data, px=px, options=_data_options(labels, group, range))
+    options = _data_options(labels, group, range, hold_out)
+    pictures = dict(data=data, px=px, options=options)
     if name in METHODS:
         pictures |= dict(base=base, init=init)
         base = None  # the recipe has it
@@ -203,13 +206,13 @@ def cmd_train(
     return model.card.result
 
 
-def _data_options(labels, group, values):
-    "How a folder of pictures is read, from the options of the command line; None if none is given."
-    given = dict(labels=labels, group=group)
+def _data_options(labels, group, values, hold_out):
+    "The options of a folder of pictures that the command line gives; None if it gives none."
+    given = dict(labels=labels, group=group, hold_out=hold_out)
     if values is not None:
         given['range'] = tuple(numbers(values, 'range'))
     given = {name: value for name, value in given.items() if value is not None}
-    return DataOptions(**given) if given else None
+    return given or None
 
 
 def _say_once(line):

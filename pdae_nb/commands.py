@@ -16,11 +16,13 @@ __all__ = [
 ]
 
 # %% ../nbs/toolbox/commands.ipynb #comm0002
+import math
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from .decode import listed, picture_files
 from .edit import interpolate, manipulate, to_logit
 from .evaluation import _device, _log_to_stderr, inputs
 from .files import PICTURES, output_file
@@ -28,7 +30,7 @@ from .hub import load
 from .methods.label_pdae import LabelPDAE
 from .methods.latent import LatentDPM
 from .model import GenerativeModel, Model
-from .pictures import TABLES, direction, encode, picture_files
+from .pictures import TABLES, direction, encode
 from .plot import show
 from .processes import processes
 from .solvers import round_trip
@@ -53,14 +55,19 @@ def save_figure(
 def save_pictures(
     images,  # images in [-1,1] (N,C,H,W), or name of a row -> images
     path: str | Path,  # picture to write
-    title: str = '',
+    title: str = '',  # without formulas
     ncol: int = 8,  # images in a row
-    captions: list[str] | None = None,  # of the columns
+    captions: list[str] | None = None,  # of the columns, without formulas
 ) -> str:  # the path
     "Write images, or named rows of images, as PNG."
-    ax = show(images, ncol, captions and [caption[:12] for caption in captions])
-    ax.set_title(title, fontsize=9, pad=14 if captions else 6)
+    ax = show(images, ncol, captions and [_plain(caption[:12]) for caption in captions])
+    ax.set_title(_plain(title), fontsize=9, pad=14 if captions else 6)
     return save_figure(ax, path)
+
+
+def _plain(text):
+    "A name of a user's file or run as a text of a figure, in which $ begins no formula."
+    return str(text).replace('$', r'\$')
 
 
 # %% ../nbs/toolbox/commands.ipynb #comm0007
@@ -68,8 +75,15 @@ def _check_all_read(picture, n, unread):
     "Raise ValueError if image files could not be read; the picture holds the other images."
     if unread:
         raise ValueError(
-            f'{picture} has {n} pictures; {len(unread)} could not be read: {", ".join(unread)}'
+            f'{picture} has {n} pictures; {len(unread)} could not be read: {listed(unread, 8)}'
         )
+
+
+def _check_counts(**counts):
+    "Raise ValueError if a number that was given is below 1."
+    for name, n in counts.items():
+        if n is not None and n < 1:
+            raise ValueError(f'{name} must be at least 1, got {n}')
 
 
 def mse01(
@@ -122,7 +136,13 @@ def cmd_encode(
 
 
 # %% ../nbs/toolbox/commands.ipynb #comm0013
-def _chunks(x, condition, rows=64):
+def _check_files(images):
+    "Raise if there are no such pictures, before a run is loaded."
+    if images:
+        picture_files(images)
+
+
+def _chunks(x, condition, rows):
     "Pairs of rows of x and of the condition, which may be None."
     xs = x.split(rows)
     conditions = [None] * len(xs) if condition is None else condition.split(rows)
@@ -141,14 +161,18 @@ def cmd_reconstruct(
 ) -> dict:  # path of the picture, the settings, and errors of pixels in [0,1]
     "Encode and decode images, and write inputs and reconstructions as one picture"
     out = output_file(out, PICTURES)
+    _check_counts(n=n, steps=steps)
+    _check_files(images)
     model = load_run(name, device)
     if not isinstance(model, GenerativeModel) or isinstance(model, (LatentDPM, LabelPDAE)):
         raise ValueError(f'{name} is no model of images that reconstructs: {model.title}')
-    x0, names, unread = inputs(images, model, n or 16)
-    x0 = x0[:n]
+    x0, names, unread = inputs(images, model, n or 16, most=n)
     codes = model.encode(x0) if model.is_autoencoder else None
     trips = []
-    for part, its_codes in tqdm(list(_chunks(x0, codes)), f'reconstruct {name}', disable=None):
+    rows = model.batch_size(len(x0), most=64)
+    for part, its_codes in tqdm(
+        list(_chunks(x0, codes, rows)), f'reconstruct {name}', disable=None
+    ):
         trips.append(round_trip(model.denoiser(its_codes), part, model.sched, steps, exact))
     xT, x_inferred = (torch.cat(parts) for parts in zip(*trips, strict=True))
     rows = {'input': x0, 'inferred $x_T$': x_inferred}
@@ -156,7 +180,7 @@ def cmd_reconstruct(
         x_random = model.sample_codes(codes, seed=seed, steps=steps)
         rows['random $x_T$'] = x_random
     result = dict(
-        picture=save_pictures(rows, out, f'{name}, {steps} steps', captions=names and names[:n]),
+        picture=save_pictures(rows, out, f'{name}, {steps} steps', captions=names),
         images=len(x0),
         steps=steps,
         exact=exact,
@@ -185,9 +209,16 @@ def cmd_interpolate(
 ) -> dict:  # path of the picture, the settings, and squared errors at both ends
     "Interpolate between two images: linearly between codes, spherically between the x_T"
     out = output_file(out, PICTURES)
+    _check_counts(steps=steps)
+    given = len(picture_files(images)) if images else 2
+    if given != 2 or n < 2:
+        raise ValueError(
+            'an interpolation needs 2 pictures and at least 2 stops, '
+            f'got {given} pictures and {n} stops'
+        )
     model = _autoencoder(name, device)
     x0, _, unread = inputs(images, model, 2)
-    if unread or len(x0) != 2 or n < 2:
+    if unread or len(x0) != 2:
         could_not = f', could not read {unread[0]}' if unread else ''
         raise ValueError(
             'an interpolation needs 2 pictures and at least 2 stops, '
@@ -198,7 +229,7 @@ def cmd_interpolate(
     captions = ['input', *(f'{lam:.2f}' for lam in lams), 'input']
     row = torch.cat([x0[:1], x, x0[1:]])
     return dict(
-        picture=save_pictures({name: row}, out, f'{steps} steps', captions=captions),
+        picture=save_pictures({_plain(name): row}, out, f'{steps} steps', captions=captions),
         stops=n,
         steps=steps,
         mse01_ends=[mse01(x[0], x0[0]), mse01(x[-1], x0[1])],
@@ -214,7 +245,7 @@ def cmd_manipulate(
     # shifts of the code in units of sqrt(D), separated by commas: --scales=-.2,0,.3. Another row,
     # with the shift of Diff-AE's Eq. 11, is added.
     scales: str = '-.2,0,.2,.4',
-    n: int = 8,  # number of test images
+    n: int = None,  # number of images; otherwise 8 test images, or all of the given ones
     # CSV file with the columns file, attribute, …, instead of the labels of the run's data
     labels: str = None,
     probe: int = 10_000,  # number of training images for the linear probe
@@ -223,21 +254,27 @@ def cmd_manipulate(
     device: str = None,  # cpu or cuda; otherwise the GPU, if there is one
 ) -> dict:  # path of the picture, the settings, and the shifts of Eq. 11
     "Change an attribute of images: shift codes along the normal of a linear probe"
+    if attribute is None:
+        raise ValueError('manipulate needs --attribute NAME; a name that there is not lists them')
     shifts = numbers(scales, 'scales')
+    labels_of_rows = [f's = {s:g}' for s in shifts]
+    if len(set(labels_of_rows)) < len(shifts):
+        raise ValueError(f'scales must have different labels, got {", ".join(labels_of_rows)}')
     out = output_file(out, PICTURES)
+    _check_counts(n=n, steps=steps, probe=probe)
+    _check_files(images)
     model = _autoencoder(name, device)
+    x0, names, unread = inputs(images, model, n or 8, most=n)
     towards = direction(model, attribute, labels, probe, _log_to_stderr)
-    x0, names, unread = inputs(images, model, n)
     eq11 = to_logit(model.encode(x0), towards.probe, towards.median)
-    x = manipulate(model, x0, towards.probe, [*shifts, eq11], steps)
-    rows = {'input': x0}
-    for s, shifted in zip(shifts, x[:-1], strict=True):
-        rows[f's = {s:g}'] = shifted
-    rows['Eq. 11'] = x[-1]
+    x = _manipulated(model, x0, towards.probe, [*shifts, eq11], steps)
+    rows = dict(zip(['input', *labels_of_rows, 'Eq. 11'], [x0, *x], strict=True))
     result = dict(
         picture=save_pictures(rows, out, f'{name}: towards {attribute}', captions=names),
         images=len(x0),
         attribute=attribute,
+        scales=shifts,
+        steps=steps,
         directions=towards.source,
         labels=towards.labels,
         positives=towards.positives,
@@ -247,12 +284,26 @@ def cmd_manipulate(
     return result
 
 
+def _manipulated(model, x0, probe, scales, steps):
+    "`manipulate` of some images at once."
+    bs = model.batch_size(len(x0))
+    parts = []
+    for first in range(0, len(x0), bs):
+        rows = slice(first, first + bs)
+        own = [s[rows] if torch.is_tensor(s) else s for s in scales]
+        parts.append(manipulate(model, x0[rows], probe, own, steps))
+    return torch.cat(parts, 1)
+
+
 def numbers(
     text: str,  # numbers separated by commas
     what: str,  # their name; an error begins with it
 ) -> list[float]:
-    "The numbers in a text."
+    "The numbers in a text. Raise unless they are finite."
     try:
-        return [float(word) for word in text.split(',')]
+        found = [float(word) for word in text.split(',')]
     except ValueError:
-        raise ValueError(f'{what} must be numbers separated by commas, got {text!r}') from None
+        found = [math.nan]
+    if not all(map(math.isfinite, found)):
+        raise ValueError(f'{what} must be finite numbers separated by commas, got {text!r}')
+    return found

@@ -9,6 +9,7 @@ __all__ = [
     'D2C_CROP',
     'data_dir',
     'cache_dir',
+    'crop_of',
     'cache_file',
     'stored_place',
     'stored_options',
@@ -45,7 +46,7 @@ import torch
 from torch import Tensor
 
 from .cache import cannot_write, plan, stamp_of, stored
-from .decode import is_utf8, listed, note, shown
+from .decode import Decoding, is_utf8, listed, note, shown
 from .files import assets_dir, checkout, home, incomplete
 from .names import Names
 from .pixels import Images, as_x0, digits, to_signed, to_uint8
@@ -102,6 +103,13 @@ CLASSES = dict(
 D2C_CROP = (25, 57, 128)
 
 
+def crop_of(
+    name: str,  # data set, or path of a folder
+) -> tuple[int, int, int] | None:  # left, top and width
+    "What is cut out of images of 178x218 pixels, by the name of the data set."
+    return D2C_CROP if Path(name).name.startswith('celeba') else None
+
+
 def cache_file(
     name: str,  # name of a file
 ) -> Path | None:
@@ -115,7 +123,7 @@ def cache_file(
 
 def _cache_file(source, about):
     "The cache file of a data set. Its name changes with the sizes and dates of the data's files."
-    content = repr((about, stamp_of(source), 5))  # 5: version of this format
+    content = repr((about, stamp_of(source), 6))  # 6: version of this format
     key = hashlib.sha256(content.encode()).hexdigest()[:16]
     words = re.findall(r'\w+', about['name'].encode('ascii', 'ignore').decode())
     name = '-'.join(words)[:40] or 'images'
@@ -148,8 +156,8 @@ def _load(source, where, split, size, channels, options):
             f'{shown(where)} has no images of the split {split!r}, only of '
             f'{sorted(source.sizes)}{source.why_missing(split)}'
         )
-    of_celeba = source.is_celeba or name.startswith('celeba')
-    how = dict(crop=D2C_CROP if of_celeba else None, classes=CLASSES.get(name, '').split())
+    crop = D2C_CROP if source.is_celeba else crop_of(name)
+    how = dict(crop=crop, classes=CLASSES.get(name, '').split())
     part = split if len(source.splits()) > 1 or source.has_splits else 'all'
     about = dict(name=name, where=str(where), split=part, size=size, channels=channels, **how)
     about['options'] = _relevant(options, source)
@@ -161,7 +169,8 @@ def _load(source, where, split, size, channels, options):
     for line in found.notes:
         note(line)
     y = None if found.y is None else torch.from_numpy(found.y)
-    return Images(torch.from_numpy(found.x), y, found.classes, found.names)
+    decoding = Decoding(options.range, found.bits, crop)
+    return Images(torch.from_numpy(found.x), y, found.classes, found.names, decoding)
 
 
 def _data_folder(name):

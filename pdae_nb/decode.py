@@ -16,6 +16,8 @@ __all__ = [
     'Found',
     'find_files',
     'image_files',
+    'File',
+    'picture_files',
     'is_large',
     'open_image',
     'name_of',
@@ -30,6 +32,7 @@ __all__ = [
     'in_words',
     'square',
     'decode_image',
+    'Decoding',
     'Decoded',
     'Decoder',
 ]
@@ -40,6 +43,7 @@ import os
 import posixpath
 import threading
 import warnings
+from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -243,6 +247,64 @@ def image_files(
     return [Path(root, name) for name in find_files(root).images]
 
 
+class File(NamedTuple):
+    "A picture file and its name in a table."
+
+    path: Path
+    name: str
+
+
+def _files_of(given, is_alone):
+    "The picture that was given, or those of the folder."
+    path = Path(given).expanduser()
+    if path.is_dir():
+        prefix = path if is_alone else path.parent
+        return [File(file, file.relative_to(prefix).as_posix()) for file in image_files(path)]
+    if path.exists():
+        return [File(path, str(given))]
+    raise FileNotFoundError(f'there is no picture or folder {shown(path)}')
+
+
+def _with_other_names(files):
+    "The files with their paths below the folder that has all of them; else with whole paths."
+    paths = [Path(os.path.abspath(file.path)) for file in files]
+    try:
+        root = os.path.commonpath([path.parent for path in paths])
+        names = [path.relative_to(root).as_posix() for path in paths]
+    except ValueError:  # two drives
+        names = [path.as_posix() for path in paths]
+    return [File(file.path, name) for file, name in zip(files, names, strict=True)]
+
+
+def picture_files(
+    paths: str | Path | Sequence[str | Path],  # picture files, and folders of them
+) -> list[File]:  # all names are different
+    """The files that were given, and those of the folders, sorted within each folder.
+
+    A picture in a folder has its path below the folder as its name. If several paths were given,
+    the name of the folder comes first. Another picture has the path that was given. If two names
+    are equal then, all names are paths below the common folder. A picture that was given before
+    is left out.
+    """
+    if isinstance(paths, (str, Path)):
+        paths = [paths]
+    files = []
+    seen = set()
+    for given in paths:
+        found = _files_of(given, len(paths) == 1)
+        if len(paths) > 1:
+            places = [file.path.resolve() for file in found]
+            files += [f for f, place in zip(found, places, strict=True) if place not in seen]
+            seen.update(places)
+        else:
+            files += found
+    if not files:
+        raise ValueError(f'no picture files in {" ".join(shown(path) for path in paths)}')
+    if len({file.name for file in files}) < len(files):
+        return _with_other_names(files)
+    return files
+
+
 # %% ../nbs/toolbox/decode.ipynb #deco0012
 MAX_PIXELS = 2**26  # of one image
 MAX_BYTES = 2**28  # of one image file
@@ -432,6 +494,8 @@ def _picture(file, bits):
             bits = bits_of(top)
             if bits < 16 and top:
                 remarks.append(f'16-bit grey values up to {top} are taken as values of {bits} bits')
+        elif top >= 2**bits:
+            remarks.append(f'grey values outside of 0 … {2**bits - 1} are clipped')
         image = Image.fromarray((values >> (bits - 8)).clip(0, 255).astype(np.uint8))
     if _has_alpha(image):
         image, is_transparent = _on_white(image)
@@ -555,6 +619,18 @@ def decode_image(
 
 
 ENLARGED = 'enlarged'  # the last word of a remark
+
+
+class Decoding(NamedTuple):
+    "How the image files of a data set become pixels. One more file is decoded the same way."
+
+    range: tuple[float, float] | None = None  # values of grey files that become black and white
+    bits: int | None = None  # of grey values in 16-bit files; None: as many as a file needs
+    crop: tuple[int, int, int] | None = None  # left, top, width; for images of 178x218 pixels
+
+    def as_json(self) -> dict:
+        "What is settled when a data set is read; the range is an option."
+        return dict(bits=self.bits, crop=None if self.crop is None else list(self.crop))
 
 
 class Decoded(NamedTuple):

@@ -44,7 +44,7 @@ import torch
 from torch import Tensor
 
 from .data import as_x0, load_images, mnist_or_digits, to_signed
-from .decode import image_files, shown
+from .decode import listed, picture_files, shown
 from .denoise import Denoiser, loss_curve
 from .forward import Schedule
 from .gap import FIG1_TIMES, compare_losses, gap_curve, scaled_times
@@ -56,7 +56,7 @@ from .methods.classifier import (
 )
 from .methods.dpm import DPM, ClassConditionalDPM
 from .metrics import eval_feats, lpips, mse, ssim
-from .model import GenerativeModel, Model, model_fingerprint, noise
+from .model import GenerativeModel, Model, decoding_of, model_fingerprint, noise
 from .processes import for_each
 from .recipes import RECIPES
 from .sampling import invert, restored, sample
@@ -109,35 +109,22 @@ def held_out_images(
 
 
 # %% ../nbs/toolbox/evaluation.ipynb #d888f9d1
-def _image_files(paths):
-    "The files among the paths, and the image files in the folders among them."
-    files = []
-    for path in paths:
-        path = Path(path).expanduser()
-        if path.is_dir():
-            files.extend(image_files(path))
-        else:
-            files.append(path)
-    return files
-
-
-def _read(paths, shape, log, values):
-    "Images of this shape, their file names, and the files that cannot be read."
-    c, size, _ = shape
-    files = _image_files(paths)
+def _read(files, model, log):
+    "Images of a model's shape, their file names, and the files that cannot be read."
+    c, size, _ = model.shape
+    how = decoding_of(model)._asdict()
     images = []
     names = []
     unreadable = []
     for file in files:
         try:
-            images.append(as_x0(file, size, c, log, range=values))
+            images.append(as_x0(file, size, c, log, **how))
             names.append(shown(file.name))
         except (ValueError, OSError) as e:
             unreadable.append(shown(file))
             log(f'left out: {e}')
     if not images:
-        found = ', '.join(map(shown, files[:5])) or f'no image files in {" ".join(map(str, paths))}'
-        raise ValueError(f'none of {len(files)} pictures could be read: {found}')
+        raise ValueError(f'none of {len(files)} pictures could be read: {listed(files, 5)}')
     return torch.cat(images), names, unreadable
 
 
@@ -150,14 +137,15 @@ def inputs(
     model: Model,  # model of images
     n: int,  # number of test images
     log: Callable = _log_to_stderr,  # receives a message about each conversion
+    most: int | None = None,  # number of given pictures that are used, the first ones; None: all
 ) -> tuple[Tensor, list[str] | None, list[str]]:  # images, file names or None, unreadable files
     """The images that a command works on, in [-1,1]: given files, or the first test images.
 
     If MNIST cannot be loaded, they are the MNIST test images that the package contains.
     """
     if paths:
-        values = options_of(model).range
-        x0, names, unreadable = _read(paths, model.shape, log, values)
+        files = [file.path for file in picture_files(paths)[:most]]
+        x0, names, unreadable = _read(files, model, log)
         return x0.to(model.device), names, unreadable
     recipe = model.card.recipe or {}
     if recipe.get('data') == 'mnist':

@@ -51,7 +51,7 @@ from .data import (
     stored_place,
     to_signed,
 )
-from .decode import image_files
+from .decode import picture_files
 from .files import (
     Busy,
     assets_dir,
@@ -72,6 +72,7 @@ from .model import (
     Model,
     build,
     check_name,
+    decoding_of,
     model_fingerprint,
     read_model,
     read_record,
@@ -379,9 +380,12 @@ def find_recipe(
     name: str,  # of a run in the table, or of a method: dpm, pdae, …
     *,
     size: str | None = None,  # smoke, lesson or paper; None takes $PDAE_NB_SIZE, else lesson
-    data: str | Path | None = None,  # data set or folder; None: that of the table or of the base
+    # data set or folder; None: that of the table, of the base or of the parent
+    data: str | Path | None = None,
     px: int | None = None,  # height and width of the images, pixels; None: as for `data`
-    options: DataOptions | None = None,  # how the folder is read; None: as for `data`
+    # how the folder is read. A dict changes single options of the base or the parent, if they have
+    # this folder; `DataOptions` replace them all. None: as for the base or the parent.
+    options: DataOptions | dict | None = None,
     base: str | Path | Model | None = None,  # the model underneath
     init: str | Path | None = None,  # run whose weights are the initial ones
     log: Callable = print,  # takes messages
@@ -411,7 +415,8 @@ def train(
     size: str | None = None,  # smoke, lesson or paper; None takes $PDAE_NB_SIZE, else lesson
     data: str | Path | None = None,  # data set or folder of pictures, in place of the recipe's
     px: int | None = None,  # height and width of the images, in place of the recipe's
-    options: DataOptions | None = None,  # how the folder is read, in place of the recipe's
+    # how the folder is read, in place of the recipe's; a dict changes single options
+    options: DataOptions | dict | None = None,
     out: str | Path | None = None,  # folder of the run; None: runs/NAME
     base: str | Path | Model | None = None,  # the model underneath, in place of the recipe's
     init: str | Path | None = None,  # run whose weights and geometry are the initial ones
@@ -706,18 +711,17 @@ def images(
         return to_signed(_data_set(source, split, size, c, log).x[:n]).to(model.device)
     sources = source if isinstance(source, (list, tuple)) else [source]
     if isinstance(source, (str, Path)) and Path(source).expanduser().is_dir():
-        sources = image_files(Path(source).expanduser())
-        if not sources:
-            raise ValueError(f'{source} holds no image files')
-    options = DataOptions.of((model.card.recipe or {}).get('options'))
-    x0 = [_as_x0(item, size, c, log, options) for item in sources]
+        sources = [file.path for file in picture_files(source)]
+    x0 = [_as_x0(item, model, log) for item in sources]
     return torch.cat(x0).to(model.device)
 
 
-def _as_x0(source, size, c, log, options):
-    "`as_x0`: files and PIL images have the range of the model's data."
-    is_array = torch.is_tensor(source) or isinstance(source, np.ndarray)
-    return as_x0(source, size, c, log, range=None if is_array else options.range)
+def _as_x0(source, model, log):
+    "`as_x0`: files and PIL images are decoded as the model's data."
+    c, size, _ = model.shape
+    if torch.is_tensor(source) or isinstance(source, np.ndarray):
+        return as_x0(source, size, c, log)
+    return as_x0(source, size, c, log, **decoding_of(model)._asdict())
 
 
 def _data_set(name, split, size, c, log):

@@ -26,7 +26,7 @@ import numpy as np
 
 from .decode import image_types, listed, shown
 from .names import Names
-from .splits import DataOptions, held_out
+from .splits import Choice, DataOptions, choose
 
 # %% ../nbs/toolbox/labels.ipynb #labe0006
 _TRUE = ('1', 'true', 'yes')
@@ -210,12 +210,24 @@ class PictureTable(NamedTuple):
     subjects: list[str]  # their names
     notes: list[str]
 
+    def choose(
+        self,
+        fraction: float,  # of the subjects, about
+    ) -> Choice:  # of the pictures
+        "All pictures of some subjects: of one at least, or of two if the one has a single picture."
+        for least in (1, 2):
+            choice = choose(self.subjects, fraction, least)
+            is_held = choice.is_held[self.groups]
+            if is_held.sum() > 1:
+                break
+        return Choice(is_held, choice.is_stable)
+
     def held_out(
         self,
         fraction: float,  # of the subjects, about
     ) -> np.ndarray:  # bool (N,): held out for the test
-        "All pictures of some subjects."
-        return held_out(self.subjects, fraction)[self.groups]
+        "The pictures that `choose` holds out."
+        return self.choose(fraction).is_held
 
 
 def read_table(

@@ -9,6 +9,7 @@ __all__ = [
     'seed_of',
     'Draw',
     'Card',
+    'decoding_of',
     'largest_bf16_timestep',
     'Model',
     'Prior',
@@ -52,7 +53,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from .data import Images
+from .data import DataOptions, Images, crop_of
+from .decode import Decoding
 from .denoise import Denoiser, denoising_loss
 from .files import (
     _fsync,
@@ -151,6 +153,20 @@ class Card:
     versions: dict | None = None  # package -> version
     result: dict | None = None  # what `test_result` measured
     source: str | None = None  # file from which the weights were converted
+    decoding: dict | None = None  # how files became the training images: bits and crop
+
+
+def decoding_of(
+    model,  # a `Model` of images
+) -> Decoding:  # for `as_x0`: `**decoding_of(model)._asdict()`
+    "How the files of a model's training became pixels, as its card says."
+    recipe = model.card.recipe or {}
+    values = DataOptions.of(recipe.get('options')).range
+    stored = model.card.decoding
+    if stored is None:  # a run of an earlier version, or converted weights
+        return Decoding(values, crop=crop_of(recipe.get('data') or ''))
+    crop = stored.get('crop')
+    return Decoding(values, stored.get('bits'), None if crop is None else tuple(crop))
 
 
 # %% ../nbs/toolbox/model.ipynb #5fad45b7
@@ -189,6 +205,7 @@ class Model(nn.Module):
     title: ClassVar[str] = 'model'  # name of the method in tables
     is_autoencoder: ClassVar[bool] = False  # True: `enc` makes codes of data, `decode` takes them
     Settings: ClassVar[type | None] = None  # dataclass of the settings, if the class has any
+    least_test: ClassVar[int] = 2  # test samples that `test_result` needs: a standard error
     sched: Schedule | None = None  # noise schedule, if the model has one
     shape: tuple[int, ...]  # of one sample; every class sets it
 
@@ -251,8 +268,8 @@ class Model(nn.Module):
         n: int,  # number of test samples
     ):
         "Refuse, before a training, test data from which `test_result` cannot be computed."
-        if n < 2:  # a standard error needs two
-            raise ValueError(f'at least 2 test samples are needed, got {n}')
+        if n < self.least_test:
+            raise ValueError(f'at least {self.least_test} test samples are needed, got {n}')
 
     def preview(
         self,

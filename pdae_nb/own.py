@@ -36,7 +36,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .data import HUB, Images, data_dir, load_images, stored_options, stored_place
+from .data import HUB, SIZE, Images, data_dir, load_images, stored_options, stored_place
 from .decode import image_files, open_image, shown
 from .methods.classifier import EvalClassifier, NoisyClassifier
 from .methods.diffae import DiffAE
@@ -86,7 +86,9 @@ def check_px(
     px: int,  # height and width of the images, pixels
 ) -> None:
     "Raise unless there are networks for this size. The message names the nearest sizes."
-    if px in SIDES:
+    if isinstance(px, bool) or not isinstance(px, (int, float)):
+        raise TypeError(f'px must be a whole number of pixels, got {px!r}')
+    if isinstance(px, int) and px in SIDES:
         return
     near = sorted(sorted(SIDES, key=lambda side: abs(side - px))[:2])
     raise ValueError(
@@ -99,10 +101,17 @@ def px_for(
     sides: Sequence[int],  # shorter sides of the pictures; may be empty
 ) -> int:  # height and width, pixels
     "64, or less if the median of the shorter sides is less."
-    if not sides:
-        return 64
-    median = sorted(sides)[len(sides) // 2]
-    return max((side for side in SIDES if 16 <= side <= min(64, median)), default=16)
+    return _side_below(min(64, _median(sides))) if sides else 64
+
+
+def _median(sides):
+    "The median of the shorter sides."
+    return sorted(sides)[len(sides) // 2]
+
+
+def _side_below(px):
+    "The largest side of images up to a number of pixels, at least 16."
+    return max((side for side in SIDES if 16 <= side <= px), default=16)
 
 
 # %% ../nbs/toolbox/own.ipynb #own0011
@@ -191,7 +200,7 @@ LENGTHS = dict(
 )
 CODES = dict(
     smoke=Length(1, 2048, 2048),
-    lesson=Length(2_000, 500_000, 6_000_000),
+    lesson=Length(2_000, 500_000, 2_000_000),
     paper=Length(10_000, 20_000_000, 300_000_000),
 )
 RATES = dict(
@@ -216,8 +225,9 @@ def length_for(
 
 
 # %% ../nbs/toolbox/own.ipynb #own0017
-def _networks(name, px, row, base):
+def _networks(name, px, size, base):
     "The fields `net` and `encoder` of a recipe."
+    row = row_for(px, size)
     net = unet_for(px, row)
     half = {k: v for k, v in net.items() if k != 'drop'}  # of an encoder that also takes x_t
     groups = dict(groups=8) if px <= 32 else {}
@@ -236,21 +246,31 @@ def _networks(name, px, row, base):
         case 'vae':
             return dict(net=dict(z_dim=row.z_dim, **half))
         case 'latent':
-            return dict(net=_mlp(row, base))
+            return dict(net=_mlp(size, row, base))
         case 'eval_classifier':
             return dict(net=dict(ch=min(row.ch, 32)))
     return dict(net=net)
 
 
-def _mlp(row, base):
-    "The network of a latent DPM, by the width of the code and the size of the row."
-    if row.ch == ROWS['smoke'][0].ch:
-        return dict(hidden=64, layers=4)
+# fmt: off
+_MLPS = dict(  # width and number of the layers of a latent DPM, as in the table of recipes
+    smoke=(64, 4),
+    lesson=(1024, 4),
+    paper=(2048, 10),
+)
+_MLP_OF_SHORT_CODES = (384, 8)  # at lesson size
+_SHORT = 128  # numbers in such a code at most
+# fmt: on
+
+
+def _mlp(size, row, base):
+    "The network of a latent DPM, by the size of the training and the width of the code."
+    hidden, layers = _MLPS[size]
     enc = getattr(base, 'enc', None)
     z_dim = getattr(enc, 'config', {}).get('z_dim', row.z_dim)
-    if row in ROWS['paper']:
-        return dict(hidden=2048, layers=10)
-    return dict(hidden=1024, layers=10) if z_dim > 128 else dict(hidden=384, layers=8)
+    if size == 'lesson' and z_dim <= _SHORT:
+        hidden, layers = _MLP_OF_SHORT_CODES
+    return dict(hidden=hidden, layers=layers)
 
 
 _CODES = dict(batch=256, lr=1e-3, weight_decay=0.01)
@@ -282,7 +302,7 @@ def recipe_for(
     fields = dict(batch=row.batch, lr=row.lr) | _MORE.get(name, {})
     if has_parent:
         fields['lr'] /= 2
-    fields |= RATES[size] | _networks(name, px, row, base)
+    fields |= RATES[size] | _networks(name, px, size, base)
     return Recipe(
         method.cls,
         data,
@@ -299,6 +319,7 @@ def recipe_for(
 _FEWEST = 8  # training pictures
 _FEWEST_OF_TEST = 2
 _MOST_HEADERS = 200  # files whose size in pixels is read
+_PX = SIZE | dict(digits=16)  # usual height and width of the images of a data set, pixels
 
 
 def place_of(
@@ -309,9 +330,11 @@ def place_of(
     is_known = place == 'digits' or place in HUB or data_dir(place) is not None
     if is_known or Path(place).is_dir():
         return place
+    path = Path(data).expanduser()
+    where = '' if path.is_absolute() else f' in {shown(Path.cwd())}'
     raise FileNotFoundError(
-        f'there is no folder {shown(Path(data).expanduser())} in {shown(Path.cwd())}; data must be '
-        f'a folder of pictures, or one of the data sets digits, {", ".join(HUB)}'
+        f'there is no folder {shown(path)}{where}; data must be a folder of pictures, or one of '
+        f'the data sets digits, {", ".join(HUB)}'
     )
 
 
@@ -319,10 +342,11 @@ def shorter_sides(
     place: str,  # what `place_of` returned
 ) -> list[int]:  # pixels; empty for a data set that is no folder of image files
     "The shorter sides of at most 200 pictures of a folder, from the headers of the files."
-    if not os.path.isabs(place):
+    folder = Path(place) if os.path.isabs(place) else data_dir(place)
+    if folder is None or place in _PX:
         return []
     try:
-        files = image_files(Path(place))
+        files = image_files(folder)
     except (ValueError, OSError):
         return []  # reading the folder says what is wrong
     sides = []
@@ -336,14 +360,16 @@ def shorter_sides(
 
 
 def _say_if_small(place, sides, px, log):
-    "Advise another size if the networks' images are larger than most of the pictures."
-    fitting = px_for(sides)
-    if sides and fitting < px:
-        n = sum(side < px for side in sides)
-        log(
-            f'{shown(place)}: {n} of {len(sides)} pictures are smaller than {px} pixels, and are '
-            f'enlarged; --px {fitting} fits most of them'
-        )
+    "Advise another size if the images of the networks are larger than half of the pictures."
+    if not sides or _median(sides) >= px:
+        return
+    n = sum(side < px for side in sides)
+    message = f'{n} of {len(sides)} pictures are smaller than {px} pixels, and are enlarged'
+    fitting = _side_below(_median(sides))
+    if fitting < px:
+        fit = sum(side >= fitting for side in sides)
+        message += f'; with --px {fitting}, {fit} of them are large enough'
+    log(f'{shown(place)}: {message}')
 
 
 # %% ../nbs/toolbox/own.ipynb #own0022
@@ -363,29 +389,49 @@ def _known(model):
     return recipe['data'], DataOptions.of(recipe.get('options'))
 
 
+def _kept_options(place, model, given, log):
+    "The options of a model's training, if its pictures are those of this place."
+    stored = None if model is None else _known(model)
+    if stored is None or isinstance(given, DataOptions):
+        return NO_OPTIONS
+    data, options = stored
+    if data == place or os.path.abspath(os.path.expanduser(data)) == place:
+        return options
+    if options != NO_OPTIONS:
+        fields = ', '.join(f'{name}={value}' for name, value in options.as_json().items())
+        log(
+            f'the pictures are those of {shown(place)}, not of {shown(data)} as for '
+            f'{shown(model.card.name)}: the options of that run are not used ({shown(fields)})'
+        )
+    return NO_OPTIONS
+
+
+def _side_of(model):
+    "Height and width of a model's images, pixels; None if there is no model."
+    if model is None:
+        return None
+    if len(model.shape) == 1 and model.base is not None:
+        return model.base.shape[-1]  # of a latent DPM
+    return model.shape[-1]
+
+
 def own_data(
     data: str | Path | None,  # data set, or folder; None: that of the model
     px: int | None,  # height and width of the images, pixels; None: those of the model
-    options: DataOptions | None,  # they replace those of the model
+    options: DataOptions | dict | None,  # as in `own_recipe`
     model: Model | None,  # the base, or the run whose weights are the initial ones
     log: Callable,  # takes messages
 ) -> OwnData:
     "The pictures of a training: as given, else those of a model."
-    stored = None if model is None else _known(model)
-    if data is not None:
-        place = place_of(data)
-        options = options or NO_OPTIONS
-    elif stored is None:
-        name = 'there is no base' if model is None else f'{model.card.name} names no data'
-        raise ValueError(f'which pictures? Name a folder with --data ({name})')
-    else:
-        place = place_of(stored[0])
-        given = {} if options is None else options.as_json()
-        options = DataOptions.of(stored[1].as_json() | given)
-    options = stored_options(place, options)
-    side = None if model is None else model.shape[-1]
-    if model is not None and hasattr(model, 'base') and len(model.shape) == 1:
-        side = model.base.shape[-1]  # of a latent DPM
+    if data is None:
+        stored = None if model is None else _known(model)
+        if stored is None:
+            name = 'there is no base' if model is None else f'{model.card.name} names no data'
+            raise ValueError(f'which pictures? Name a folder with --data ({name})')
+        data = stored[0]
+    place = place_of(data)
+    options = stored_options(place, _kept_options(place, model, options, log).changed(options))
+    side = _side_of(model)
     if side is not None and px not in (None, side):
         raise ValueError(
             f'{model.card.name} is a model of images of {side}×{side} pixels, got px={px}; '
@@ -394,7 +440,8 @@ def own_data(
     if side is not None:
         return OwnData(place, side, options)
     sides = shorter_sides(place)
-    px = px or px_for(sides)
+    if px is None:
+        px = _PX.get(place) or px_for(sides)
     check_px(px)
     _say_if_small(place, sides, px, log)
     return OwnData(place, px, options)
@@ -403,9 +450,11 @@ def own_data(
 def own_recipe(
     name: str,  # a key of `METHODS`
     *,
-    data: str | Path | None = None,  # data set, or path of a folder; None: that of the base
-    px: int | None = None,  # height and width of the images, pixels; None: those of the base
-    options: DataOptions | None = None,  # how the folder is read; None: as for the base
+    data: str | Path | None = None,  # data set, or folder; None: that of the base or the parent
+    px: int | None = None,  # height and width of the images, pixels; None: as for `data`
+    # how the folder is read. A dict changes single options of the base or the parent, if they have
+    # this folder; `DataOptions` replace them all. None: as for the base or the parent.
+    options: DataOptions | dict | None = None,
     size: str | None = None,  # smoke, lesson or paper; None takes $PDAE_NB_SIZE, else lesson
     base: Model | None = None,  # the model underneath; None: that of the parent
     parent: Model | None = None,  # run whose weights are the initial ones
@@ -419,15 +468,17 @@ def own_recipe(
     size = size_or_default(size)
     if base is not None and not needs:
         raise ValueError(f'a {name} has no model underneath: it takes no --base')
+    known = parent if base is None else base  # what was named: the base of a parent has other data
     if needs and base is None:
         base = None if parent is None else parent.base
     if needs and base is None:
         raise ValueError(f'{name} needs {needs} underneath: name its run with --base')
-    place, px, options = own_data(data, px, options, base or parent, log)
+    place, px, options = own_data(data, px, options, known, log)
     row_for(px, size)  # raises before the pictures are read
     train = load_images(place, 'train', px, options=options)
     test = load_images(place, 'test', px, options=options)
-    check_enough_pictures(place, train, test)
+    fewest = max(_FEWEST_OF_TEST, METHODS[name].cls.least_test)
+    check_enough_pictures(place, train, test, fewest, options.hold_out)
     recipe = recipe_for(
         name,
         place,
@@ -449,13 +500,17 @@ def check_enough_pictures(
     place: str,  # data set, or path of a folder
     train: Images,  # pictures for training
     test: Images,  # pictures for the test
+    fewest: int = _FEWEST_OF_TEST,  # number of pictures that the test needs
+    hold_out: float = NO_OPTIONS.hold_out,  # the option that was used
 ) -> None:
     "Raise if there are too few pictures to train and to test."
-    if len(train) >= _FEWEST and len(test) >= _FEWEST_OF_TEST:
+    if len(train) >= _FEWEST and len(test) >= fewest:
         return
     raise ValueError(
         f'{shown(place)} has {len(train)} pictures for training and {len(test)} for the test; '
-        f'at least {_FEWEST} and {_FEWEST_OF_TEST} are needed, and some hundreds are better'
+        f'at least {_FEWEST} and {fewest} are needed, and some hundreds are better. Add pictures, '
+        f'hold out another fraction (hold_out, or --hold-out, now {hold_out:g}), or put the '
+        'pictures into the folders train and test'
     )
 
 
@@ -463,7 +518,7 @@ def with_data(
     recipe: Recipe,  # of a run in the table
     data: str | Path | None,  # data set, or folder, in place of the recipe's
     px: int | None,  # height and width of the images, in place of the recipe's
-    options: DataOptions | None,  # how the folder is read
+    options: DataOptions | dict | None,  # how the folder is read; a dict changes single options
 ) -> Recipe:
     "The recipe of a run in the table with other pictures."
     if px is not None:
@@ -471,7 +526,10 @@ def with_data(
         recipe = replace(recipe, px=px)
     if data is not None:
         place = place_of(data)
-        return replace(recipe, data=place, options=stored_options(place, options or NO_OPTIONS))
+        return replace(
+            recipe, data=place, options=stored_options(place, NO_OPTIONS.changed(options))
+        )
     if options is not None:
-        recipe = replace(recipe, options=stored_options(recipe.data, options))
+        changed = recipe.options.changed(options)
+        recipe = replace(recipe, options=stored_options(recipe.data, changed))
     return recipe

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .decode import (
+    Decoding,
     grey_of_range,
     has_8_bits,
     in_words,
@@ -60,6 +61,7 @@ class Images:
         y: Tensor | None = None,  # class: int64 (N,), or attributes 0 and 1: int64 (N,A)
         classes: Iterable[str] = (),  # names of the classes or attributes
         names: Names | Iterable[str] | None = None,  # of the images; None: their numbers
+        decoding: Decoding | None = None,  # how files became the pixels; None: they were no files
     ):
         if (x.dtype, x.ndim) not in ((torch.uint8, 4), (torch.float32, 2)):
             raise TypeError(
@@ -82,6 +84,7 @@ class Images:
         self.y = y
         self.classes = list(classes)
         self.names = names
+        self.decoding = decoding
 
     @classmethod
     def from_arrays(
@@ -124,7 +127,7 @@ class Images:
         if isinstance(i, int):
             i = [i]
         y = None if self.y is None else self.y[i]
-        return Images(self.x[i], y, self.classes, self.names[i])
+        return Images(self.x[i], y, self.classes, self.names[i], self.decoding)
 
     def to(
         self,
@@ -132,7 +135,7 @@ class Images:
     ) -> 'Images':
         "The data set on another device."
         y = None if self.y is None else self.y.to(device)
-        return Images(self.x.to(device), y, self.classes, self.names)
+        return Images(self.x.to(device), y, self.classes, self.names, self.decoding)
 
 
 def _as_array(values, name):
@@ -342,12 +345,14 @@ def _picture_source(source):
     return source
 
 
-def _picture_x0(source, size, c, log, values):
-    "A file or a PIL image as x_0."
+def _picture_x0(source, size, c, logs, decoding):
+    "A file or a PIL image as x_0. One log is for the values, the other one for size and colours."
+    log, log_size = logs
     name = name_of(source)
+    values = decoding.range
     try:
         is_scaled = values is not None and values[1] > 255 and has_8_bits(source)
-        image, remarks = read_image(source, values=None if is_scaled else values)
+        image, remarks = read_image(source, decoding.bits, None if is_scaled else values)
         height, width, grey = image.height, image.width, _is_grey(image)
     except FileNotFoundError:
         raise
@@ -360,8 +365,9 @@ def _picture_x0(source, size, c, log, values):
     if (height, width, grey) != (size, size, c == 1):
         found = f'{width}x{height} {"grey" if grey else "colour"}'
         wanted = f'{size}x{size} {"grey" if c == 1 else "colour"}'
-        log(f'{name}: {found} taken as {wanted}')
-    return to_signed(torch.from_numpy(square(image, size, c).copy())[None])
+        log_size(f'{name}: {found} taken as {wanted}')
+    pixels = square(image, size, c, decoding.crop)
+    return to_signed(torch.from_numpy(pixels.copy())[None])
 
 
 def as_x0(
@@ -371,15 +377,21 @@ def as_x0(
     log: Callable = print,  # receives a message about each conversion
     *,
     range: tuple[float, float] | None = None,  # values of grey files that become black and white
+    bits: int | None = None,  # of grey values in 16-bit files; None: as many as a file needs
+    crop: tuple[int, int, int] | None = None,  # left, top, width; for images of 178x218 pixels
+    log_size: Callable | None = None,  # receives the messages about size and colours; None: `log`
 ) -> Tensor:  # float32 (B,c,size,size) in [-1,1]
     """Any image as the x_0 of a network: size and colours are converted if necessary.
 
     An array is a tensor or a numpy array. Files and PIL images are decoded as by `read_image`.
+    `decoding_of` gives range, bits and crop of the training images of a model.
     """
     if isinstance(source, np.ndarray):
         source = torch.from_numpy(np.array(source))
     if not torch.is_tensor(source):
-        return _picture_x0(_picture_source(source), size, c, log, range)
+        how = Decoding(range, bits, crop)
+        logs = (log, log_size or log)
+        return _picture_x0(_picture_source(source), size, c, logs, how)
     if range is not None:
         raise ValueError('range is for files and PIL images; Images.from_arrays takes arrays')
     return _tensor_x0(source, size, c, log)

@@ -32,7 +32,7 @@ import numpy as np
 from .decode import find_files, image_types, is_utf8, listed, note, shown
 from .labels import PictureTable, flag, read_table
 from .names import Names
-from .splits import NO_OPTIONS, DataOptions, held_out
+from .splits import NO_OPTIONS, DataOptions, choose
 
 
 # %% ../nbs/toolbox/readers.ipynb #read0005
@@ -290,6 +290,7 @@ class FolderSource(Source):
     """
 
     is_folder = True
+    is_stable = True  # whether the images stay in their splits when others are added
 
     def __init__(
         self,
@@ -331,9 +332,11 @@ class FolderSource(Source):
         if not fraction:
             return dict.fromkeys(SPLITS, everything)
         by_group = self.options.group is not None
-        is_held = self.table.held_out(fraction) if by_group else held_out(self.all_names, fraction)
+        choice = self.table.choose(fraction) if by_group else choose(self.all_names, fraction)
+        is_held = choice.is_held
         if not is_held.any():
             return dict(train=everything)
+        self.is_stable = choice.is_stable
         return dict(train=np.flatnonzero(~is_held), test=np.flatnonzero(is_held))
 
     def splits(self) -> list[str]:
@@ -362,6 +365,8 @@ class FolderSource(Source):
         few = ''
         if n < _FEW or subjects == 1:
             few = '. With so few images or subjects, results of the test are uncertain'
+        if not self.is_stable:
+            few += '. This choice can change when images are added'
         return [f'{no_folders}: {held} of {n} images are held out for the test, {chosen}{few}']
 
     def why_missing(self, split: str) -> str:

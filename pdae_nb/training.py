@@ -50,6 +50,7 @@ from tqdm import tqdm
 
 from .compiling import compiled_blocks, expected_seconds, pays
 from .data import Images, batches, to_signed
+from .decode import Decoding
 from .denoise import Denoiser, denoising_loss
 from .files import (
     Stopped,
@@ -700,6 +701,7 @@ class _Run:
     accumulate: int = 1  # parts of a batch, one after the other
     is_compiled: bool | None = None  # whether blocks run compiled; None: not decided yet
     parent: str | None = None  # fingerprint of the model with whose weights it began
+    decoding: Decoding | None = None  # how files became the training images
     used: list[str] = field(default_factory=list)  # dtypes of the steps that were done
     board: Board | None = None  # TensorBoard's copy of the log and the previews
 
@@ -961,6 +963,7 @@ def _store(run, name):
         hardware=each if own.world == 1 else f'{own.world} processes, each {each}',
         precision=', '.join(run.used) or None,
         versions=versions(),
+        decoding=None if run.decoding is None else run.decoding.as_json(),
     )
     if own.is_first:
         write_model(model, run.out)
@@ -1260,6 +1263,7 @@ def train_model(
         run = _new_run(model, recipe, out, images, test=test, device=device)
         run.precision = precision
         run.parent = parent
+        run.decoding = images.decoding
         run.accumulate = accumulate
         _check_alike(run)
         past = _resume(run, log)

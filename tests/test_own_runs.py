@@ -1,6 +1,8 @@
 """One's own pictures: methods by name, sizes, encoders, codes, directions, and bad input."""
 
 import json
+import os
+import re
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -9,19 +11,35 @@ import numpy as np
 import pytest
 import torch
 from own_pictures import picture, write_pictures
+from PIL import Image
+from safetensors import safe_open
 
 import pdae_nb
-from pdae_nb import cli, hub, training
-from pdae_nb.data import Images, load_images
+from pdae_nb import cli, commands, evaluation, hub, training
+from pdae_nb.data import Images, as_x0, load_images, to_signed
+from pdae_nb.decode import picture_files
 from pdae_nb.forward import Schedule
 from pdae_nb.hub import find_recipe, load, train
 from pdae_nb.methods.dpm import DPM, DPMSettings
-from pdae_nb.methods.latent import LatentDPM
+from pdae_nb.methods.latent import LatentDPM, encode_all
 from pdae_nb.methods.pdae import PDAE
 from pdae_nb.methods.scorevae import ScoreVAE
 from pdae_nb.networks import ENCODERS, ConvEncoder
-from pdae_nb.own import METHODS, ROWS, SIDES, check_px, px_for, recipe_for, row_for, unet_for
+from pdae_nb.own import (
+    METHODS,
+    ROWS,
+    SIDES,
+    _say_if_small,
+    check_px,
+    own_data,
+    own_recipe,
+    px_for,
+    recipe_for,
+    row_for,
+    unet_for,
+)
 from pdae_nb.pictures import direction, encode, read_codes
+from pdae_nb.solvers import round_trip
 from pdae_nb.splits import DataOptions
 from pdae_nb.training import Recipe, duration
 from pdae_nb.unet import UNet
@@ -31,6 +49,14 @@ pytestmark = pytest.mark.filterwarnings('ignore:.*held out for the test')
 
 def no_log(message):
     "A log function that drops its message."
+
+
+@pytest.fixture(scope='module', autouse=True)
+def cache(tmp_path_factory):
+    "The cache of this module's tests, instead of the user's own."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('PDAE_NB_CACHE', str(tmp_path_factory.mktemp('cache')))
+        yield
 
 
 @pytest.fixture(scope='module')
@@ -143,15 +169,32 @@ def test_the_number_of_pictures_gives_the_length():
     assert batches == sorted(batches, reverse=True)
 
 
-@pytest.mark.parametrize('name', sorted(set(METHODS) - {'latent'}))
-def test_each_method_builds(name, dpm):
+@pytest.mark.parametrize('name', sorted(METHODS))
+def test_each_method_builds(name, dpm, coder):
     pixels = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
     pictures = Images(pixels, torch.tensor([0, 1]), ['a', 'b'])
-    base = dpm if METHODS[name].base else None
+    base = {'': None, 'a DPM': dpm, 'an autoencoder': coder}[METHODS[name].base]
     recipe = recipe_for(name, 'x', 16, 200, 'smoke', base=base)
     model = recipe.method.build(recipe, pictures, base)
     assert type(model) is METHODS[name].cls
-    assert model.shape == (3, 16, 16)
+    assert model.shape == ((16,) if name == 'latent' else (3, 16, 16))
+
+
+@pytest.mark.parametrize('px', [28, 64, 104, 168, 256])
+def test_the_network_of_a_latent_dpm_depends_on_the_size(px):
+    "At 28, 104 and 168 pixels, the U-Net has fewer levels than its row of the table."
+    layers = {
+        size: tuple(recipe_for('latent', 'x', px, 200, size).net.values())
+        for size in ('smoke', 'lesson', 'paper')
+    }
+    lesson = (384, 8) if px == 28 else (1024, 4)
+    assert layers == dict(smoke=(64, 4), lesson=lesson, paper=(2048, 10))
+
+
+def test_a_latent_dpm_of_wide_codes_has_the_recipe_of_the_table():
+    own = recipe_for('latent', 'x', 64, 10**6)
+    table = pdae_nb.recipe('celeba64_pdae_latent', 'lesson')
+    assert (own.net, own.images, own.batch) == (table.net, table.images, table.batch)
 
 
 # Recipes
@@ -166,7 +209,7 @@ def test_data_and_pixels_are_those_of_the_base(dpm, photos, labels, untrained):
 
 def test_the_pixels_are_chosen(photos):
     recipe = find_recipe('dpm', size='smoke', data=photos, log=no_log)
-    assert recipe.px == 32 or recipe.px == 28
+    assert recipe.px == 28
     assert recipe.method is DPM
     assert recipe.data == str(photos)
 
@@ -222,9 +265,98 @@ def test_a_latent_dpm_of_own_codes(coder, untrained, tmp_path):
     assert untrained[0].images == 2048
 
 
-def test_scorevae_by_name(dpm, untrained, tmp_path):
-    model = train('scorevae', base=dpm, size='smoke', out=tmp_path / 'score', log=no_log)
+def test_scorevae_by_name(dpm, labels, untrained, tmp_path):
+    own = dict(size='smoke', out=tmp_path / 'score', log=no_log)
+    with pytest.raises(ValueError, match='at least 8 and 20 are needed.*--hold-out, now 0.1'):
+        train('scorevae', base=dpm, **own)
+    model = train('scorevae', base=dpm, options=dict(hold_out=0.6), **own)
     assert isinstance(model, ScoreVAE)
+    assert untrained[0].options == replace(labels, hold_out=0.6)
+
+
+def test_the_data_are_those_of_the_parent_unless_a_base_is_named(coder, photos, labels):
+    parent = load(coder.path)
+    parent.base.card.recipe = dict(data='digits')
+    recipe = own_recipe('pdae', size='smoke', parent=parent, log=no_log)
+    assert (recipe.data, recipe.options) == (str(photos), labels)
+    assert recipe.base is parent.base
+    recipe = own_recipe('pdae', size='smoke', parent=parent, base=coder.base, log=no_log)
+    assert recipe.base is coder.base
+
+
+def test_options_of_the_base_are_kept_for_its_own_folder(dpm, photos, labels, tmp_path):
+    said = []
+    own = dict(size='smoke', base=dpm, log=said.append)
+    assert find_recipe('pdae', data=photos, **own).options == labels
+    kept = find_recipe('pdae', data=photos, options=dict(hold_out=0.3), **own).options
+    assert kept == replace(labels, hold_out=0.3)
+    assert find_recipe('pdae', options=DataOptions(), **own).options == DataOptions()
+    assert not [line for line in said if 'not used' in line]
+    shutil.copytree(photos, tmp_path / 'others')
+    assert find_recipe('pdae', data=tmp_path / 'others', **own).options == DataOptions()
+    (line,) = [line for line in said if 'not used' in line]
+    assert str(tmp_path / 'others') in line and 'labels.csv' in line
+
+
+def test_an_option_can_be_given_its_usual_value(dpm, photos, tmp_path):
+    other = tmp_path / 'other.csv'
+    shutil.copy(photos.parent / 'labels.csv', other)
+    base = load(dpm.path)
+    labels = base.card.recipe['options']['labels']
+    stored = dict(labels=labels, columns=['Smiling'], range=[0, 255], hold_out=0.3)
+    base.card.recipe['options'] = stored
+    own = dict(px=None, model=base, log=no_log)
+    assert own_data(None, options=None, **own).options == DataOptions.of(stored)
+    changed = own_data(None, options=dict(range=None, hold_out=0.1), **own).options
+    assert changed == DataOptions(labels=labels, columns=('Smiling',))
+    changed = own_data(None, options=dict(labels=str(other)), **own).options
+    assert changed == DataOptions(labels=str(other), range=(0, 255), hold_out=0.3)
+    with pytest.raises(ValueError, match="expected options among .*'colour'"):
+        own_data(None, options=dict(colour=1), **own)
+
+
+def test_the_command_line_gives_single_options(dpm, photos, monkeypatch, untrained, tmp_path):
+    words = ['train', 'pdae', '--base', str(dpm.path), '--hold-out', '0.3', '--size', 'smoke']
+    assert cli.main([*words, '--out', str(tmp_path / 'out')]) == 0
+    assert untrained[0].options.hold_out == 0.3
+    assert untrained[0].options.labels == str(photos.parent / 'labels.csv')
+
+
+def test_usual_pixels_of_data_sets_and_of_named_folders(photos, monkeypatch, tmp_path):
+    shutil.copytree(photos, tmp_path / 'data/mine')
+    monkeypatch.setenv('PDAE_NB_DATA', str(tmp_path / 'data'))
+    said = []
+    own = dict(px=None, options=None, model=None, log=said.append)
+    assert own_data('mnist', **own).px == 28
+    assert own_data('digits', **own).px == 16
+    assert own_data('mine', **own) == ('mine', 28, DataOptions())
+    assert own_data(tmp_path / 'data/mine', **own).px == 28
+    assert not said
+    with pytest.raises(ValueError, match='got 0; the nearest'):
+        own_data('mine', **own | dict(px=0))
+
+
+@pytest.mark.parametrize(
+    'side, px, said',
+    [
+        (100, 64, None),
+        (64, 64, None),
+        (100, 128, '40 of 40 .* 128 pixels, and are enlarged; with --px 96, 40 of them'),
+        (63, 64, 'with --px 56, 40 of them are large enough'),
+        (9, 14, '40 of 40 pictures are smaller than 14 pixels, and are enlarged$'),
+    ],
+)
+def test_the_advice_on_small_pictures_is_true(side, px, said):
+    lines = []
+    _say_if_small('photos', [side] * 40, px, lines.append)
+    assert (lines == []) if said is None else re.search(said, lines[0])
+
+
+@pytest.mark.parametrize('n', [24, 30, 40])
+def test_a_small_folder_is_accepted(n, tmp_path):
+    photos = write_pictures(tmp_path / 'few', n)
+    recipe = find_recipe('dpm', size='smoke', data=photos, px=16, log=no_log)
+    assert len(load_images(recipe.data, 'test', 16)) >= 2
 
 
 # Forecast
@@ -311,6 +443,79 @@ def test_few_pictures_are_in_memory_at_once(coder, tmp_path, monkeypatch):
     assert sizes == [64, 64, 22]
 
 
+@pytest.mark.parametrize('bits, said', [(16, None), (12, 'are clipped'), (None, 'up to 200')])
+def test_a_file_is_encoded_as_the_training_pictures(coder, tmp_path, bits, said):
+    "The bits of grey values are those of the training pictures, not those of each file."
+    model = load(coder.path)
+    model.card.decoding = dict(bits=bits, crop=None)
+    ramp = np.linspace(0, 1, 900).reshape(30, 30)
+    for name, top in (('dark', 200), ('light', 60_000)):
+        (tmp_path / 'grey').mkdir(exist_ok=True)
+        Image.fromarray((ramp * top).astype(np.uint16)).save(tmp_path / f'grey/{name}.png')
+    lines = []
+    found = read_codes(encode(model, tmp_path / 'grey', tmp_path / 'c.npz', lines.append).path)
+    x0 = [as_x0(tmp_path / f'grey/{name}', 16, 3, no_log, bits=bits) for name in found.files]
+    torch.testing.assert_close(found.z, model.encode(torch.cat(x0)), rtol=1e-4, atol=1e-5)
+    if bits == 16:
+        assert x0[0].max() == -1 and x0[1].max() > 0.8
+    assert lines == [] if said is None else any(said in line for line in lines)
+
+
+def test_remarks_on_values_are_counted(coder, tmp_path):
+    for k in range(70):
+        Image.new('RGBA', (20, 20), (0, 0, 0, 0)).save(tmp_path / f'{k}.png')
+    lines = []
+    encode(coder, tmp_path, tmp_path / 'c.npz', lines.append)
+    assert lines == ['70 of 70 pictures: transparent pixels are shown on white']
+
+
+@pytest.mark.parametrize('suffix', ['csv', 'npz', 'safetensors'])
+def test_names_in_tables_are_those_of_the_files(coder, photos, tmp_path, suffix):
+    names = ['Bildschirmfoto 12.00.00\u202fPM.png', 'tab\t"quote",.png', 'y.ä.png']
+    wanted = list(names)
+    if os.name != 'nt':
+        names.append(os.fsdecode(b'z\xff.png'))
+        wanted.append('z\\udcff.png')
+    else:
+        del names[1], wanted[1]
+    (tmp_path / 'odd').mkdir()
+    for name in names:
+        shutil.copy(photos / '00.png', tmp_path / 'odd' / name)
+    written = encode(coder, tmp_path / 'odd', tmp_path / f'codes.{suffix}', no_log)
+    assert read_codes(written.path).files == wanted
+
+
+def test_the_header_of_a_table_does_not_grow_with_the_names(coder, tmp_path):
+    (tmp_path / 'p').mkdir()
+    for k in range(30):
+        picture(0).save(tmp_path / 'p' / f'{"long" * 50}{k}.png')
+    path = encode(coder, tmp_path / 'p', tmp_path / 'c.safetensors', no_log).path
+    assert int.from_bytes(path.read_bytes()[:8], 'little') < 600
+    with safe_open(path, 'pt') as file:
+        assert set(file.keys()) == {'codes', 'files', 'ends'}
+        assert set(file.metadata()) == {'model', 'fingerprint'}
+
+
+def test_each_picture_has_one_name(coder, tmp_path, monkeypatch):
+    for k, place in enumerate(('x/photos', 'y/photos', 'z')):
+        (tmp_path / place).mkdir(parents=True)
+        picture(k).save(tmp_path / place / '1.png')
+    monkeypatch.chdir(tmp_path)
+
+    def names(*paths):
+        return [file.name for file in picture_files(paths)]
+
+    assert names('x') == ['photos/1.png']
+    assert names('x/photos', 'z') == ['photos/1.png', 'z/1.png']
+    assert names('x/photos', 'y/photos') == ['x/photos/1.png', 'y/photos/1.png']
+    assert names('z', 'z/1.png', tmp_path / 'z') == ['z/1.png']
+    assert names('z/1.png', 'z/../z/1.png') == ['z/1.png']
+    written = encode(coder, ['x/photos', 'y/photos', 'y/photos/1.png'], 'c.csv', no_log)
+    assert read_codes(written.path).files == ['x/photos/1.png', 'y/photos/1.png']
+    with pytest.raises(FileNotFoundError, match='no picture or folder nowhere'):
+        names('x', 'nowhere')
+
+
 def test_files_that_cannot_be_read_are_left_out(coder, photos, tmp_path, capsys):
     folder = tmp_path / 'photos'
     shutil.copytree(photos, folder)
@@ -326,7 +531,8 @@ def test_an_interrupted_encoding_leaves_the_old_table(coder, photos, tmp_path, m
     encode(coder, photos, out, no_log)
     before = out.read_bytes()
 
-    def interrupted(*args):
+    def interrupted(path, *args):
+        path.write_bytes(b'file,z0\n0')
         raise KeyboardInterrupt
 
     monkeypatch.setitem(pdae_nb.pictures._WRITERS, '.csv', interrupted)
@@ -336,12 +542,33 @@ def test_an_interrupted_encoding_leaves_the_old_table(coder, photos, tmp_path, m
     assert [path.name for path in tmp_path.iterdir()] == ['codes.csv']
 
 
-def test_directions_of_own_attributes_are_cached(coder, monkeypatch):
+@pytest.fixture
+def fits(monkeypatch):
+    "The arguments of each fit of a direction."
+    calls = []
+    original = pdae_nb.pictures.fit_direction
+
+    def fit(*args):
+        calls.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(pdae_nb.pictures, 'fit_direction', fit)
+    return calls
+
+
+def test_directions_of_own_attributes_are_cached(coder, fits, monkeypatch, tmp_path):
+    monkeypatch.setenv('PDAE_NB_CACHE', str(tmp_path))
     first = direction(coder, 'Smiling', log=no_log)
-    monkeypatch.setattr(pdae_nb.pictures, 'fit_direction', lambda *a: pytest.fail('fitted again'))
+    assert len(fits) == 1
     again = direction(coder, 'Smiling', log=no_log)
+    assert len(fits) == 1
     assert torch.equal(first.probe.w, again.probe.w)
     assert first[1:] == again[1:]
+    monkeypatch.setattr(pdae_nb.pictures, '_C', 1.0)
+    assert not torch.equal(direction(coder, 'Smiling', log=no_log).probe.w, first.probe.w)
+    monkeypatch.setattr(pdae_nb.pictures, '_FORMAT', 99)
+    direction(coder, 'Smiling', log=no_log)
+    assert len(fits) == 3
 
 
 def test_an_unknown_attribute_lists_the_known_ones(coder):
@@ -355,9 +582,59 @@ def test_labels_of_another_file(coder, photos, tmp_path):
     lines = ['file,first', *(f'{path.name},{int(path.name < "20")}' for path in photos.iterdir())]
     (tmp_path / 'other.csv').write_text('\n'.join(lines), 'utf-8')
     found = direction(coder, 'first', tmp_path / 'other.csv', log=no_log)
-    assert 10 < found.positives < 21
+    train_names = load_images(photos, 'train', 16).names
+    assert found.positives == sum(name < '20' for name in train_names)
+    assert found.labels == len(train_names)
     with pytest.raises(FileNotFoundError, match='there is no file'):
         direction(coder, 'first', tmp_path / 'no.csv', log=no_log)
+
+
+def test_labels_of_another_file_without_the_subjects(coder, photos, tmp_path):
+    "The pictures are those of the training, although the other file has no column of subjects."
+    rows = [f'{path.name},{k // 4},{k % 2}' for k, path in enumerate(sorted(photos.iterdir()))]
+    (tmp_path / 'own.csv').write_text('\n'.join(['file,who,odd', *rows]), 'utf-8')
+    rows = [f'{path.name},{int(path.name < "20")}' for path in photos.iterdir()]
+    (tmp_path / 'other.csv').write_text('\n'.join(['file,first', *rows]), 'utf-8')
+    model = load(coder.path)
+    own = DataOptions(labels=str(tmp_path / 'own.csv'), columns=('odd',), group='who')
+    model.card.recipe['options'] = own.as_json()
+    found = direction(model, 'first', tmp_path / 'other.csv', log=no_log)
+    names = load_images(photos, 'train', 16, options=own).names
+    assert (found.labels, found.positives) == (len(names), sum(name < '20' for name in names))
+    assert set(names) != set(load_images(photos, 'train', 16).names)
+
+
+def test_a_direction_of_grey_pictures_in_a_model_of_colours(coder, tmp_path):
+    for k in range(30):
+        place = tmp_path / 'grey' / ('a' if k % 2 else 'b')
+        place.mkdir(parents=True, exist_ok=True)
+        picture(k).convert('L').save(place / f'{k}.png')
+    model = load(coder.path)
+    model.card.recipe |= dict(data=str(tmp_path / 'grey'), options={})
+    assert load_images(tmp_path / 'grey', 'train', 16).x.shape[1] == 1
+    assert direction(model, 'a', log=no_log).probe.w.shape == (16,)
+
+
+def test_a_direction_is_refused_before_the_pictures_are_read(coder, dpm, monkeypatch):
+    monkeypatch.setattr(pdae_nb.pictures, 'load_images', lambda *a, **k: pytest.fail('read'))
+    with pytest.raises(ValueError, match='is a DPM: it has no encoder'):
+        direction(dpm, 'Smiling')
+    for n in (0, -1):
+        with pytest.raises(ValueError, match=f'at least 1 training picture, got {n}'):
+            direction(coder, 'Smiling', n=n)
+
+
+def test_training_pictures_are_encoded_in_parts(coder, monkeypatch):
+    sizes = []
+
+    def encoding(enc, images, bs):
+        sizes.append(bs)
+        return encode_all(enc, images, bs)
+
+    monkeypatch.setattr(pdae_nb.pictures, 'encode_all', encoding)
+    monkeypatch.setattr(type(coder), 'batch_size', lambda self, n, most=None: 7)
+    direction(coder, 'Male', log=no_log)
+    assert sizes == [7]
 
 
 def test_an_attribute_that_all_pictures_have(coder, photos, tmp_path):
@@ -377,6 +654,115 @@ def test_relative_paths_and_the_home_folder(command, coder, photos, tmp_path, mo
     words += ['--attribute', 'Male'] if command == 'manipulate' else []
     assert cli.main([*words, '--out', '~/out.png']) == 0, capsys.readouterr().err
     assert (tmp_path / 'out.png').exists()
+
+
+@pytest.mark.parametrize('command', ['reconstruct', 'manipulate'])
+def test_given_pictures_are_cut_and_computed_in_parts(
+    command, coder, photos, tmp_path, monkeypatch, capsys
+):
+    decoded = []
+    parts = []
+    original = evaluation.as_x0
+
+    def decoding(file, *args, **options):
+        decoded.append(file.name)
+        return original(file, *args, **options)
+
+    def batch(self, x0, condition=None, **options):
+        parts.append(len(x0))
+        return PDAE.infer_xT(self, x0, condition, **options)
+
+    def trip(denoiser, x0, *args):
+        parts.append(len(x0))
+        return round_trip(denoiser, x0, *args)
+
+    class Counted(PDAE):
+        infer_xT = batch
+
+    def counted(*args):
+        model = load(coder.path)
+        model.__class__ = Counted
+        return model
+
+    monkeypatch.setattr(evaluation, 'as_x0', decoding)
+    monkeypatch.setattr(commands, 'round_trip', trip)
+    monkeypatch.setattr(commands, '_autoencoder', counted)
+    monkeypatch.setattr(PDAE, 'batch_size', lambda self, n, most=None: 2)
+    run = getattr(commands, f'cmd_{command}')
+    own = dict(attribute='Male') if command == 'manipulate' else {}
+    out = tmp_path / 'out.png'
+    assert run(str(coder.path), str(photos), n=5, steps=2, out=out, **own)['images'] == 5
+    assert decoded == sorted(path.name for path in photos.iterdir())[:5]
+    assert parts == [2, 2, 1]
+
+
+def test_manipulated_parts_are_those_of_one_batch(coder, photos, monkeypatch):
+    x0 = to_signed(load_images(photos, 'test', 16).x[:3])
+    towards = direction(coder, 'Male', log=no_log)
+    scales = [0.2, torch.tensor([0.1, -0.3, 0.4])]
+    whole = pdae_nb.manipulate(coder, x0, towards.probe, scales, 3)
+    monkeypatch.setattr(PDAE, 'batch_size', lambda self, n, most=None: 2)
+    parts = commands._manipulated(coder, x0, towards.probe, scales, 3)
+    torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-4)
+
+
+def test_a_manipulation_states_its_rows(coder, photos, tmp_path):
+    me = str(photos / '01.jpg')
+    own = dict(attribute='Male', steps=2, out=tmp_path / 'out.png')
+    said = commands.cmd_manipulate(str(coder.path), me, scales='-.1,.25', **own)
+    assert (said['scales'], said['steps']) == ([-0.1, 0.25], 2)
+
+
+@pytest.mark.parametrize(
+    'words, said',
+    [
+        ('--attribute Male --scales .1,0.1', 'different labels, got s = 0.1, s = 0.1'),
+        ('--attribute Male --scales 0,nan', "must be finite numbers .* got '0,nan'"),
+        ('--attribute Male --scales inf', 'must be finite numbers'),
+        ('--attribute Male --n 0', 'n must be at least 1, got 0'),
+        ('--attribute Male --steps 0', 'steps must be at least 1, got 0'),
+        ('--attribute Male --probe 0', 'probe must be at least 1, got 0'),
+        ('', 'needs --attribute NAME'),
+        ('--attribute Male nowhere.jpg', 'no picture or folder nowhere.jpg'),
+    ],
+)
+def test_manipulations_are_refused_before_the_run_is_loaded(words, said, monkeypatch, capsys):
+    monkeypatch.setattr(commands, 'load_run', lambda *a: pytest.fail('the run was loaded'))
+    assert cli.main(['manipulate', 'run', *words.split()]) == 1
+    assert re.search(said, capsys.readouterr().err)
+
+
+def test_inputs_are_read_before_the_training_pictures(coder, tmp_path, monkeypatch, capsys):
+    (tmp_path / 'torn.png').write_bytes(b'no picture')
+    monkeypatch.setattr(pdae_nb.pictures, 'load_images', lambda *a, **k: pytest.fail('read'))
+    words = ['manipulate', str(coder.path), str(tmp_path / 'torn.png'), '--attribute', 'Male']
+    assert cli.main(words) == 1
+    assert 'none of 1 pictures could be read' in capsys.readouterr().err
+
+
+def test_names_with_dollars_are_no_formulas(coder, photos, tmp_path, monkeypatch):
+    shutil.copytree(coder.path.parent, tmp_path / 'runs')
+    (tmp_path / 'runs/coder').rename(tmp_path / r'runs/$\frac{$')
+    for name in ('a$_$.jpg', 'b$\\x$.jpg' if os.name != 'nt' else 'b$^$.jpg'):
+        shutil.copy(photos / '01.jpg', tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    run = r'runs/$\frac{$'
+    files = sorted(str(path.name) for path in tmp_path.glob('*.jpg'))
+    own = dict(steps=2, out='out.png')
+    assert commands.cmd_reconstruct(run, *files, **own)['images'] == 2
+    assert commands.cmd_interpolate(run, *files, n=2, **own)['stops'] == 2
+    assert commands.cmd_manipulate(run, files[0], attribute='Male', **own)['images'] == 1
+
+
+def test_few_of_many_unreadable_files_are_named(coder, photos, tmp_path, capsys):
+    shutil.copy(photos / '01.jpg', tmp_path / 'good.jpg')
+    for k in range(30):
+        (tmp_path / f'bad{k:02}\n.png' if os.name != 'nt' else tmp_path / f'bad{k:02}.png').touch()
+    words = ['encode', str(coder.path), str(tmp_path), '--out', str(tmp_path / 'codes.csv')]
+    assert cli.main(words) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert 'has 1 pictures; 30 could not be read: ' in last
+    assert last.endswith('and 22 more') and 'bad07' in last and 'bad08' not in last
 
 
 # Bad input: one clear sentence, before a training starts
@@ -408,8 +794,8 @@ def test_pictures_smaller_than_the_network(photos, capsys, untrained, tmp_path):
     words = ['train', 'dpm', '--data', str(photos), '--px', '64', '--size', 'smoke']
     assert cli.main([*words, '--out', str(tmp_path / 'out')]) == 0
     said = capsys.readouterr().err
-    assert 'of 40 pictures are smaller than 64 pixels' in said
-    assert 'fits most of them' in said
+    assert '40 of 40 pictures are smaller than 64 pixels' in said
+    assert 'with --px 28, 27 of them are large enough' in said
 
 
 def test_a_base_of_another_size(dpm, refused):
@@ -420,7 +806,9 @@ def test_a_base_of_another_size(dpm, refused):
 def test_a_folder_that_does_not_exist(refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     said = refused('train', 'dpm', '--data', 'fotos')
-    assert f'there is no folder fotos in {tmp_path}' in said
+    assert f'there is no folder fotos in {tmp_path};' in said
+    said = refused('train', 'dpm', '--data', tmp_path / 'fotos')
+    assert f'there is no folder {tmp_path / "fotos"};' in said
     assert 'one of the data sets digits, mnist' in said
 
 

@@ -18,7 +18,6 @@ from PIL import Image
 
 from pdae_nb import cache, decode, files
 from pdae_nb.data import DataOptions, as_x0, folder, load_images, to_signed
-from pdae_nb.evaluation import _image_files
 from pdae_nb.files import locked, write_json
 from pdae_nb.hub import train
 from pdae_nb.methods.classifier import EvalClassifier
@@ -171,7 +170,7 @@ def test_hidden_and_foreign_files(tmp_path, told):
     root = layout(tmp_path / 'mine', *names, 'train/6.HEIC', 'train/7.svg')
     assert loaded(root) == ([0], None, [])
     assert '6.HEIC' in told() and '7.svg' in told() and '._1' not in told()
-    assert [path.name for path in _image_files([str(root / 'train')])] == ['1.png']
+    assert [file.name for file in decode.picture_files([str(root / 'train')])] == ['1.png']
 
 
 @pytest.mark.parametrize('suffix', ['.jfif', '.jpe', '.tga', '.jp2', '.avif', '.dib', '.pnm'])
@@ -182,7 +181,7 @@ def test_every_suffix_that_pillow_reads(tmp_path, suffix):
     Image.new('RGB', (8, 8), (90, 90, 90)).save(tmp_path / f'mine/a{suffix}')
     layout(tmp_path / 'mine', 'b.png')
     assert len(folder(tmp_path / 'mine', size=8)) == 2
-    assert len(_image_files([tmp_path / 'mine'])) == 2
+    assert len(decode.picture_files([tmp_path / 'mine'])) == 2
 
 
 def test_links_are_followed_and_loops_are_refused(tmp_path):
@@ -227,7 +226,7 @@ def test_an_existing_path_is_used_as_it_is(tmp_path, monkeypatch):
         assert len(loaded(name)[0]) == 2
     assert len(loaded(tmp_path / 'photos/of/me')[0]) == 2
     assert len(loaded('here')[0]) == 1
-    assert len(_image_files(['~/photos'])) == 2
+    assert len(decode.picture_files(['~/photos'])) == 2
     monkeypatch.chdir(tmp_path / 'photos')
     assert len(loaded('of')[0]) == 2
     layout(tmp_path / 'photos/here', '1.png', '2.png', '3.png')

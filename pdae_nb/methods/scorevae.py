@@ -449,6 +449,7 @@ class CodedModel(GenerativeModel):
     is_autoencoder = True
     is_conditional = True
     predicts_eps = True  # False for a VAE
+    least_test = 20  # a tenth is decoded, and a standard error needs two
 
     def condition(
         self,
@@ -471,8 +472,8 @@ class CodedModel(GenerativeModel):
         n: int,  # number of test images
     ):
         "Refuse fewer than 20 test images."
-        if n < 20:
-            raise ValueError(f'at least 20 test images are needed, got {n}')
+        if n < self.least_test:
+            raise ValueError(f'at least {self.least_test} test images are needed, got {n}')
 
     def test_result(
         self,
