@@ -309,11 +309,19 @@ def test_what_contradicts_the_papers():
 def test_number_of_shipped_models():
     names = {path.parent.name for folder in models_dirs() for path in folder.glob('*/run.json')}
     data_sets = Counter(name.split('_')[0] for name in names)
-    assert set(data_sets) == {'mnist', 'cifar16'}
-    mnist, cifar = WORDS[data_sets['mnist']], WORDS[data_sets['cifar16']]
+    assert set(data_sets) == {'mnist', 'cifar16', 'celeba64'}
+    mnist = WORDS[data_sets['mnist']]
+    cifar = WORDS[data_sets['cifar16']]
+    faces = WORDS[data_sets['celeba64']]
     assert (
-        f'contains {mnist} models of 28×28 MNIST images and {cifar} of 16×16 CIFAR-10 images'
+        f'contains {mnist} models of 28×28 MNIST images, {cifar} of 16×16 CIFAR-10 images '
+        f'and {faces} of 64×64 faces'
     ) in README
+    seen = [f'{about(name)["images_seen"]:,}' for name in ('celeba64_dpm', 'celeba64_pdae')]
+    assert f'{seen[0]} images for the DPM and {seen[1]} for PDAE' in README
+    papers = [recipe(name, 'paper').images for name in ('celeba64_dpm', 'celeba64_pdae')]
+    assert papers == [72_000_000, 38_000_000]
+    assert 'against 72 and 38 million in the paper' in README
     inside = list((assets_dir() / 'models').glob('*/run.json'))
     assert f'{WORDS[len(inside)].capitalize()} of them are in the package' in README
 
