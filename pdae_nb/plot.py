@@ -460,6 +460,18 @@ _MOST_MOVING_BYTES = 250_000  # of an animation
 _STILL_MS = 1500  # for which the last frame stays
 
 
+def _with_one_palette(frames):
+    "Frames in the same 256 colours, if they have few colours. What stands still then stays equal."
+    from PIL import Image
+
+    width, height = frames[0].size
+    column = Image.new('RGBA', (width, height * len(frames)))
+    for i, frame in enumerate(frames):
+        column.paste(frame, (0, i * height))
+    column = with_palette(column).convert('RGBA')
+    return [column.crop((0, i * height, width, (i + 1) * height)) for i in range(len(frames))]
+
+
 @dataclasses.dataclass
 class Animation:
     "Frames that follow one another, and one of them that is shown where nothing moves."
@@ -470,10 +482,10 @@ class Animation:
 
     def __post_init__(self):
         durations = [self.ms] * (len(self.frames) - 1) + [max(self.ms, _STILL_MS)]
-        rest = [with_palette(frame).convert('RGBA') for frame in self.frames[1:]]
+        first, *rest = _with_one_palette(self.frames)
         moving = dict(save_all=True, append_images=rest, duration=durations, loop=0)
         (self._webp,) = _fitting(
-            lambda quality: [_webp(self.frames[0], quality, **moving)], _MOST_MOVING_BYTES
+            lambda quality: [_webp(first, quality, **moving)], _MOST_MOVING_BYTES
         )
 
     def __repr__(self):

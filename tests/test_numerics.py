@@ -13,6 +13,7 @@ from torch import nn
 from pdae_nb.denoise import denoising_loss
 from pdae_nb.edit import lerp_trajectories
 from pdae_nb.forward import Schedule, score_to_eps, shift_to_eps, snr
+from pdae_nb.layers import Arithmetic, computing_in
 from pdae_nb.methods.diffae import EncoderBlock, SemanticEncoder
 from pdae_nb.methods.dpm import DPM
 from pdae_nb.methods.latent import MLPSkipNet
@@ -217,6 +218,26 @@ def test_unet_equals_the_official_one(heads):
     np.testing.assert_allclose(x.flatten()[:3], [0.362935, -0.0195144, 0.438504], atol=1e-6)
     eps = net(x, torch.tensor([7, 613]))
     np.testing.assert_allclose(fingerprint(eps), UNET_EPS[heads], atol=1e-4)
+
+
+def test_layouts_and_precisions_agree():
+    "The U-Net whose weights the official code had."
+    unet = small_unet().eval().requires_grad_(False)
+    fill(unet)
+    x = inp('x', [2, 3, 32, 32], 1)
+    t = torch.tensor([7, 613])
+    eps = unet(x, t)
+    by_channels = unet.to(memory_format=torch.channels_last)(x, t)
+    torch.testing.assert_close(by_channels, eps, rtol=0, atol=1e-5)
+    with computing_in([unet], Arithmetic(torch.bfloat16)):
+        low = unet(x, t)
+    assert low.dtype == torch.float32
+    assert (low - eps).abs().mean() < 0.01
+    double = unet.double()(x.double(), t)
+    torch.testing.assert_close(double, eps.double(), rtol=0, atol=1e-5)
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(unet.float()(x, t).sum(), x)
+    assert gradient.all()  # reaches every pixel
 
 
 @torch.no_grad()
