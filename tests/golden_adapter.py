@@ -73,10 +73,13 @@ NEW_NAMES = {  # name of a run in the keys: its name now
 
 
 def shipped_runs() -> list[str]:
-    """Return the golden names of all runs that are shipped with the package."""
+    """Return the golden names of all shipped runs that version 1 had, too.
+
+    The models of faces came with version 2. `test_faces.py` has their values.
+    """
     golden_names = {new: old for old, new in NEW_NAMES.items()}
     paths = [path for folder in models_dirs() for path in folder.glob('*/run.json')]
-    names = {path.parent.name for path in paths}
+    names = {path.parent.name for path in paths if not path.parent.name.startswith('celeba64')}
     return sorted(golden_names.get(name, name) for name in names)
 
 
