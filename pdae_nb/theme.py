@@ -16,6 +16,7 @@ __all__ = [
     'SIGNED',
     'THEME',
     'setup_plots',
+    'has_many_colours',
     'with_palette',
     'png_file',
 ]
@@ -85,40 +86,87 @@ def setup_plots():
     shell = get_ipython()
     if shell:
         set_matplotlib_formats('png')
-        shell.display_formatter.formatters['image/png'].for_type(Figure, _shown)
+        formatters = shell.display_formatter.formatters
+        formatters['image/png'].for_type(Figure, _shown)
+        formatters['text/html'].for_type(Figure, _shown_as_html)
 
 
-def _shown(fig):
-    "The PNG of a figure in a page, in base64, and the width at which the page shows it."
+def _picture_of(fig):
+    "The pixels of a figure, a PIL image of mode RGBA. None if the figure has no axes."
     from IPython.core.pylabtools import print_figure
     from PIL import Image
 
     png = print_figure(fig, 'png', bbox_inches='tight')
-    if png is None:  # a figure without axes
+    if png is None:
         return None
-    picture = Image.open(io.BytesIO(png)).convert('RGBA')
-    width = round(picture.width * SHOWN_PER_INCH / fig.dpi)
+    return Image.open(io.BytesIO(png)).convert('RGBA')
+
+
+def _shown_width(picture, fig):
+    "Width at which a page shows the picture of a figure, pixels."
+    return round(picture.width * SHOWN_PER_INCH / fig.dpi)
+
+
+def _shown(fig):
+    "The PNG of a figure in a page, in base64, and the width at which the page shows it."
+    picture = _picture_of(fig)
+    if picture is None:
+        return None
+    width = _shown_width(picture, fig)
+    if has_many_colours(picture):  # the copy for places that do not show the HTML
+        picture = picture.resize((width, round(picture.height * width / picture.width)))
     return base64.b64encode(png_file(picture)).decode(), {'width': width}
 
 
+def _has_colour_images(fig):
+    "Whether a figure has an image of which two colour channels differ."
+    arrays = [image.get_array() for ax in fig.axes for image in ax.images]
+    colours = [array for array in arrays if array.ndim == 3]
+    return any((array[..., 0] != array[..., 1]).any() for array in colours)
+
+
+def _shown_as_html(fig):
+    "A figure with colour images as an HTML image in the WebP format; None for other figures."
+    if not _has_colour_images(fig):
+        return None
+    picture = _picture_of(fig)
+    if not has_many_colours(picture):
+        return None
+    file = io.BytesIO()
+    picture.save(file, 'WEBP', quality=80, method=6)
+    data = base64.b64encode(file.getvalue()).decode()
+    width = _shown_width(picture, fig)
+    return f'<img width="{width}" src="data:image/webp;base64,{data}">'
+
+
 _MOST_COLOURS = 8192  # of a picture that gets a palette
+
+
+def has_many_colours(
+    picture,  # PIL image of mode RGBA
+) -> bool:
+    "Whether a picture has more than 8,192 colours, as colour images have, but not plots."
+    return picture.getcolors(_MOST_COLOURS) is None
 
 
 def with_palette(
     picture,  # PIL image of mode RGBA
 ):  # PIL image of mode P, or the same image
     "A picture in 256 colours, if it has few colours, as plots and grey images have."
+    return picture if has_many_colours(picture) else _in_256_colours(picture)
+
+
+def _in_256_colours(picture):
+    "The same picture, of mode P."
     from PIL import Image
 
-    if picture.getcolors(_MOST_COLOURS) is None:
-        return picture
     return picture.quantize(256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
 
 
 def png_file(
     picture,  # PIL image of mode RGBA
 ) -> bytes:
-    "A picture as a PNG file, with a palette if it has few colours."
+    "A picture as a PNG file in 256 colours."
     file = io.BytesIO()
-    with_palette(picture).save(file, 'PNG', optimize=True)
+    _in_256_colours(picture).save(file, 'PNG', optimize=True)
     return file.getvalue()
