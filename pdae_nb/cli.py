@@ -762,7 +762,7 @@ def _coded(pdae, x0, out, steps=20):
     return errors, save_pictures(rows, out, f'PDAE, {steps} steps; test digits')
 
 
-def _gapsave_pictures(results, out):
+def _gap_picture(results, out):
     "Plot the stored posterior mean gap over the timesteps, of the DPM and of PDAE."
     gap = results['gap']
     curves = {
@@ -905,7 +905,7 @@ def _demo_gap(pdae, out, report):
     report.add(
         f'posterior mean gap with the code, as measured on {gap["images"]:,} test digits',
         f'at least {min(ratios):.0%} of the gap of the DPM',
-        _gapsave_pictures(results, out / 'gap.png'),
+        _gap_picture(results, out / 'gap.png'),
     )
 
 

@@ -397,7 +397,7 @@ def test_noise_of_stochastic_steps_depends_on_seed_and_index_only():
 
 def test_pdae_sample_gives_the_same_images_for_another_n(tmp_path, monkeypatch):
     shown = []
-    monkeypatch.setattr(cli, '_picture', lambda x, out, *a, **k: shown.append(x) or str(out))
+    monkeypatch.setattr(cli, 'save_pictures', lambda x, out, *a, **k: shown.append(x) or str(out))
     monkeypatch.chdir(tmp_path)
     for n in (3, 66):
         words = ['--n', str(n), '--steps', '2', '--eta', '1', '--seed', '7']
