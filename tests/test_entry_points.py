@@ -48,9 +48,11 @@ def dpm(tmp_path_factory):
 
 def test_files_may_come_after_options(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    for name in ('mine.png', 'yours.png'):
+        (tmp_path / name).touch()
     files_of = []
 
-    def inputs(images, model, n):
+    def inputs(images, model, n, most):
         files_of.append(images)
         return to_signed(digits('test', 28).x[:2]), None, []
 
@@ -90,7 +92,7 @@ def test_a_negative_seed_is_refused(capsys):
 
 def test_many_images_are_reconstructed_in_parts(tmp_path, monkeypatch, capsys):
     x0 = to_signed(digits('test', 28).x[:130])
-    monkeypatch.setattr(commands, 'inputs', lambda images, model, n: (x0, None, []))
+    monkeypatch.setattr(commands, 'inputs', lambda images, model, n, most: (x0[:n], None, []))
     sizes = []
     original = commands.round_trip
 
