@@ -300,7 +300,8 @@ def _training_images(model, path):
 
 def _load(model, options):
     "Training pictures as the model takes them. All grey ones have one channel by themselves."
-    data, size = data_of(model), model.shape[-1]
+    data = data_of(model)
+    size = model.shape[-1]
     images = load_images(data, 'train', size, options=options)
     if images.x.shape[1] == model.shape[0]:
         return images

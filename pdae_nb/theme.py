@@ -136,7 +136,7 @@ def _shown_as_html(fig):
     picture.save(file, 'WEBP', quality=80, method=6)
     data = base64.b64encode(file.getvalue()).decode()
     width = _shown_width(picture, fig)
-    return f'<img width="{width}" src="data:image/webp;base64,{data}">'
+    return f'<img alt="a figure" width="{width}" src="data:image/webp;base64,{data}">'
 
 
 _MOST_COLOURS = 8192  # of a picture that gets a palette
